@@ -1,0 +1,44 @@
+// BatchNorm + add + ReLU, forward and backward. Schemas and their meaning: fused_res/ops/bn_act.py.
+#pragma once
+#include <tuple>
+
+#include "tensors.h"
+
+namespace fused_res {
+
+struct BatchNorm {
+  const OptTensor &weight, &bias, &running_mean, &running_var;
+  bool training;
+  double momentum, eps;
+};
+
+struct BatchNormSaved {  // what the forward pass left for the backward pass
+  const OptTensor& weight;
+  const Tensor &mean, &invstd;
+  bool training;
+};
+
+struct BnActWanted {
+  bool x, residual, parameters;
+};
+
+using BnActForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using BnActBackward = BnActForward;
+
+BnActForward bn_act_fwd_cpu(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                            const OptTensor& running_mean, const OptTensor& running_var,
+                            bool training, double momentum, double eps, const OptTensor& residual,
+                            bool residual_norm, const OptTensor& residual_weight,
+                            const OptTensor& residual_bias, const OptTensor& residual_running_mean,
+                            const OptTensor& residual_running_var, bool residual_training,
+                            double residual_momentum, double residual_eps, int64_t act,
+                            bool save_mask);
+
+BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor& weight,
+                             const Tensor& mean, const Tensor& invstd, bool training,
+                             const OptTensor& residual, const OptTensor& residual_weight,
+                             const OptTensor& residual_mean, const OptTensor& residual_invstd,
+                             bool residual_training, const Tensor& mask, int64_t act, bool need_x,
+                             bool need_residual, bool need_parameters);
+
+}  // namespace fused_res

@@ -1,0 +1,83 @@
+// What bn_act.cpp (tensors, threads) asks of bn_act_kernels.cpp (arithmetic, one object per
+// instruction set). A tensor is seen as `runs` of `inner` contiguous elements: channels_last has
+// N*H*W runs of C channels, NCHW has N*C runs of H*W elements of one channel. Masks hold one bit per
+// element, each run padded to whole bytes.
+#pragma once
+#include <stdint.h>
+
+namespace fused_res {
+
+enum class Act : int { none, relu, relu_before_add };
+enum class Residual : int { none, tensor, norm };
+enum class Element : int { f32, bf16, f16, f64 };
+
+constexpr int64_t kMaxLanes = 16;  // channel arrays are padded to a multiple of this
+
+struct Geometry {
+  int64_t runs, inner, channels;
+  bool channels_last;
+};
+
+// One BatchNorm, per channel, in the accumulation type: y = (x - mean) * scale + bias.
+struct Affine {
+  const void *mean, *scale, *bias;
+};
+
+struct ForwardArgs {
+  Geometry geometry;
+  Act act;
+  Residual residual_kind;
+  const void *x, *residual;
+  void* y;
+  uint8_t* mask;  // null: not wanted
+  Affine norm, residual_norm;
+};
+
+// The gradient of one BatchNorm's input: scale * g + slope * (x - mean) + offset (eval: scale * g).
+struct BackwardNorm {
+  const void *mean, *scale, *slope, *offset;
+  bool training;
+};
+
+struct BackwardArgs {
+  Geometry geometry;
+  Act act;
+  bool residual_norm;  // the residual has a BatchNorm of its own
+  const void *dy, *x, *residual;
+  const uint8_t* mask;
+  void *dx, *dresidual;  // null: not wanted
+  BackwardNorm norm, second;
+};
+
+// Sums of one backward pass, per channel: g, g*(x-mean), and the same of the residual's BatchNorm.
+constexpr int kSums = 4;
+
+struct BnActKernels {
+  // mean and sum of squared deviations of rows [lo, hi) of a channels_last tensor
+  void (*stats_rows)(const void* x, int64_t channels, int64_t lo, int64_t hi, double* mean,
+                     double* m2);
+  // the same of channel c of an NCHW tensor
+  void (*stats_channel)(const void* x, const Geometry&, int64_t c, double* mean, double* m2);
+  // y and mask of runs first, first + step, ... (count of them, last one first)
+  void (*apply)(const ForwardArgs&, int64_t first, int64_t count, int64_t step);
+  // adds to sums[kSums][padded channels] for rows [lo, hi) of a channels_last tensor
+  void (*sums_rows)(const BackwardArgs&, int64_t lo, int64_t hi, double* sums, int64_t stride);
+  // sums[kSums] of channel c of an NCHW tensor
+  void (*sums_channel)(const BackwardArgs&, int64_t c, double* sums);
+  // dx and dresidual of runs first, first + step, ... (count of them, last one first)
+  void (*gradients)(const BackwardArgs&, int64_t first, int64_t count, int64_t step);
+};
+
+namespace plain {
+const BnActKernels& bn_act_kernels(Element);
+}
+#ifdef FUSED_RES_X86
+namespace avx2 {
+const BnActKernels& bn_act_kernels(Element);
+}
+namespace avx512 {
+const BnActKernels& bn_act_kernels(Element);
+}
+#endif
+
+}  // namespace fused_res

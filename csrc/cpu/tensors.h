@@ -1,0 +1,95 @@
+// Small helpers over libtorch's stable ABI, shared by the CPU ops.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "elements.h"
+
+namespace fused_res {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+inline bool channels_last_contiguous(const Tensor& x) {
+  const auto size = x.sizes(), stride = x.strides();
+  int64_t expected = 1;
+  for (const int d : {1, 3, 2, 0}) {
+    if (size[d] != 1 && stride[d] != expected) return false;
+    expected *= size[d];
+  }
+  return true;
+}
+
+// x itself where it is contiguous in NCHW or channels_last order, else a copy in the nearer of the two
+inline Tensor dense(const Tensor& x) {
+  if (x.is_contiguous() || channels_last_contiguous(x)) return x;
+  return torch::stable::contiguous(
+      x, x.stride(1) == 1 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// x laid out as `like`, which is dense
+inline Tensor dense_like(const Tensor& x, const Tensor& like) {
+  if (like.is_contiguous()) return torch::stable::contiguous(x, MemoryFormat::Contiguous);
+  return channels_last_contiguous(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, const Tensor& like) {
+  return torch::stable::new_empty(like, std::vector<int64_t>(size), dtype);
+}
+
+template <class Call>
+inline void with_element_type(ScalarType dtype, const Call& call) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return call(float{});
+    case ScalarType::BFloat16:
+      return call(bf16{});
+    case ScalarType::Half:
+      return call(fp16{});
+    case ScalarType::Double:
+      return call(double{});
+    default:
+      STD_TORCH_CHECK(false, "expected float32, bfloat16, float16 or float64");
+  }
+}
+
+// a per-channel tensor in double; `missing` where there is none
+inline std::vector<double> read_channels(const OptTensor& t, int64_t channels, double missing) {
+  std::vector<double> values(channels, missing);
+  if (!t) return values;
+  with_element_type(t->scalar_type(), [&](auto element) {
+    const auto* p = (const decltype(element)*)t->const_data_ptr();
+    const int64_t stride = t->stride(0);
+    for (int64_t c = 0; c < channels; c++) values[c] = load_element(p + c * stride);
+  });
+  return values;
+}
+
+inline void write_channels(const std::vector<double>& values, const Tensor& t) {
+  with_element_type(t.scalar_type(), [&](auto element) {
+    auto* p = (decltype(element)*)t.mutable_data_ptr();
+    const int64_t stride = t.stride(0);
+    for (size_t c = 0; c < values.size(); c++) store_element(values[c], p + c * stride);
+  });
+}
+
+// f(begin, end) over [0, n), in parallel where the whole job touches enough elements to pay for it
+template <class F>
+inline void parallel(int64_t n, int64_t elements, const F& f) {
+  constexpr int64_t kSerialBelow = 1 << 15;  // a fork costs about as much as this many elements
+  if (n <= 1 || elements < kSerialBelow)
+    f((int64_t)0, n);
+  else
+    torch::stable::parallel_for(0, n, 1, f);
+}
+
+}  // namespace fused_res

@@ -1,0 +1,51 @@
+"""Every environment variable fused_res reads at run time, in one place.
+
+======================  ==========================  =============================================
+variable                values (first is default)   meaning
+======================  ==========================  =============================================
+FUSED_RES_BACKEND       auto cpu cuda triton eager  implementation to use; ``eager`` is the kill switch
+FUSED_RES_CPU_ISA       best plain avx2 avx512      at most this instruction set in the CPU library
+FUSED_RES_LOG           off dispatch                ``dispatch``: say on stderr what ran and why
+======================  ==========================  =============================================
+
+They are read once, when ``fused_res`` is imported. Build-time variables are described in ``setup.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
+CPU_ISAS = ("best", "plain", "avx2", "avx512")
+LOGS = ("off", "dispatch")
+
+
+class Settings(NamedTuple):
+    backend: str
+    cpu_isa: str
+    log: str
+
+
+def read(environ: Mapping[str, str] = os.environ) -> Settings:
+    """The settings in ``environ``.
+
+    Raises:
+        ValueError: a variable holds something else than its documented values.
+    """
+
+    def one_of(name: str, values: tuple[str, ...]) -> str:
+        value = environ.get(name) or values[0]
+        if value not in values:
+            raise ValueError(f"environment variable {name}={value!r} must be one of: {', '.join(values)}")
+        return value
+
+    return Settings(
+        one_of("FUSED_RES_BACKEND", BACKENDS),
+        one_of("FUSED_RES_CPU_ISA", CPU_ISAS),
+        one_of("FUSED_RES_LOG", LOGS),
+    )
+
+
+settings = read()

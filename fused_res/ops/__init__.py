@@ -1,0 +1,6 @@
+"""The fused ops, one file each: schema, fake, autograd Function, public function."""
+
+import torch
+
+library = torch.library.Library("fused_res", "DEF")
+library.define("cpu_isa(int level) -> int")

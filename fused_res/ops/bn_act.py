@@ -1,0 +1,302 @@
+"""BatchNorm + residual add + ReLU in one pass: the op ``bn_act``.
+
+Forward: statistics (Welford's merge of tiles, Chan et al. 1979), then one pass that normalises, adds
+the residual, applies the ReLU and keeps its sign as one bit an element. Backward: one pass for the
+sums, one for the gradients. ``reference.bn_act`` says what it computes; ``csrc/cpu/bn_act.cpp`` how.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import DTYPES, choose
+from ..reference import ACTS, Act, Norm
+from . import library
+
+# mask: uint8 of (runs, ceil(run / 8)), a run being the C channels of a pixel where x is channels_last
+# and the H*W pixels of a channel where it is NCHW; bit i % 8 of byte i // 8 is set where element i
+# passed the ReLU. Empty where it is not wanted or there is no ReLU. Statistics are float32 (float64
+# where x is), those of an absent residual BatchNorm empty.
+library.define(
+    "bn_act_fwd(Tensor x, Tensor? weight, Tensor? bias, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, "
+    "Tensor? residual, bool residual_norm, Tensor? residual_weight, Tensor? residual_bias, "
+    "Tensor(c!)? residual_running_mean, Tensor(d!)? residual_running_var, bool residual_training, "
+    "float residual_momentum, float residual_eps, int act, bool save_mask) -> "
+    "(Tensor y, Tensor mask, Tensor mean, Tensor invstd, Tensor residual_mean, Tensor residual_invstd)"
+)
+# Gradients that are not needed come back empty. dresidual is only ever asked for where it is not dy.
+library.define(
+    "bn_act_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, bool training, "
+    "Tensor? residual, Tensor? residual_weight, Tensor? residual_mean, Tensor? residual_invstd, "
+    "bool residual_training, Tensor mask, int act, bool need_x, bool need_residual, "
+    "bool need_parameters) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, "
+    "Tensor dresidual_weight, Tensor dresidual_bias)"
+)
+
+
+def _dense_like(x: Tensor) -> Tensor:
+    """An uninitialised tensor laid out as the kernels lay out their outputs."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(x)
+    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    return torch.empty_like(x, memory_format=layout)
+
+
+def _runs(x: Tensor) -> tuple[int, int]:
+    """(number, length) of the contiguous runs of a dense tensor: see ``mask`` above."""
+    n, c, h, w = x.shape
+    if h * w == 1 or not x.is_contiguous():
+        return n * h * w, c
+    return n * c, h * w
+
+
+@torch.library.register_fake("fused_res::bn_act_fwd", lib=library)
+def _(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, residual_norm,
+      residual_weight, residual_bias, residual_running_mean, residual_running_var, residual_training,
+      residual_momentum, residual_eps, act, save_mask):  # fmt: skip
+    y = _dense_like(x)
+    runs, length = _runs(y)
+    mask_runs = runs if save_mask and act != ACTS.index("none") else 0
+    mask = x.new_empty((mask_runs, (length + 7) // 8), dtype=torch.uint8)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def channels(wanted=True):
+        return x.new_empty(x.size(1) if wanted else 0, dtype=dtype if wanted else torch.float32)
+
+    return y, mask, channels(), channels(), channels(residual_norm), channels(residual_norm)
+
+
+@torch.library.register_fake("fused_res::bn_act_bwd", lib=library)
+def _(dy, x, weight, mean, invstd, training, residual, residual_weight, residual_mean,
+      residual_invstd, residual_training, mask, act, need_x, need_residual,
+      need_parameters):  # fmt: skip
+    def like_x(wanted):
+        return _dense_like(x) if wanted else x.new_empty(0)
+
+    def like_weight(w):
+        return torch.empty_like(w) if w is not None and need_parameters else x.new_empty(0)
+
+    if residual_mean is None:
+        residual_weight = None
+    return (
+        like_x(need_x), like_weight(weight), like_weight(weight),
+        like_x(need_residual), like_weight(residual_weight), like_weight(residual_weight),
+    )  # fmt: skip
+
+
+def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """The ReLU's mask as a bool tensor of ``like``'s shape; ``like`` as the forward pass got it."""
+    n, c, h, w = like.shape
+    dense = _dense_like(like)
+    _, length = _runs(dense)
+    bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    bits = bits.flatten(1)[:, :length].bool()
+    if h * w == 1 or not dense.is_contiguous():
+        return bits.view(n, h, w, c).permute(0, 3, 1, 2)
+    return bits.view(n, c, h, w)
+
+
+def _differentiable_bwd(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward pass in PyTorch's ops, for a second derivative. The mask is a constant."""
+    x, weight, residual, residual_weight, mean, invstd, rmean, rinvstd, mask = ctx.saved_tensors
+    g = dy if ctx.act == "none" else dy * unpack_mask(mask, x)
+    dx, dweight, dbias = reference.batch_norm_bwd(g, x, weight, mean, invstd, ctx.norm)
+    dresidual = g if ctx.act == "relu" else dy
+    dresidual_weight = dresidual_bias = None
+    if ctx.residual_norm is not None:
+        dresidual, dresidual_weight, dresidual_bias = reference.batch_norm_bwd(
+            dresidual, residual, residual_weight, rmean, rinvstd, ctx.residual_norm
+        )
+    return dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias
+
+
+class _BnAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, residual_weight, residual_bias, norm, residual_norm,
+                act):  # fmt: skip
+        y, mask, mean, invstd, residual_mean, residual_invstd = _fwd(
+            x, norm, residual, residual_norm, act, True
+        )
+        has_residual_norm = residual_norm is not None
+        ctx.save_for_backward(
+            x,
+            weight,
+            residual if has_residual_norm else None,
+            residual_weight,
+            mean,
+            invstd,
+            residual_mean if has_residual_norm else None,
+            residual_invstd if has_residual_norm else None,
+            mask,
+        )
+        # scalars only: a tensor kept on ctx would outlive what autograd frees
+        ctx.norm = Norm(None, None, None, None, *norm[4:])
+        ctx.residual_norm = Norm(None, None, None, None, *residual_norm[4:]) if residual_norm else None
+        ctx.act = act
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        need = ctx.needs_input_grad[:6]
+        x, weight, residual, residual_weight, mean, invstd, rmean, rinvstd, mask = ctx.saved_tensors
+        if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
+            grads = _differentiable_bwd(ctx, dy)
+        else:
+            # where nothing was done to the gradient on its way to the residual, it is dy itself
+            passes = ctx.residual_norm is None and ctx.act != "relu"
+            grads = torch.ops.fused_res.bn_act_bwd(
+                dy,
+                x,
+                weight,
+                mean,
+                invstd,
+                ctx.norm.training,
+                residual,
+                residual_weight,
+                rmean,
+                rinvstd,
+                ctx.residual_norm is not None and ctx.residual_norm.training,
+                mask,
+                ACTS.index(ctx.act),
+                need[0],
+                need[3] and not passes,
+                need[1] or need[2] or need[4] or need[5],
+            )
+            if passes:
+                grads = (*grads[:3], dy, *grads[4:])
+        return (*(g if wanted else None for g, wanted in zip(grads, need, strict=True)),
+                None, None, None)  # fmt: skip
+
+
+def _fwd(x, norm, residual, residual_norm, act, save_mask):
+    second = residual_norm or Norm()
+    return torch.ops.fused_res.bn_act_fwd(
+        x,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.training,
+        norm.momentum,
+        norm.eps,
+        residual,
+        residual_norm is not None,
+        second.weight,
+        second.bias,
+        second.running_mean,
+        second.running_var,
+        second.training,
+        second.momentum,
+        second.eps,
+        ACTS.index(act),
+        save_mask,
+    )
+
+
+def _check_norm(name: str, norm: Norm, x: Tensor) -> None:
+    prefix = f"{name}." if name else ""
+    halves = (torch.bfloat16, torch.float16)
+    dtypes = (x.dtype, torch.float32) if x.dtype in halves else (x.dtype,)
+    for field in ("running_mean", "running_var", "weight", "bias"):
+        t = getattr(norm, field)
+        if t is None:
+            continue
+        if t.dim() != 1 or t.size(0) != x.size(1):
+            raise ValueError(
+                f"{prefix}{field} must have shape ({x.size(1)},) to match the {x.size(1)} channels "
+                f"of x, got {tuple(t.shape)}"
+            )
+        if t.device != x.device:
+            raise ValueError(f"{prefix}{field} must be on x's device, {x.device}, got {t.device}")
+        if t.dtype not in dtypes:
+            raise TypeError(
+                f"{prefix}{field} must be {' or '.join(map(str, dtypes))} with x of {x.dtype}, got {t.dtype}"
+            )
+    if (norm.weight is None) != (norm.bias is None):
+        raise ValueError(f"{prefix}weight and {prefix}bias must both be given or both be None")
+    if (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError(f"{prefix}running_mean and running_var must both be given or both be None")
+    if not norm.training and norm.running_mean is None:
+        raise ValueError(f"{prefix}running_mean and running_var must be given when training=False")
+    if norm.training and x.numel() == x.size(1):
+        # PyTorch's own words (torch.nn.functional.batch_norm)
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}"
+        )
+
+
+def _check(x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm | None, act: str):
+    if x.dim() != 4:
+        raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if act not in ACTS:
+        raise ValueError(f"act={act!r} must be one of: {', '.join(ACTS)}")
+    _check_norm("", norm, x)
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}"
+            )
+        if residual.dtype != x.dtype:
+            raise TypeError(f"residual must have x's dtype {x.dtype}, got {residual.dtype}")
+        if residual.device != x.device:
+            raise ValueError(f"residual must be on x's device, {x.device}, got {residual.device}")
+    if residual_norm is not None:
+        if residual is None:
+            raise ValueError("residual must be given with residual_norm, got None")
+        _check_norm("residual_norm", residual_norm, residual)
+
+
+def bn_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    act: Act = "relu",
+    backend: str | None = None,
+) -> Tensor:
+    """BatchNorm (Ioffe and Szegedy, 2015), residual add and ReLU in one pass, forward and backward.
+
+    The first eight arguments are those of ``torch.nn.functional.batch_norm``.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64, NCHW or channels_last.
+        running_mean, running_var: (C,), updated in place when training; may be None in training.
+        weight, bias: (C,), both or neither; x's dtype, or float32 with a 16-bit x.
+        training: normalise by the batch's statistics instead of the running ones.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+        residual: (N, C, H, W) of x's dtype and device, added to the result.
+        residual_norm: a second BatchNorm, of ``residual`` (projection shortcut), in the same pass.
+        act: ``relu`` (after the add), ``relu_before_add``, or ``none``.
+        backend: auto, cpu, cuda, triton or eager; default: what ``fused_res.backend`` or
+            ``FUSED_RES_BACKEND`` says.
+
+    Returns:
+        (N, C, H, W) of x's dtype and memory format.
+
+    Raises:
+        ValueError: a shape, device or value does not fit; training with one value per channel.
+        TypeError: a dtype does not fit.
+        BackendUnavailable: the backend was named and cannot run this.
+    """
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
+    _check(x, norm, residual, residual_norm, act)
+    if choose("bn_act", backend, x, residual, weight, bias) == "eager" or x.numel() == 0:
+        return reference.bn_act(x, norm, residual, residual_norm, act)
+    second = residual_norm or Norm()
+    differentiable = (x, weight, bias, residual, second.weight, second.bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        return _BnAct.apply(*differentiable, norm, residual_norm, act)
+    return _fwd(x, norm, residual, residual_norm, act, False)[0]

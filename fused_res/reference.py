@@ -1,0 +1,236 @@
+"""Plain PyTorch: what every fused op and block must compute. The specification and the fallback.
+
+Nothing here knows of kernels. Tests and benchmarks compare with it, and a fused op that cannot serve
+a call (a transform, a dtype, a device) runs it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Act = Literal["relu", "relu_before_add", "none"]
+ACTS = ("none", "relu", "relu_before_add")  # in the order of csrc's enum Act
+KINDS = ("basic", "bottleneck", "single", "plain")
+SKIPS = ("identity", "projection", "concat")
+RELUS = ("after", "before", "none")
+
+
+class Norm(NamedTuple):
+    """The arguments of one ``F.batch_norm``: four tensors of shape (C,) or None, and three scalars."""
+
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+def bn_act(
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    act: Act = "relu",
+) -> Tensor:
+    """BatchNorm (Ioffe and Szegedy, 2015), + residual, ReLU, as PyTorch's own ops.
+
+    Args:
+        x: (N, C, H, W).
+        norm: the BatchNorm of ``x``.
+        residual: (N, C, H, W), added to the result; optional.
+        residual_norm: a BatchNorm of ``residual``'s own (the projection shortcut); optional.
+        act: ``relu`` after the add, ``relu_before_add``, or ``none``.
+    """
+    y = F.batch_norm(x, *norm)
+    if residual is not None and residual_norm is not None:
+        residual = F.batch_norm(residual, *residual_norm)
+    if act == "relu_before_add":
+        y = F.relu(y)
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if act == "relu" else y
+
+
+def batch_norm_bwd(
+    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, norm: Norm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one BatchNorm from ``g``, its output's: (dx, dweight, dbias).
+
+    Written in differentiable ops, so that a second derivative can be taken through it: in training
+    the statistics are computed again from ``x``; otherwise ``mean`` and ``invstd``, (C,), are used.
+    """
+
+    def over_channels(v: Tensor) -> Tensor:
+        return v.view(1, -1, 1, 1)
+
+    dtype = x.dtype
+    g, x = g.to(mean.dtype), x.to(mean.dtype)
+    dims = (0, 2, 3)
+    if norm.training:
+        mean = x.mean(dims)
+        invstd = ((x - over_channels(mean)).square().mean(dims) + norm.eps).rsqrt()
+    xhat = (x - over_channels(mean)) * over_channels(invstd)
+    dbias, dweight = g.sum(dims), (g * xhat).sum(dims)
+    dx = g
+    if norm.training:
+        count = x.numel() // x.size(1)
+        dx = g - (over_channels(dbias) + xhat * over_channels(dweight)) / count
+    scale = invstd if weight is None else invstd * weight.to(mean.dtype)
+    dx = dx * over_channels(scale)
+    parameter_dtype = dtype if weight is None else weight.dtype
+    return dx.to(dtype), dweight.to(parameter_dtype), dbias.to(parameter_dtype)
+
+
+class ResBlock(nn.Module):
+    """A residual block in plain PyTorch, of any kind ``fused_res.FusedResBlock`` has.
+
+    Basic and bottleneck blocks are those of He et al., 2016 (https://arxiv.org/abs/1512.03385), the
+    stride in the 3x3 convolution, children named as in torchvision:
+    ``conv1 bn1 conv2 bn2 [conv3 bn3] [downsample.0 downsample.1]``.
+
+    Args:
+        in_channels: channels of the input, (N, in_channels, H, W).
+        out_channels: channels the branch ends with. The output has as many, and with
+            ``skip="concat"`` ``in_channels`` more.
+        stride: of the branch's (first) 3x3 convolution, and of the projection.
+        kind: ``basic`` (two 3x3), ``bottleneck`` (1x1, 3x3, 1x1), ``single`` (one 3x3) or ``plain``
+            (two 3x3 without normalisation).
+        skip: ``identity``, ``projection`` (1x1 convolution and, unless plain, BatchNorm) or
+            ``concat`` (the output is ``cat((x, branch), dim=1)``). Default: identity where the
+            shapes allow it, else projection.
+        groups: of the 3x3 convolutions.
+        dilation: of the 3x3 convolutions, padded so that the size stays.
+        width: channels inside the branch. Default: ``out_channels``; bottleneck ``out_channels // 4``.
+        bias: whether the convolutions have a bias. Default: only in plain blocks.
+        relu: ``after`` the add, ``before`` it (on the branch), or ``none``. Default: before the add
+            in a single block, none with ``skip="concat"``, else after.
+        dropout: probability of ``nn.Dropout`` on the last convolution's input
+            (Zagoruyko and Komodakis, 2016).
+        eps, momentum, affine, track_running_stats: of every ``nn.BatchNorm2d``.
+        device, dtype: of the parameters.
+
+    Shape:
+        (N, in_channels, H, W) -> (N, out_channels [+ in_channels], ceil(H / stride), ceil(W / stride))
+
+    Raises:
+        ValueError: an argument is out of range or two do not fit together; the message names them.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        kind: str = "basic",
+        skip: str | None = None,
+        groups: int = 1,
+        dilation: int = 1,
+        width: int | None = None,
+        bias: bool | None = None,
+        relu: str | None = None,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "stride": stride,
+            "groups": groups,
+            "dilation": dilation,
+        }.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        fits = in_channels == out_channels and stride == 1
+        if skip is None:
+            skip = "identity" if fits else "projection"
+        if relu is None:
+            relu = "none" if skip == "concat" else "before" if kind == "single" else "after"
+        for name, value, known in [("kind", kind, KINDS), ("skip", skip, SKIPS), ("relu", relu, RELUS)]:
+            if value not in known:
+                raise ValueError(f"{name}={value!r} must be one of: {', '.join(known)}")
+        if skip == "identity" and not fits:
+            raise ValueError(
+                f"skip='identity' needs in_channels == out_channels and stride 1, got "
+                f"in_channels={in_channels}, out_channels={out_channels}, stride={stride}"
+            )
+        if skip == "concat" and stride != 1:
+            raise ValueError(f"skip='concat' needs stride=1, got stride={stride}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout!r} must be at least 0 and under 1")
+        if width is None:
+            width = max(out_channels // 4, 1) if kind == "bottleneck" else out_channels
+        if width < 1:
+            raise ValueError(f"width={width!r} must be an integer of at least 1")
+        self.kind, self.skip, self.relu_placement = kind, skip, relu
+        has_norm = kind != "plain"
+        factory = {"device": device, "dtype": dtype}
+
+        def conv(c_in: int, c_out: int, size: int, stride: int = 1) -> nn.Conv2d:
+            spread, g = (dilation, groups) if size == 3 else (1, 1)
+            if c_in % g or c_out % g:
+                raise ValueError(f"groups={g} must divide the 3x3's channels, {c_in} -> {c_out}")
+            return nn.Conv2d(
+                c_in,
+                c_out,
+                size,
+                stride,
+                padding=spread * (size // 2),
+                dilation=spread,
+                groups=g,
+                bias=(not has_norm) if bias is None else bias,
+                **factory,
+            )
+
+        def norm(channels: int) -> nn.BatchNorm2d:
+            return nn.BatchNorm2d(channels, eps, momentum, affine, track_running_stats, **factory)
+
+        if kind == "bottleneck":
+            convs = [(in_channels, width, 1, 1), (width, width, 3, stride), (width, out_channels, 1, 1)]
+        elif kind == "single":
+            convs = [(in_channels, out_channels, 3, stride)]
+        else:
+            convs = [(in_channels, width, 3, stride), (width, out_channels, 3, 1)]
+        for i, shape in enumerate(convs, 1):
+            setattr(self, f"conv{i}", conv(*shape))
+            if has_norm:
+                setattr(self, f"bn{i}", norm(shape[1]))
+        self.relu = nn.ReLU()
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.downsample = None
+        if skip == "projection":
+            projection = [conv(in_channels, out_channels, 1, stride)]
+            self.downsample = nn.Sequential(*projection, *([norm(out_channels)] if has_norm else []))
+        self.depth = len(convs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for i in range(1, self.depth + 1):
+            last = i == self.depth
+            if last and self.dropout is not None:
+                out = self.dropout(out)
+            out = getattr(self, f"conv{i}")(out)
+            if self.kind != "plain":
+                out = getattr(self, f"bn{i}")(out)
+            if not last or self.relu_placement == "before":
+                out = self.relu(out)
+        if self.skip == "concat":
+            out = torch.cat((x, out), dim=1)
+        else:
+            out = out + (x if self.downsample is None else self.downsample(x))
+        return self.relu(out) if self.relu_placement == "after" else out
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}, skip={self.skip!r}, relu={self.relu_placement!r}"
