@@ -62,7 +62,9 @@ def gencode_flags(nvcc_path):
     for arch in re.split(r"[;\s]+", requested or DEFAULT_ARCHS):
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
         if match is None:
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {arch!r} is not of the form 9.0, 9.0a, 9.0+PTX")
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: {arch!r} is not of the form 9.0, 9.0a, 9.0+PTX"
+            )
         major, minor, suffix, ptx = match.groups()
         number = f"{major}{minor}"
         if requested is None and f"sm_{number}" not in known:
@@ -86,7 +88,9 @@ class Ninja:
             self.lines += [f"  depfile = {depfile}", "  deps = gcc"]
 
     def build(self, output, rule, inputs, **variables):
-        self.lines.append(f"build {self.escape(output)}: {rule} {' '.join(map(self.escape, inputs))}")
+        self.lines.append(
+            f"build {self.escape(output)}: {rule} {' '.join(map(self.escape, inputs))}"
+        )
         self.lines += [f"  {key} = {value}" for key, value in variables.items()]
 
     @staticmethod
@@ -119,7 +123,14 @@ def common_flags():
 
 def cpu_rules(ninja, output):
     _, lib = torch_folders()
-    flags = [*common_flags(), "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+    flags = [
+        *common_flags(),
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+    ]
     link = [f"-L{lib}", "-ltorch_cpu", "-ltorch", "-lc10"]
     if os.environ.get("FUSED_RES_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -156,7 +167,9 @@ def cuda_rules(ninja, output):
     ninja.rule("nvcc", f'"{nvcc_path}" {quoted} -MMD -MF $out.d -c $in -o $out', "$out.d")
     # libtorch_cuda is absent from a CPU-only torch, so an empty library of its name stands in for it
     # at link time; at run time the loader finds the real one, already in the process.
-    ninja.rule("stub", f'"{compiler()}" -shared -x c++ /dev/null -Wl,-soname,libtorch_cuda.so -o $out')
+    ninja.rule(
+        "stub", f'"{compiler()}" -shared -x c++ /dev/null -Wl,-soname,libtorch_cuda.so -o $out'
+    )
     libraries = Path(nvcc_path).resolve().parent.parent / "lib64"
     _, lib = torch_folders()
     link = f'-L"{libraries}" -L"{lib}" -ltorch_cpu -lcudart_static -lrt -ldl -lpthread'
@@ -183,7 +196,9 @@ class BuildLibraries(build_ext):
             ninja.run(folder)
         except subprocess.CalledProcessError:
             if not ext.optional:
-                raise SystemExit(f"building {ext.name} failed; the compiler's words are above") from None
+                raise SystemExit(
+                    f"building {ext.name} failed; the compiler's words are above"
+                ) from None
             print(f"warning: {ext.name} did not build; going on without it", file=sys.stderr)
 
 

@@ -38,7 +38,9 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
     def one_of(name: str, values: tuple[str, ...]) -> str:
         value = environ.get(name) or values[0]
         if value not in values:
-            raise ValueError(f"environment variable {name}={value!r} must be one of: {', '.join(values)}")
+            raise ValueError(
+                f"environment variable {name}={value!r} must be one of: {', '.join(values)}"
+            )
         return value
 
     return Settings(

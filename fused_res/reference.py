@@ -58,7 +58,13 @@ def bn_act(
 
 
 def batch_norm_bwd(
-    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, norm: Norm
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one BatchNorm from ``g``, its output's: (dx, dweight, dbias).
 
@@ -72,13 +78,13 @@ def batch_norm_bwd(
     dtype = x.dtype
     g, x = g.to(mean.dtype), x.to(mean.dtype)
     dims = (0, 2, 3)
-    if norm.training:
+    if training:
         mean = x.mean(dims)
-        invstd = ((x - over_channels(mean)).square().mean(dims) + norm.eps).rsqrt()
+        invstd = ((x - over_channels(mean)).square().mean(dims) + eps).rsqrt()
     xhat = (x - over_channels(mean)) * over_channels(invstd)
     dbias, dweight = g.sum(dims), (g * xhat).sum(dims)
     dx = g
-    if norm.training:
+    if training:
         count = x.numel() // x.size(1)
         dx = g - (over_channels(dbias) + xhat * over_channels(dweight)) / count
     scale = invstd if weight is None else invstd * weight.to(mean.dtype)
@@ -158,7 +164,11 @@ class ResBlock(nn.Module):
             skip = "identity" if fits else "projection"
         if relu is None:
             relu = "none" if skip == "concat" else "before" if kind == "single" else "after"
-        for name, value, known in [("kind", kind, KINDS), ("skip", skip, SKIPS), ("relu", relu, RELUS)]:
+        for name, value, known in [
+            ("kind", kind, KINDS),
+            ("skip", skip, SKIPS),
+            ("relu", relu, RELUS),
+        ]:
             if value not in known:
                 raise ValueError(f"{name}={value!r} must be one of: {', '.join(known)}")
         if skip == "identity" and not fits:
@@ -198,7 +208,11 @@ class ResBlock(nn.Module):
             return nn.BatchNorm2d(channels, eps, momentum, affine, track_running_stats, **factory)
 
         if kind == "bottleneck":
-            convs = [(in_channels, width, 1, 1), (width, width, 3, stride), (width, out_channels, 1, 1)]
+            convs = [
+                (in_channels, width, 1, 1),
+                (width, width, 3, stride),
+                (width, out_channels, 1, 1),
+            ]
         elif kind == "single":
             convs = [(in_channels, out_channels, 3, stride)]
         else:
@@ -212,7 +226,9 @@ class ResBlock(nn.Module):
         self.downsample = None
         if skip == "projection":
             projection = [conv(in_channels, out_channels, 1, stride)]
-            self.downsample = nn.Sequential(*projection, *([norm(out_channels)] if has_norm else []))
+            self.downsample = nn.Sequential(
+                *projection, *([norm(out_channels)] if has_norm else [])
+            )
         self.depth = len(convs)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ const BnActKernels& kernels_for(ScalarType dtype) {
   return plain::bn_act_kernels(element);
 }
 
-int64_t padded(int64_t channels) { return (channels + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t padded(int64_t channels) { return ceil_div(channels, kMaxLanes) * kMaxLanes; }
 
 Geometry geometry_of(const Tensor& x) {
   const int64_t n = x.size(0), c = x.size(1), hw = x.size(2) * x.size(3);
@@ -30,18 +31,48 @@ Geometry geometry_of(const Tensor& x) {
   return channels_last ? Geometry{n * hw, c, c, true} : Geometry{n * c, hw, c, false};
 }
 
-// Rows of a channels_last tensor in chunks of at least 64 KB (float), at most 64 of them.
-struct Chunks {
-  int64_t rows, size, count;
-  explicit Chunks(const Geometry& g) : rows(g.runs) {
-    constexpr int64_t kTile = 32, kElements = 1 << 14, kMaxChunks = 64;
-    size = std::max((kElements + g.inner - 1) / g.inner, (rows + kMaxChunks - 1) / kMaxChunks);
-    size = (size + kTile - 1) / kTile * kTile;
-    count = (rows + size - 1) / size;
+// How a tensor is cut up for its sums: in chunks of rows (channels_last) or of images (NCHW), and
+// where there are few images each by blocks of channels too. At most about 64 parts, of 64 KB
+// (float) or more.
+struct Parts {
+  Geometry g;
+  int64_t rows, chunk, chunks, block, blocks;
+
+  explicit Parts(const Geometry& g) : g(g), rows(g.channels_last ? g.runs : g.runs / g.channels) {
+    constexpr int64_t kTileRows = 32, kElements = 1 << 14, kMax = 64;
+    const int64_t most = std::clamp<int64_t>(g.runs * g.inner / kElements, 1, kMax);
+    chunk = ceil_div(rows, most);
+    // the first image of a chunk is read twice, so NCHW chunks are at least 8 images where there
+    // are
+    chunk = g.channels_last ? ceil_div(chunk, kTileRows) * kTileRows
+                            : std::max(chunk, std::min<int64_t>(rows, 8));
+    chunks = ceil_div(rows, chunk);
+    block =
+        g.channels_last ? g.channels : ceil_div(g.channels, std::max<int64_t>(1, most / chunks));
+    blocks = ceil_div(g.channels, block);
   }
-  int64_t begin(int64_t k) const { return k * size; }
-  int64_t end(int64_t k) const { return std::min(rows, (k + 1) * size); }
+  int64_t count() const { return chunks * blocks; }
+  Part2d part(int64_t i) const {
+    const int64_t k = i / blocks, c = i % blocks * block;
+    return {k * chunk, std::min(rows, (k + 1) * chunk), c, std::min(g.channels, c + block)};
+  }
+  double values(int64_t k) const {  // per channel in chunk k
+    const int64_t rows_of_chunk = std::min(rows, (k + 1) * chunk) - k * chunk;
+    return rows_of_chunk * (g.channels_last ? 1 : g.inner);
+  }
 };
+
+// Merges of per-chunk results: f(first channel, how many) in blocks whose sums stay in L1.
+constexpr int64_t kChannelBlock = 64;
+
+template <class F>
+void parallel_channels(int64_t channels, int64_t chunks, const F& f) {
+  const int64_t blocks = ceil_div(channels, kChannelBlock);
+  parallel(blocks, channels * chunks, [&](int64_t lo, int64_t hi) {
+    for (int64_t b = lo; b < hi; b++)
+      f(b * kChannelBlock, std::min(kChannelBlock, channels - b * kChannelBlock));
+  });
+}
 
 // Kept between calls: a fresh mapping a call would cost more in page faults than the sums do.
 double* scratch(int64_t doubles) {
@@ -58,18 +89,15 @@ struct ForwardNorm {
   int64_t channels, count;
   std::vector<double> weight, bias, running_mean, running_var;
   std::vector<A> mean, scale, shift;
-  Tensor mean_out, invstd_out;
+  A *saved_mean, *saved_invstd;
 
-  ForwardNorm(const BatchNorm& bn, int64_t channels, int64_t count, const Tensor& like)
-      : bn(bn), channels(channels), count(count),
-        weight(read_channels(bn.weight, channels, 1)), bias(read_channels(bn.bias, channels, 0)),
+  ForwardNorm(const BatchNorm& bn, int64_t channels, int64_t count, A* saved)
+      : bn(bn), channels(channels), count(count), weight(read_channels(bn.weight, channels, 1)),
+        bias(read_channels(bn.bias, channels, 0)),
         running_mean(read_channels(bn.running_mean, channels, 0)),
         running_var(read_channels(bn.running_var, channels, 1)), mean(padded(channels)),
-        scale(padded(channels)), shift(padded(channels)) {
-    const auto dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    mean_out = empty({channels}, dtype, like);
-    invstd_out = empty({channels}, dtype, like);
-  }
+        scale(padded(channels)), shift(padded(channels)), saved_mean(saved),
+        saved_invstd(saved + channels) {}
 
   // from the batch's mean and sum of squared deviations (training) or the running statistics
   void finish(int64_t c, double batch_mean, double m2) {
@@ -86,8 +114,8 @@ struct ForwardNorm {
     mean[c] = (A)batch_mean;
     scale[c] = (A)s;
     shift[c] = (A)(bias[c] + ((double)mean[c] - batch_mean) * s);  // what rounding the mean lost
-    ((A*)mean_out.mutable_data_ptr())[c] = mean[c];
-    ((A*)invstd_out.mutable_data_ptr())[c] = (A)invstd;
+    saved_mean[c] = mean[c];
+    saved_invstd[c] = (A)invstd;
   }
 
   Affine affine() const { return {mean.data(), scale.data(), shift.data()}; }
@@ -116,68 +144,48 @@ struct Forward {
   }
 
   void run() {
-    const bool any_training = main.bn.training || (second && second->bn.training);
-    if (!any_training)
-      eval();
-    else if (args.geometry.channels_last)
-      train_rows();
-    else
-      train_channels();
-  }
-
-  void eval() {
-    const double none[2] = {0, 0};
-    for (int64_t c = 0; c < main.channels; c++) finish(c, none, none);
+    if (main.bn.training || (second && second->bn.training)) {
+      batch_statistics();
+    } else {
+      const double none[2] = {0, 0};
+      for (int64_t c = 0; c < main.channels; c++) finish(c, none, none);
+    }
     parallel(args.geometry.runs, elements,
-             [&](int64_t lo, int64_t hi) { kernels.apply(args, lo, hi - lo, 1); });
+             [&](int64_t lo, int64_t hi) { kernels.apply(args, lo, hi); });
   }
 
-  void train_channels() {  // a channel is read twice while it is in cache
-    const int64_t channels = main.channels, images = args.geometry.runs / channels;
-    parallel(channels, elements, [&](int64_t lo, int64_t hi) {
-      for (int64_t c = lo; c < hi; c++) {
-        double mean[2] = {}, m2[2] = {};
-        if (main.bn.training) kernels.stats_channel(args.x, args.geometry, c, mean, m2);
-        if (second && second->bn.training)
-          kernels.stats_channel(args.residual, args.geometry, c, mean + 1, m2 + 1);
-        finish(c, mean, m2);
-        kernels.apply(args, c, images, channels);
-      }
-    });
-  }
-
-  void train_rows() {
+  void batch_statistics() {
     const int64_t channels = main.channels, width = padded(channels);
-    const Chunks chunks(args.geometry);
-    double* partial = scratch(chunks.count * 4 * width);  // [chunk][mean, m2, of both][channel]
-    parallel(chunks.count, elements, [&](int64_t lo, int64_t hi) {
-      for (int64_t k = lo; k < hi; k++) {
-        double* p = partial + k * 4 * width;
-        if (main.bn.training)
-          kernels.stats_rows(args.x, channels, chunks.begin(k), chunks.end(k), p, p + width);
+    const Parts parts(args.geometry);
+    double* partial = scratch(parts.chunks * 4 * width);  // [chunk][mean, m2 of both][channel]
+    parallel(parts.count(), elements, [&](int64_t lo, int64_t hi) {
+      for (int64_t i = lo; i < hi; i++) {
+        double* p = partial + i / parts.blocks * 4 * width;
+        if (main.bn.training) kernels.stats(args.x, args.geometry, parts.part(i), p, p + width);
         if (second && second->bn.training)
-          kernels.stats_rows(args.residual, channels, chunks.begin(k), chunks.end(k), p + 2 * width,
-                             p + 3 * width);
+          kernels.stats(args.residual, args.geometry, parts.part(i), p + 2 * width, p + 3 * width);
       }
     });
-    parallel(channels, chunks.count * channels, [&](int64_t lo, int64_t hi) {
-      for (int64_t c = lo; c < hi; c++) {
-        double mean[2] = {}, m2[2] = {};
-        for (int which = 0; which < (second ? 2 : 1); which++) {
-          double seen = 0;
-          for (int64_t k = 0; k < chunks.count; k++) {
-            const double* p = partial + (k * 4 + which * 2) * width + c;
-            const double n = chunks.end(k) - chunks.begin(k), delta = p[0] - mean[which];
-            mean[which] += delta * (n / (seen + n));
-            m2[which] += p[width] + delta * delta * (seen * n / (seen + n));
-            seen += n;
+    const int norms = second ? 2 : 1;
+    parallel_channels(channels, parts.chunks, [&](int64_t first, int64_t block) {
+      double mean[2][kChannelBlock] = {}, m2[2][kChannelBlock] = {};
+      double seen = 0;
+      for (int64_t k = 0; k < parts.chunks; k++) {
+        const double n = parts.values(k), weight = n / (seen + n);
+        for (int which = 0; which < norms; which++) {
+          const double* p = partial + (k * 4 + which * 2) * width + first;
+          for (int64_t c = 0; c < block; c++) {
+            const double delta = p[c] - mean[which][c];
+            mean[which][c] += delta * weight;
+            m2[which][c] += p[width + c] + delta * delta * (seen * weight);
           }
         }
-        finish(c, mean, m2);
+        seen += n;
       }
-    });
-    parallel(chunks.count, elements, [&](int64_t lo, int64_t hi) {
-      kernels.apply(args, chunks.begin(lo), chunks.end(hi - 1) - chunks.begin(lo), 1);
+      for (int64_t c = 0; c < block; c++) {
+        const double means[2] = {mean[0][c], mean[1][c]}, m2s[2] = {m2[0][c], m2[1][c]};
+        finish(first + c, means, m2s);
+      }
     });
   }
 };
@@ -192,10 +200,9 @@ struct BackwardChannels {
   std::vector<A> mean, scale, slope, offset;
   std::vector<double> dweight, dbias;
 
-  BackwardChannels(const BatchNormSaved& bn, int64_t channels, int64_t count)
+  BackwardChannels(const BatchNormSaved& bn, int64_t channels, int64_t count, const A* saved)
       : bn(bn), channels(channels), count(count), weight(read_channels(bn.weight, channels, 1)),
-        saved_mean((const A*)bn.mean.const_data_ptr()),
-        saved_invstd((const A*)bn.invstd.const_data_ptr()), mean(padded(channels)),
+        saved_mean(saved), saved_invstd(saved + channels), mean(padded(channels)),
         scale(padded(channels)), slope(padded(channels)), offset(padded(channels)),
         dweight(channels), dbias(channels) {
     for (int64_t c = 0; c < channels; c++) {
@@ -230,130 +237,128 @@ struct Backward {
     if (second) second->finish(c, sums[2 * stride], sums[3 * stride]);
   }
 
-  bool writes() const { return args.dx || args.dresidual; }
-
   void run(bool sums_wanted) {
-    if (!sums_wanted) {
-      if (writes())
-        parallel(args.geometry.runs, elements,
-                 [&](int64_t lo, int64_t hi) { kernels.gradients(args, lo, hi - lo, 1); });
-    } else if (args.geometry.channels_last) {
-      rows();
-    } else {
-      channels();
-    }
+    if (sums_wanted) channel_sums();
+    if (args.dx || args.dresidual)
+      parallel(args.geometry.runs, elements,
+               [&](int64_t lo, int64_t hi) { kernels.gradients(args, lo, hi); });
   }
 
-  void channels() {
-    const int64_t channels = main.channels, images = args.geometry.runs / channels;
-    parallel(channels, elements, [&](int64_t lo, int64_t hi) {
-      for (int64_t c = lo; c < hi; c++) {
-        double sums[kSums] = {};
-        kernels.sums_channel(args, c, sums);
-        finish(c, sums, 1);
-        if (writes()) kernels.gradients(args, c, images, channels);
-      }
-    });
-  }
-
-  void rows() {
+  void channel_sums() {
     const int64_t channels = main.channels, width = padded(channels);
-    const Chunks chunks(args.geometry);
-    double* partial = scratch(chunks.count * kSums * width);
-    parallel(chunks.count, elements, [&](int64_t lo, int64_t hi) {
-      for (int64_t k = lo; k < hi; k++)
-        kernels.sums_rows(args, chunks.begin(k), chunks.end(k), partial + k * kSums * width, width);
+    const Parts parts(args.geometry);
+    double* partial = scratch(parts.chunks * kSums * width);
+    parallel(parts.count(), elements, [&](int64_t lo, int64_t hi) {
+      for (int64_t i = lo; i < hi; i++)
+        kernels.sums(args, parts.part(i), partial + i / parts.blocks * kSums * width, width);
     });
-    parallel(channels, chunks.count * channels, [&](int64_t lo, int64_t hi) {
-      for (int64_t c = lo; c < hi; c++) {
-        double sums[kSums] = {};
-        for (int64_t k = 0; k < chunks.count; k++)
-          for (int s = 0; s < kSums; s++) sums[s] += partial[(k * kSums + s) * width + c];
-        finish(c, sums, 1);
-      }
-    });
-    if (!writes()) return;
-    parallel(chunks.count, elements, [&](int64_t lo, int64_t hi) {
-      kernels.gradients(args, chunks.begin(lo), chunks.end(hi - 1) - chunks.begin(lo), 1);
+    parallel_channels(channels, parts.chunks, [&](int64_t first, int64_t block) {
+      double sums[kSums][kChannelBlock] = {};
+      for (int64_t k = 0; k < parts.chunks; k++)
+        for (int i = 0; i < (second ? kSums : 2); i++) {
+          const double* p = partial + (k * kSums + i) * width + first;
+          for (int64_t c = 0; c < block; c++) sums[i][c] += p[c];
+        }
+      for (int64_t c = 0; c < block; c++) finish(first + c, &sums[0][c], kChannelBlock);
     });
   }
 };
 
 template <class A>
-std::vector<Tensor> forward(const Tensor& x, const BatchNorm& bn, const OptTensor& residual,
-                            const BatchNorm* residual_bn, Act act, bool save_mask) {
+BnActForward forward(const Tensor& x, const BatchNorm& bn, const OptTensor& residual,
+                     const BatchNorm* residual_bn, Act act, bool save_mask) {
   const Geometry g = geometry_of(x);
-  const int64_t channels = x.size(1), count = x.numel() / std::max<int64_t>(channels, 1);
+  const int64_t channels = g.channels, elements = g.runs * g.inner, count = elements / channels;
   const bool masked = act != Act::none && save_mask;
-  Tensor y = torch::stable::empty_like(x);
-  Tensor mask = empty({masked ? g.runs : 0, (g.inner + 7) / 8}, ScalarType::Byte, x);
-  ForwardNorm<A> main(bn, channels, count, x);
+  Tensor y = uninitialised_like(x);
+  Tensor mask = uninitialised(masked ? g.runs : 0, ceil_div(g.inner, 8), ScalarType::Byte);
+  Tensor stats = uninitialised(residual_bn ? 4 : 2, channels,
+                               std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+  A* saved = (A*)stats.mutable_data_ptr();
+  ForwardNorm<A> main(bn, channels, count, saved);
   std::optional<ForwardNorm<A>> second;
-  if (residual_bn) second.emplace(*residual_bn, channels, count, x);
-  const Tensor nothing = empty({0}, ScalarType::Float, x);
-  if (x.numel() > 0) {
-    const Residual kind =
-        residual_bn ? Residual::norm : (residual ? Residual::tensor : Residual::none);
-    const ForwardArgs args{g,
-                           act,
-                           kind,
-                           x.const_data_ptr(),
-                           residual ? residual->const_data_ptr() : nullptr,
-                           y.mutable_data_ptr(),
-                           masked ? (uint8_t*)mask.mutable_data_ptr() : nullptr,
-                           main.affine(),
-                           second ? second->affine() : Affine{}};
-    Forward<A>{kernels_for(x.scalar_type()), args, main, second ? &*second : nullptr, x.numel()}
-        .run();
-    main.write_running_statistics();
-    if (second) second->write_running_statistics();
-  }
-  return {y,
-          mask,
-          main.mean_out,
-          main.invstd_out,
-          second ? second->mean_out : nothing,
-          second ? second->invstd_out : nothing};
+  if (residual_bn) second.emplace(*residual_bn, channels, count, saved + 2 * channels);
+  const ForwardArgs args{
+      g,
+      act,
+      residual_bn ? Residual::norm : (residual ? Residual::tensor : Residual::none),
+      x.const_data_ptr(),
+      residual ? residual->const_data_ptr() : nullptr,
+      y.mutable_data_ptr(),
+      masked ? (uint8_t*)mask.mutable_data_ptr() : nullptr,
+      main.affine(),
+      second ? second->affine() : Affine{}};
+  Forward<A>{kernels_for(x.scalar_type()), args, main, second ? &*second : nullptr, elements}.run();
+  main.write_running_statistics();
+  if (second) second->write_running_statistics();
+  return {y, mask, stats};
 }
 
 template <class A>
-std::vector<Tensor> backward(const Tensor& dy, const Tensor& x, const BatchNormSaved& bn,
-                             const OptTensor& residual, const BatchNormSaved* residual_bn,
-                             const Tensor& mask, Act act, BnActWanted wanted) {
+BnActBackward backward(const Tensor& dy, const Tensor& x, const BatchNormSaved& bn,
+                       const OptTensor& residual, const BatchNormSaved* residual_bn,
+                       const Tensor& stats, const Tensor& mask, Act act, BnActWanted wanted) {
   const Geometry g = geometry_of(x);
-  const int64_t channels = x.size(1), count = x.numel() / std::max<int64_t>(channels, 1);
-  const Tensor nothing = empty({0}, x.scalar_type(), x);
-  const Tensor dx = wanted.x ? torch::stable::empty_like(x) : nothing;
-  const Tensor dresidual = wanted.residual ? torch::stable::empty_like(x) : nothing;
-  BackwardChannels<A> main(bn, channels, count);
+  const int64_t channels = g.channels, elements = g.runs * g.inner, count = elements / channels;
+  const Tensor nothing = uninitialised(0, x.scalar_type());
+  const Tensor dx = wanted.x ? uninitialised_like(x) : nothing;
+  const Tensor dresidual = wanted.residual ? uninitialised_like(x) : nothing;
+  const A* saved = (const A*)stats.const_data_ptr();
+  BackwardChannels<A> main(bn, channels, count, saved);
   std::optional<BackwardChannels<A>> second;
-  if (residual_bn) second.emplace(*residual_bn, channels, count);
-  if (x.numel() > 0) {
-    const BackwardArgs args{g,
-                            act,
-                            residual_bn != nullptr,
-                            dy.const_data_ptr(),
-                            x.const_data_ptr(),
-                            residual ? residual->const_data_ptr() : nullptr,
-                            act == Act::none ? nullptr : (const uint8_t*)mask.const_data_ptr(),
-                            wanted.x ? dx.mutable_data_ptr() : nullptr,
-                            wanted.residual ? dresidual.mutable_data_ptr() : nullptr,
-                            main.arrays(),
-                            second ? second->arrays() : BackwardNorm{}};
-    const bool sums = wanted.parameters || (wanted.x && bn.training) ||
-                      (wanted.residual && second && residual_bn->training);
-    Backward<A>{kernels_for(x.scalar_type()), args, main, second ? &*second : nullptr, x.numel()}
-        .run(sums);
-  }
+  if (residual_bn) second.emplace(*residual_bn, channels, count, saved + 2 * channels);
+  const BackwardArgs args{g,
+                          act,
+                          residual_bn != nullptr,
+                          dy.const_data_ptr(),
+                          x.const_data_ptr(),
+                          residual ? residual->const_data_ptr() : nullptr,
+                          act == Act::none ? nullptr : (const uint8_t*)mask.const_data_ptr(),
+                          wanted.x ? dx.mutable_data_ptr() : nullptr,
+                          wanted.residual ? dresidual.mutable_data_ptr() : nullptr,
+                          main.arrays(),
+                          second ? second->arrays() : BackwardNorm{}};
+  const bool sums = wanted.parameters || (wanted.x && bn.training) ||
+                    (wanted.residual && second && residual_bn->training);
+  BackwardChannels<A>* shortcut = second ? &*second : nullptr;
+  Backward<A>{kernels_for(x.scalar_type()), args, main, shortcut, elements}.run(sums);
   const auto parameter = [&](const BackwardChannels<A>* norm, bool weight) {
     if (!norm || !norm->bn.weight || !wanted.parameters) return nothing;
-    Tensor gradient = empty({channels}, norm->bn.weight->scalar_type(), x);
+    Tensor gradient = uninitialised(channels, norm->bn.weight->scalar_type());
     write_channels(weight ? norm->dweight : norm->dbias, gradient);
     return gradient;
   };
-  const BackwardChannels<A>* shortcut = second ? &*second : nullptr;
   return {dx,        parameter(&main, true),    parameter(&main, false),
           dresidual, parameter(shortcut, true), parameter(shortcut, false)};
+}
+
+// Callers of the raw op get an error, never a read out of bounds; bn_act() explains in more words.
+void check_channels(const char* name, const OptTensor& t, int64_t channels) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels && t->is_cpu(), name,
+                  " must have shape (", channels, ",) and be on the CPU");
+}
+
+void check(const Tensor& x, const BatchNorm& bn) {
+  check_channels("weight", bn.weight, x.size(1));
+  check_channels("bias", bn.bias, x.size(1));
+  check_channels("running_mean", bn.running_mean, x.size(1));
+  check_channels("running_var", bn.running_var, x.size(1));
+  STD_TORCH_CHECK(bn.training || bn.running_mean, "running_mean must be given when training=False");
+  STD_TORCH_CHECK(bn.running_mean.has_value() == bn.running_var.has_value(),
+                  "running_mean and running_var must both be given or both be None");
+}
+
+void check_like(const char* name, const Tensor& t, const Tensor& x) {
+  const auto a = t.sizes(), b = x.sizes();
+  STD_TORCH_CHECK(std::equal(a.begin(), a.end(), b.begin(), b.end()) &&
+                      t.scalar_type() == x.scalar_type() && t.is_cpu(),
+                  name, " must have x's shape, dtype and device");
+}
+
+void check_input(const Tensor& x, int64_t act) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, "x must be a non-empty tensor (N, C, H, W)");
+  STD_TORCH_CHECK(0 <= act && act <= 2, "act must be 0, 1 or 2");
 }
 
 bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
@@ -362,40 +367,57 @@ bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; 
 
 BnActForward bn_act_fwd_cpu(const Tensor& x_, const OptTensor& weight, const OptTensor& bias,
                             const OptTensor& running_mean, const OptTensor& running_var,
-                            bool training, double momentum, double eps,
-                            const OptTensor& residual_, bool residual_norm,
-                            const OptTensor& residual_weight, const OptTensor& residual_bias,
-                            const OptTensor& residual_running_mean,
+                            bool training, double momentum, double eps, const OptTensor& residual_,
+                            bool residual_norm, const OptTensor& residual_weight,
+                            const OptTensor& residual_bias, const OptTensor& residual_running_mean,
                             const OptTensor& residual_running_var, bool residual_training,
                             double residual_momentum, double residual_eps, int64_t act,
                             bool save_mask) {
+  check_input(x_, act);
   const Tensor x = dense(x_);
-  const OptTensor residual = residual_ ? OptTensor(dense_like(*residual_, x)) : std::nullopt;
   const BatchNorm bn{weight, bias, running_mean, running_var, training, momentum, eps};
-  const BatchNorm residual_bn{residual_weight,       residual_bias,     residual_running_mean,
-                              residual_running_var,  residual_training, residual_momentum,
+  const BatchNorm residual_bn{residual_weight,      residual_bias,     residual_running_mean,
+                              residual_running_var, residual_training, residual_momentum,
                               residual_eps};
+  check(x, bn);
+  if (residual_norm) check(x, residual_bn);
+  OptTensor residual;
+  if (residual_) {
+    check_like("residual", *residual_, x);
+    residual = dense_like(*residual_, x);
+  }
+  STD_TORCH_CHECK(residual || !residual_norm, "residual_norm needs a residual");
   const auto run = is_double(x) ? forward<double> : forward<float>;
-  const auto out = run(x, bn, residual, residual_norm ? &residual_bn : nullptr, (Act)act, save_mask);
-  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+  return run(x, bn, residual, residual_norm ? &residual_bn : nullptr, (Act)act, save_mask);
 }
 
 BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x_, const OptTensor& weight,
-                             const Tensor& mean, const Tensor& invstd, bool training,
-                             const OptTensor& residual_, const OptTensor& residual_weight,
-                             const OptTensor& residual_mean, const OptTensor& residual_invstd,
-                             bool residual_training, const Tensor& mask, int64_t act, bool need_x,
+                             bool training, const OptTensor& residual_, bool residual_norm,
+                             const OptTensor& residual_weight, bool residual_training,
+                             const Tensor& stats, const Tensor& mask, int64_t act, bool need_x,
                              bool need_residual, bool need_parameters) {
+  check_input(x_, act);
   const Tensor x = dense(x_);
-  const OptTensor residual = residual_ ? OptTensor(dense_like(*residual_, x)) : std::nullopt;
-  const BatchNormSaved bn{weight, mean, invstd, training};
-  const bool residual_norm = residual_mean.has_value();
-  const BatchNormSaved residual_bn{residual_weight, residual_norm ? *residual_mean : mean,
-                                   residual_norm ? *residual_invstd : invstd, residual_training};
+  check_like("dy", dy, x);
+  check_channels("weight", weight, x.size(1));
+  check_channels("residual_weight", residual_weight, x.size(1));
+  STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == (residual_norm ? 4 : 2) &&
+                      stats.size(1) == x.size(1) && stats.is_contiguous() &&
+                      is_double(stats) == is_double(x),
+                  "stats is not what bn_act_fwd returned for x");
+  const Geometry g = geometry_of(x);
+  STD_TORCH_CHECK(act == 0 || mask.numel() == g.runs * ceil_div(g.inner, 8),
+                  "mask is not what bn_act_fwd returned for x");
+  OptTensor residual;
+  if (residual_) {
+    check_like("residual", *residual_, x);
+    residual = dense_like(*residual_, x);
+  }
+  STD_TORCH_CHECK(residual || !residual_norm, "residual_norm needs a residual");
+  const BatchNormSaved bn{weight, training}, residual_bn{residual_weight, residual_training};
   const auto run = is_double(x) ? backward<double> : backward<float>;
-  const auto out = run(dense_like(dy, x), x, bn, residual, residual_norm ? &residual_bn : nullptr,
-                       mask, (Act)act, {need_x, need_residual, need_parameters});
-  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+  return run(dense_like(dy, x), x, bn, residual, residual_norm ? &residual_bn : nullptr, stats,
+             mask, (Act)act, {need_x, need_residual, need_parameters});
 }
 
 }  // namespace fused_res

@@ -12,9 +12,8 @@ struct BatchNorm {
   double momentum, eps;
 };
 
-struct BatchNormSaved {  // what the forward pass left for the backward pass
+struct BatchNormSaved {  // what the backward pass needs of it, beside the saved statistics
   const OptTensor& weight;
-  const Tensor &mean, &invstd;
   bool training;
 };
 
@@ -22,8 +21,8 @@ struct BnActWanted {
   bool x, residual, parameters;
 };
 
-using BnActForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using BnActBackward = BnActForward;
+using BnActForward = std::tuple<Tensor, Tensor, Tensor>;
+using BnActBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 BnActForward bn_act_fwd_cpu(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                             const OptTensor& running_mean, const OptTensor& running_var,
@@ -35,10 +34,9 @@ BnActForward bn_act_fwd_cpu(const Tensor& x, const OptTensor& weight, const OptT
                             bool save_mask);
 
 BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor& weight,
-                             const Tensor& mean, const Tensor& invstd, bool training,
-                             const OptTensor& residual, const OptTensor& residual_weight,
-                             const OptTensor& residual_mean, const OptTensor& residual_invstd,
-                             bool residual_training, const Tensor& mask, int64_t act, bool need_x,
+                             bool training, const OptTensor& residual, bool residual_norm,
+                             const OptTensor& residual_weight, bool residual_training,
+                             const Tensor& stats, const Tensor& mask, int64_t act, bool need_x,
                              bool need_residual, bool need_parameters);
 
 }  // namespace fused_res

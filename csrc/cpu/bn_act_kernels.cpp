@@ -23,21 +23,40 @@ inline void with_act(Act act, const Call& call) {
   return call(ActTag<Act::relu_before_add>{});
 }
 
-// A value per channel: a vector of neighbours (channels_last) or one value for the whole run (NCHW).
+// Values per channel, for the elements of a run from i on: neighbours (channels_last; the arrays
+// are padded to whole vectors) or the one value of channel c (NCHW).
 template <class A, bool kChannelsLast>
-struct PerChannel {
-  const A* p;
-  Vec<A> same;
-  PerChannel(const void* base, int64_t channel) : p((const A*)base) {
-    if constexpr (!kChannelsLast) same = p ? broadcast(p[channel]) : Vec<A>{};
-  }
-  Vec<A> at(int64_t i) const {
-    if constexpr (kChannelsLast) return load_raw<Vec<A>>(p + i, Full{});  // arrays are padded
-    return same;
-  }
-};
+inline Vec<A> per_channel(const void* array, int64_t c, int64_t i) {
+  if (!array) return Vec<A>{};
+  if constexpr (kChannelsLast)
+    return load_raw<Vec<A>>((const A*)array + i, Full{});
+  else
+    return broadcast(((const A*)array)[c]);
+}
 
-// --- statistics -----------------------------------------------------------------------------------
+// Calls body(run, i, values, lanes) for every vector of runs [begin, end), where values = make(c,
+// i) are loaded once for kRows rows (channels_last) or for a whole run (NCHW).
+template <bool kChannelsLast, class Make, class Body>
+inline __attribute__((always_inline)) void over_runs(const Geometry& g, int64_t begin, int64_t end,
+                                                     const Make& make, const Body& body) {
+  if constexpr (kChannelsLast) {
+    constexpr int64_t kRows = 2;
+    for (int64_t tile = begin; tile < end; tile += kRows) {
+      const int64_t tile_end = end - tile < kRows ? end : tile + kRows;
+      over_run(g.inner, [&](int64_t i, auto lanes) {
+        const auto values = make(0, i);
+        for (int64_t run = tile; run < tile_end; run++) body(run, i, values, lanes);
+      });
+    }
+  } else {
+    for (int64_t run = begin; run < end; run++) {
+      const auto values = make(run % g.channels, 0);
+      over_run(g.inner, [&](int64_t i, auto lanes) { body(run, i, values, lanes); });
+    }
+  }
+}
+
+// --- statistics
 
 // Sums of x - shift and its square over one tile of rows, for V vectors of columns.
 template <class T, int V, class Lanes>
@@ -83,7 +102,8 @@ inline void stats_tile(const T* x, int64_t stride, int64_t rows, int64_t before,
 }
 
 template <class T>
-void stats_rows(const void* x_, int64_t channels, int64_t lo, int64_t hi, double* mean, double* m2) {
+void stats_rows(const void* x_, int64_t channels, int64_t lo, int64_t hi, double* mean,
+                double* m2) {
   const T* x = (const T*)x_;
   for (int64_t r = lo; r < hi; r += kTileRows) {
     const int64_t rows = hi - r < kTileRows ? hi - r : kTileRows, before = r - lo;
@@ -95,21 +115,6 @@ void stats_rows(const void* x_, int64_t channels, int64_t lo, int64_t hi, double
       stats_tile<T, 1>(tile + c + i, channels, rows, before, mean + c + i, m2 + c + i, lanes);
     });
   }
-}
-
-// Calls segment(run, begin, length) for all of channel c, and end_of_tile(elements) between tiles.
-template <class Segment, class EndOfTile>
-inline void over_channel(const Geometry& g, int64_t c, const Segment& segment,
-                         const EndOfTile& end_of_tile) {
-  int64_t pending = 0;
-  for (int64_t run = c; run < g.runs; run += g.channels)
-    for (int64_t i = 0; i < g.inner; i += kTileElements) {
-      const int64_t length = g.inner - i < kTileElements ? g.inner - i : kTileElements;
-      segment(run, i, length);
-      pending += length;
-      if (pending >= kTileElements) end_of_tile(pending), pending = 0;
-    }
-  if (pending) end_of_tile(pending);
 }
 
 // step(v, i, lanes) over a segment with v cycling through 4 accumulators
@@ -129,94 +134,99 @@ inline double take(Vec<A> (&accumulator)[4]) {
 }
 
 template <class T>
-void stats_channel(const void* x_, const Geometry& g, int64_t c, double* mean_out, double* m2_out) {
+inline double mean_of_segment(const T* x, int64_t length) {
+  using A = AccOf<T>;
+  Vec<A> s[4] = {};
+  over_segment(length, [&](int v, int64_t i, auto lanes) { s[v] += load(x + i, lanes); });
+  return take<A>(s) / length;
+}
+
+// The same over the runs of an NCHW tensor, a tile being (part of) one run.
+template <class T>
+void stats_images(const void* x_, const Geometry& g, const Part2d& part, double* mean, double* m2) {
   using A = AccOf<T>;
   const T* x = (const T*)x_;
-  double mean = 0, m2 = 0, seen = 0;
-  {  // shift of the first tile: the mean of its first segment
-    const int64_t length = g.inner < kTileElements ? g.inner : kTileElements;
-    Vec<A> s[4] = {};
-    over_segment(length, [&](int v, int64_t i, auto lanes) {
-      s[v] += load(x + c * g.inner + i, lanes);
-    });
-    mean = take<A>(s) / length;
-  }
-  A shift = (A)mean;
-  Vec<A> shifts = broadcast(shift), s[4] = {}, q[4] = {};
-  over_channel(
-      g, c,
-      [&](int64_t run, int64_t begin, int64_t length) {
-        const T* p = x + run * g.inner + begin;
-        over_segment(length, [&](int v, int64_t i, auto lanes) {
-          const Vec<A> d = keep<A>(first<A>(lanes), load(p + i, lanes) - shifts);
+  for (int64_t image = part.lo; image < part.hi; image++)
+    for (int64_t i = 0; i < g.inner; i += kTileElements) {
+      const int64_t length = g.inner - i < kTileElements ? g.inner - i : kTileElements;
+      const double seen = (image - part.lo) * g.inner + i, n = length;
+      const double weight = n / (seen + n), inv_n = 1 / n;
+      for (int64_t c = part.c_lo; c < part.c_hi; c++) {
+        const T* p = x + (image * g.channels + c) * g.inner + i;
+        const A shift = (A)(seen == 0 ? mean_of_segment(p, length) : mean[c]);
+        const Vec<A> shifts = broadcast(shift);
+        Vec<A> s[4] = {}, q[4] = {};
+        over_segment(length, [&](int v, int64_t j, auto lanes) {
+          const Vec<A> d = first<A>(load(p + j, lanes) - shifts, lanes);
           s[v] += d;
           q[v] += d * d;
         });
-      },
-      [&](int64_t elements) {
-        const double n = elements, total = take<A>(s), square = take<A>(q);
-        const double tile_m2 = square - total * total / n;
-        const double old_mean = seen == 0 ? 0 : mean;
-        const double delta = ((double)shift - old_mean) + total / n, weight = n / (seen + n);
-        mean = old_mean + delta * weight;
-        m2 += (tile_m2 < 0 ? 0 : tile_m2) + delta * delta * seen * weight;
-        seen += n;
-        shift = (A)mean;
-        shifts = broadcast(shift);
-      });
-  *mean_out = mean;
-  *m2_out = m2;
+        const double total = take<A>(s), tile_m2 = take<A>(q) - total * total * inv_n;
+        const double old_mean = seen == 0 ? 0 : mean[c], old_m2 = seen == 0 ? 0 : m2[c];
+        const double delta = (shift - old_mean) + total * inv_n;
+        mean[c] = old_mean + delta * weight;
+        m2[c] = old_m2 + (tile_m2 < 0 ? 0 : tile_m2) + delta * delta * (seen * weight);
+      }
+    }
 }
 
-// --- forward --------------------------------------------------------------------------------------
+// --- forward
+
+template <class T, bool kChannelsLast, Residual kResidual, Act kAct, bool kMask>
+void apply(const ForwardArgs& a, int64_t begin, int64_t end) {
+  using A = AccOf<T>;
+  struct Values {
+    Vec<A> mean, scale, bias, mean2, scale2, bias2;
+  };
+  const int64_t inner = a.geometry.inner, mask_stride = (inner + 7) / 8;
+  const auto make = [&](int64_t c, int64_t i) {
+    const auto at = [&](const void* array) { return per_channel<A, kChannelsLast>(array, c, i); };
+    const Affine &n = a.norm, &n2 = a.residual_norm;
+    return Values{at(n.mean), at(n.scale), at(n.bias), at(n2.mean), at(n2.scale), at(n2.bias)};
+  };
+  over_runs<kChannelsLast>(
+      a.geometry, begin, end, make,
+      [&](int64_t run, int64_t i, const Values& p, auto lanes) __attribute__((always_inline)) {
+        const int64_t at = run * inner + i;
+        Vec<A> v = (load((const T*)a.x + at, lanes) - p.mean) * p.scale + p.bias, r = {};
+        if constexpr (kResidual != Residual::none) r = load((const T*)a.residual + at, lanes);
+        // bias already holds both BatchNorms' where the ReLU comes after the add
+        if constexpr (kResidual == Residual::norm) r = (r - p.mean2) * p.scale2;
+        if constexpr (kResidual == Residual::norm && kAct == Act::relu_before_add) r += p.bias2;
+        if constexpr (kResidual != Residual::none && kAct != Act::relu_before_add) v += r;
+        if constexpr (kAct != Act::none) {
+          const Mask<A> positive = not_below_zero<A>(v);
+          v = keep<A>(positive, v);
+          if constexpr (kMask)
+            store_bits(to_bits<A>(positive), a.mask + run * mask_stride + i / 8, lanes);
+        }
+        if constexpr (kResidual != Residual::none && kAct == Act::relu_before_add) v += r;
+        store(v, (T*)a.y + at, lanes);
+      });
+}
 
 template <class T, bool kChannelsLast, Residual kResidual, Act kAct>
-void apply(const ForwardArgs& a, int64_t first_run, int64_t count, int64_t step) {
-  using A = AccOf<T>;
-  const int64_t inner = a.geometry.inner, mask_stride = (inner + 7) / 8;
-  for (int64_t k = count - 1; k >= 0; k--) {
-    const int64_t run = first_run + k * step;
-    const int64_t c = kChannelsLast ? 0 : run % a.geometry.channels;
-    const PerChannel<A, kChannelsLast> mean(a.norm.mean, c), scale(a.norm.scale, c),
-        bias(a.norm.bias, c), mean2(a.residual_norm.mean, c), scale2(a.residual_norm.scale, c),
-        bias2(a.residual_norm.bias, c);
-    const T* x = (const T*)a.x + run * inner;
-    const T* residual = (const T*)a.residual + (kResidual == Residual::none ? 0 : run * inner);
-    T* y = (T*)a.y + run * inner;
-    uint8_t* mask = a.mask ? a.mask + run * mask_stride : nullptr;
-    over_run(inner, [&](int64_t i, auto lanes) {
-      Vec<A> v = (load(x + i, lanes) - mean.at(i)) * scale.at(i) + bias.at(i), r = {};
-      if constexpr (kResidual != Residual::none) r = load(residual + i, lanes);
-      // bias already holds both BatchNorms' where the ReLU comes after the add
-      if constexpr (kResidual == Residual::norm) r = (r - mean2.at(i)) * scale2.at(i);
-      if constexpr (kResidual == Residual::norm && kAct == Act::relu_before_add)
-        r += bias2.at(i);
-      if constexpr (kResidual != Residual::none && kAct != Act::relu_before_add) v += r;
-      if constexpr (kAct != Act::none) {
-        const Mask<A> positive = ~(v <= Vec<A>{});  // NaN passes, as torch.relu lets it
-        v = keep<A>(positive, v);
-        if (mask) store_bits(to_bits<A>(positive), mask + i / 8, lanes);
-      }
-      if constexpr (kResidual != Residual::none && kAct == Act::relu_before_add) v += r;
-      store(v, y + i, lanes);
-    });
-  }
+void apply_mask(const ForwardArgs& a, int64_t begin, int64_t end) {
+  if (kAct != Act::none && a.mask)
+    apply<T, kChannelsLast, kResidual, kAct, true>(a, begin, end);
+  else
+    apply<T, kChannelsLast, kResidual, kAct, false>(a, begin, end);
 }
 
 template <class T, bool kChannelsLast>
-void apply_residual(const ForwardArgs& a, int64_t first, int64_t count, int64_t step) {
+void apply_residual(const ForwardArgs& a, int64_t first, int64_t end) {
   with_act(a.act, [&](auto act) {
     constexpr Act kAct = decltype(act)::value;
     if (a.residual_kind == Residual::none)
-      apply<T, kChannelsLast, Residual::none, kAct>(a, first, count, step);
+      apply_mask<T, kChannelsLast, Residual::none, kAct>(a, first, end);
     else if (a.residual_kind == Residual::tensor)
-      apply<T, kChannelsLast, Residual::tensor, kAct>(a, first, count, step);
+      apply_mask<T, kChannelsLast, Residual::tensor, kAct>(a, first, end);
     else
-      apply<T, kChannelsLast, Residual::norm, kAct>(a, first, count, step);
+      apply_mask<T, kChannelsLast, Residual::norm, kAct>(a, first, end);
   });
 }
 
-// --- backward -------------------------------------------------------------------------------------
+// --- backward
 
 // the gradient that reaches the BatchNorm: dy where the ReLU let it through
 template <class A, Act kAct, class Lanes>
@@ -256,13 +266,13 @@ template <class T, Act kAct, bool kSecond>
 void sums_rows(const BackwardArgs& a, int64_t lo, int64_t hi, double* totals, int64_t stride) {
   using A = AccOf<T>;
   const int64_t channels = a.geometry.inner;
-  const PerChannel<A, true> mean(a.norm.mean, 0), mean2(a.second.mean, 0);
   const T *dy = (const T*)a.dy, *x = (const T*)a.x, *residual = (const T*)a.residual;
   for (int64_t tile = lo; tile < hi; tile += kTileRows) {
     const int64_t end = hi - tile < kTileRows ? hi : tile + kTileRows;
     over_run(channels, [&](int64_t c, auto lanes) {
       Accumulators<A> sums;
-      const Vec<A> m = mean.at(c), m2 = kSecond ? mean2.at(c) : Vec<A>{};
+      const Vec<A> m = per_channel<A, true>(a.norm.mean, 0, c);
+      const Vec<A> m2 = per_channel<A, true>(a.second.mean, 0, c);
       for (int64_t r = tile; r < end; r++) {
         const int64_t at = r * channels + c;
         accumulate<T, kAct, kSecond>(sums, dy + at, mask_of_run(a, r), c, x + at,
@@ -277,97 +287,109 @@ void sums_rows(const BackwardArgs& a, int64_t lo, int64_t hi, double* totals, in
 }
 
 template <class T, Act kAct, bool kSecond>
-void sums_channel(const BackwardArgs& a, int64_t c, double* totals) {
+void sums_images(const BackwardArgs& a, const Part2d& part, double* totals, int64_t stride) {
   using A = AccOf<T>;
   const int64_t inner = a.geometry.inner;
-  const PerChannel<A, false> mean(a.norm.mean, c), mean2(a.second.mean, c);
   const T *dy = (const T*)a.dy, *x = (const T*)a.x, *residual = (const T*)a.residual;
-  Accumulators<A> sums[2];
-  over_channel(
-      a.geometry, c,
-      [&](int64_t run, int64_t begin, int64_t length) {
-        const int64_t base = run * inner + begin;
-        const uint8_t* mask = mask_of_run(a, run);
+  for (int64_t image = part.lo; image < part.hi; image++)
+    for (int64_t c = part.c_lo; c < part.c_hi; c++) {
+      const int64_t run = image * a.geometry.channels + c, base = run * inner;
+      const Vec<A> mean = per_channel<A, false>(a.norm.mean, c, 0);
+      const Vec<A> mean2 = per_channel<A, false>(a.second.mean, c, 0);
+      const uint8_t* mask = mask_of_run(a, run);
+      for (int64_t begin = 0; begin < inner; begin += kTileElements) {
+        Accumulators<A> sums[2];
+        const int64_t length = inner - begin < kTileElements ? inner - begin : kTileElements;
         over_segment(length, [&](int v, int64_t i, auto lanes) {
           // lanes past the end: dy reads as zero there, so they add nothing
-          accumulate<T, kAct, kSecond>(sums[v & 1], dy + base + i, mask, begin + i, x + base + i,
-                                       residual + (kSecond ? base + i : 0), mean.at(0), mean2.at(0),
-                                       lanes);
+          const int64_t at = base + begin + i;
+          accumulate<T, kAct, kSecond>(sums[v & 1], dy + at, mask, begin + i, x + at,
+                                       residual + (kSecond ? at : 0), mean, mean2, lanes);
         });
-      },
-      [&](int64_t) {
-        for (int k = 0; k < (kSecond ? kSums : 2); k++) totals[k] += sum<A>(sums[0][k] + sums[1][k]);
-        sums[0] = sums[1] = Accumulators<A>{};
+        for (int k = 0; k < (kSecond ? kSums : 2); k++)
+          totals[k * stride + c] += sum<A>(sums[0][k] + sums[1][k]);
+      }
+    }
+}
+
+template <class A>
+struct GradientValues {
+  Vec<A> mean, scale, slope, offset;
+};
+
+// the gradient of a BatchNorm's input from g, its output's
+template <bool kTraining, class T, class Lanes>
+inline Vec<AccOf<T>> input_gradient(const GradientValues<AccOf<T>>& p, Vec<AccOf<T>> g, const T* x,
+                                    Lanes lanes) {
+  if constexpr (kTraining) return p.scale * g + (p.slope * (load(x, lanes) - p.mean) + p.offset);
+  return p.scale * g;
+}
+
+template <class T, bool kChannelsLast, Act kAct, bool kTraining>
+void gradients(const BackwardArgs& a, int64_t begin, int64_t end) {
+  using A = AccOf<T>;
+  struct Values {
+    GradientValues<A> main, second;
+  };
+  const auto make = [&](int64_t c, int64_t i) {
+    const auto values = [&](const BackwardNorm& n) {
+      const auto at = [&](const void* array) { return per_channel<A, kChannelsLast>(array, c, i); };
+      return GradientValues<A>{at(n.mean), at(n.scale), at(n.slope), at(n.offset)};
+    };
+    return Values{values(a.norm), values(a.second)};
+  };
+  over_runs<kChannelsLast>(
+      a.geometry, begin, end, make,
+      [&](int64_t run, int64_t i, const Values& p, auto lanes) __attribute__((always_inline)) {
+        const int64_t at = run * a.geometry.inner + i;
+        const Vec<A> raw = load((const T*)a.dy + at, lanes);
+        const Vec<A> g = masked<A, kAct>(raw, mask_of_run(a, run), i, lanes);
+        if (a.dx)
+          store(input_gradient<kTraining>(p.main, g, (const T*)a.x + at, lanes), (T*)a.dx + at,
+                lanes);
+        if (a.dresidual) {
+          Vec<A> d = kAct == Act::relu_before_add ? raw : g;
+          const T* residual = (const T*)a.residual + (a.residual_norm ? at : 0);
+          if (a.residual_norm && a.second.training)
+            d = input_gradient<true>(p.second, d, residual, lanes);
+          else if (a.residual_norm)
+            d = input_gradient<false>(p.second, d, residual, lanes);
+          store(d, (T*)a.dresidual + at, lanes);
+        }
       });
 }
 
-template <class A, bool kChannelsLast>
-struct InputGradient {
-  const PerChannel<A, kChannelsLast> mean, scale, slope, offset;
-  const bool training;
-  InputGradient(const BackwardNorm& n, int64_t c)
-      : mean(n.mean, c), scale(n.scale, c), slope(n.slope, c), offset(n.offset, c),
-        training(n.training) {}
-  template <class T, class Lanes>
-  Vec<A> operator()(Vec<A> g, const T* x, int64_t i, Lanes lanes) const {
-    Vec<A> d = scale.at(i) * g;
-    if (training) d += slope.at(i) * (load(x + i, lanes) - mean.at(i)) + offset.at(i);
-    return d;
-  }
-};
-
-template <class T, bool kChannelsLast, Act kAct>
-void gradients(const BackwardArgs& a, int64_t first_run, int64_t count, int64_t step) {
-  using A = AccOf<T>;
-  const int64_t inner = a.geometry.inner;
-  for (int64_t k = count - 1; k >= 0; k--) {
-    const int64_t run = first_run + k * step, base = run * inner;
-    const int64_t c = kChannelsLast ? 0 : run % a.geometry.channels;
-    const InputGradient<A, kChannelsLast> main(a.norm, c), second(a.second, c);
-    const T *dy = (const T*)a.dy + base, *x = (const T*)a.x + base;
-    const uint8_t* mask = mask_of_run(a, run);
-    over_run(inner, [&](int64_t i, auto lanes) {
-      const Vec<A> raw = load(dy + i, lanes), g = masked<A, kAct>(raw, mask, i, lanes);
-      if (a.dx) store(main(g, x, i, lanes), (T*)a.dx + base + i, lanes);
-      if (a.dresidual) {
-        const Vec<A> g2 = kAct == Act::relu_before_add ? raw : g;
-        store(a.residual_norm ? second(g2, (const T*)a.residual + base, i, lanes) : g2,
-              (T*)a.dresidual + base + i, lanes);
-      }
-    });
-  }
-}
-
-// --- one table per element type -----------------------------------------------------------------
+// --- one table per element type
 
 template <class T>
 constexpr BnActKernels table() {
   return {
-      stats_rows<T>,
-      stats_channel<T>,
-      [](const ForwardArgs& a, int64_t first, int64_t count, int64_t step) {
-        return a.geometry.channels_last ? apply_residual<T, true>(a, first, count, step)
-                                        : apply_residual<T, false>(a, first, count, step);
+      [](const void* x, const Geometry& g, const Part2d& part, double* mean, double* m2) {
+        return g.channels_last ? stats_rows<T>(x, g.channels, part.lo, part.hi, mean, m2)
+                               : stats_images<T>(x, g, part, mean, m2);
       },
-      [](const BackwardArgs& a, int64_t lo, int64_t hi, double* sums, int64_t stride) {
+      [](const ForwardArgs& a, int64_t first, int64_t end) {
+        return a.geometry.channels_last ? apply_residual<T, true>(a, first, end)
+                                        : apply_residual<T, false>(a, first, end);
+      },
+      [](const BackwardArgs& a, const Part2d& part, double* sums, int64_t stride) {
         with_act(a.act, [&](auto act) {
           constexpr Act kAct = decltype(act)::value;
-          return a.residual_norm ? sums_rows<T, kAct, true>(a, lo, hi, sums, stride)
-                                 : sums_rows<T, kAct, false>(a, lo, hi, sums, stride);
+          if (a.geometry.channels_last)
+            return a.residual_norm ? sums_rows<T, kAct, true>(a, part.lo, part.hi, sums, stride)
+                                   : sums_rows<T, kAct, false>(a, part.lo, part.hi, sums, stride);
+          return a.residual_norm ? sums_images<T, kAct, true>(a, part, sums, stride)
+                                 : sums_images<T, kAct, false>(a, part, sums, stride);
         });
       },
-      [](const BackwardArgs& a, int64_t c, double* sums) {
+      [](const BackwardArgs& a, int64_t first, int64_t end) {
         with_act(a.act, [&](auto act) {
           constexpr Act kAct = decltype(act)::value;
-          return a.residual_norm ? sums_channel<T, kAct, true>(a, c, sums)
-                                 : sums_channel<T, kAct, false>(a, c, sums);
-        });
-      },
-      [](const BackwardArgs& a, int64_t first, int64_t count, int64_t step) {
-        with_act(a.act, [&](auto act) {
-          constexpr Act kAct = decltype(act)::value;
-          return a.geometry.channels_last ? gradients<T, true, kAct>(a, first, count, step)
-                                          : gradients<T, false, kAct>(a, first, count, step);
+          if (a.norm.training)
+            return a.geometry.channels_last ? gradients<T, true, kAct, true>(a, first, end)
+                                            : gradients<T, false, kAct, true>(a, first, end);
+          return a.geometry.channels_last ? gradients<T, true, kAct, false>(a, first, end)
+                                          : gradients<T, false, kAct, false>(a, first, end);
         });
       },
   };

@@ -1,7 +1,7 @@
 // What bn_act.cpp (tensors, threads) asks of bn_act_kernels.cpp (arithmetic, one object per
 // instruction set). A tensor is seen as `runs` of `inner` contiguous elements: channels_last has
-// N*H*W runs of C channels, NCHW has N*C runs of H*W elements of one channel. Masks hold one bit per
-// element, each run padded to whole bytes.
+// N*H*W runs of C channels, NCHW has N*C runs of H*W elements of one channel. Masks hold one bit
+// per element, each run padded to whole bytes.
 #pragma once
 #include <stdint.h>
 
@@ -52,20 +52,21 @@ struct BackwardArgs {
 // Sums of one backward pass, per channel: g, g*(x-mean), and the same of the residual's BatchNorm.
 constexpr int kSums = 4;
 
+// A part of a tensor that is summed in one go: rows [lo, hi) of all channels (channels_last), or
+// channels [c_lo, c_hi) of images [lo, hi) (NCHW).
+struct Part2d {
+  int64_t lo, hi, c_lo, c_hi;
+};
+
 struct BnActKernels {
-  // mean and sum of squared deviations of rows [lo, hi) of a channels_last tensor
-  void (*stats_rows)(const void* x, int64_t channels, int64_t lo, int64_t hi, double* mean,
-                     double* m2);
-  // the same of channel c of an NCHW tensor
-  void (*stats_channel)(const void* x, const Geometry&, int64_t c, double* mean, double* m2);
-  // y and mask of runs first, first + step, ... (count of them, last one first)
-  void (*apply)(const ForwardArgs&, int64_t first, int64_t count, int64_t step);
-  // adds to sums[kSums][padded channels] for rows [lo, hi) of a channels_last tensor
-  void (*sums_rows)(const BackwardArgs&, int64_t lo, int64_t hi, double* sums, int64_t stride);
-  // sums[kSums] of channel c of an NCHW tensor
-  void (*sums_channel)(const BackwardArgs&, int64_t c, double* sums);
-  // dx and dresidual of runs first, first + step, ... (count of them, last one first)
-  void (*gradients)(const BackwardArgs&, int64_t first, int64_t count, int64_t step);
+  // mean and sum of squared deviations of the part's channels
+  void (*stats)(const void* x, const Geometry&, const Part2d&, double* mean, double* m2);
+  // y and mask of runs [first, end)
+  void (*apply)(const ForwardArgs&, int64_t first, int64_t end);
+  // adds the part's sums to sums[kSums][stride]
+  void (*sums)(const BackwardArgs&, const Part2d&, double* sums, int64_t stride);
+  // dx and dresidual of runs [first, end)
+  void (*gradients)(const BackwardArgs&, int64_t first, int64_t end);
 };
 
 namespace plain {

@@ -24,7 +24,8 @@ template <class T>
 using AccOf = typename Acc<T>::type;
 
 static inline float half_to_float(uint16_t h) {
-  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31,
+                 fraction = h & 1023;
   uint32_t bits;
   if (exponent == 31)
     bits = sign | 0x7f800000u | fraction << 13;

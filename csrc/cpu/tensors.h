@@ -29,7 +29,8 @@ inline bool channels_last_contiguous(const Tensor& x) {
   return true;
 }
 
-// x itself where it is contiguous in NCHW or channels_last order, else a copy in the nearer of the two
+// x itself where it is contiguous in NCHW or channels_last order, else a copy in the nearer of the
+// two
 inline Tensor dense(const Tensor& x) {
   if (x.is_contiguous() || channels_last_contiguous(x)) return x;
   return torch::stable::contiguous(
@@ -42,8 +43,27 @@ inline Tensor dense_like(const Tensor& x, const Tensor& like) {
   return channels_last_contiguous(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
 }
 
-inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype, const Tensor& like) {
-  return torch::stable::new_empty(like, std::vector<int64_t>(size), dtype);
+// Uninitialised CPU tensors, past the dispatcher: a boxed call costs as much as a small kernel.
+inline Tensor empty_strided(int64_t dim, const int64_t* size, const int64_t* stride,
+                            ScalarType dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size, stride, static_cast<int32_t>(dtype),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor uninitialised_like(const Tensor& x) {  // x is dense
+  return empty_strided(x.dim(), x.sizes().data(), x.strides().data(), x.scalar_type());
+}
+
+inline Tensor uninitialised(int64_t rows, int64_t columns, ScalarType dtype) {
+  const int64_t size[] = {rows, columns}, stride[] = {std::max<int64_t>(columns, 1), 1};
+  return empty_strided(2, size, stride, dtype);
+}
+
+inline Tensor uninitialised(int64_t length, ScalarType dtype) {
+  const int64_t stride = 1;
+  return empty_strided(1, &length, &stride, dtype);
 }
 
 template <class Call>

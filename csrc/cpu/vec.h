@@ -29,9 +29,20 @@ using Int = Vec<int32_t>;
 using UInt = Vec<uint32_t>;
 using UShort = Vec<uint16_t>;
 
-// Lane i of a mask is all ones or all zeros, as vector comparisons give it.
+// Lane i of an integer vector mask is all ones or all zeros, as vector comparisons give it. AVX-512
+// keeps masks in registers of their own.
 template <class A>
-using Mask = decltype(Vec<A>{} <= Vec<A>{});
+struct MaskOf {
+  using type = decltype(Vec<A>{} <= Vec<A>{});
+};
+#if defined(__AVX512F__)
+template <>
+struct MaskOf<float> {
+  using type = __mmask16;
+};
+#endif
+template <class A>
+using Mask = typename MaskOf<A>::type;
 
 template <class A>
 inline Vec<A> broadcast(A value) {
@@ -46,7 +57,7 @@ inline To bit_cast(From from) {
   return to;
 }
 
-// --- 16-bit elements ---------------------------------------------------------------------------
+// --- 16-bit elements
 
 inline Vec<float> widen(UShort bits, bf16) {
   return bit_cast<Vec<float>>(__builtin_convertvector(bits, UInt) << 16);
@@ -83,7 +94,7 @@ inline UShort narrow(Vec<float> v, fp16) {
 #endif
 }
 
-// --- loads and stores: a whole vector, or its first n lanes (the others read as zero) --------------
+// --- loads and stores: a whole vector, or its first n lanes (the others read as zero)
 
 struct Full {};
 struct Part {
@@ -141,45 +152,60 @@ inline void store(Vec<AccOf<T>> v, T* p, Lanes lanes) {
     store_raw(v, p, lanes);
 }
 
-// --- masks ----------------------------------------------------------------------------------------
+// --- masks
 
 template <class A>
 inline Vec<A> keep(Mask<A> mask, Vec<A> v) {  // v where the mask is set, else +0
-  return bit_cast<Vec<A>>(mask & bit_cast<Mask<A>>(v));
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_maskz_mov_ps(mask, (__m512)v);
+#endif
+  if constexpr (sizeof(Mask<A>) == sizeof(v)) return bit_cast<Vec<A>>(mask & bit_cast<Mask<A>>(v));
 }
 
 template <class A>
-inline Mask<A> first(Full) {
-  return ~Mask<A>{};
-}
-
-template <class A>
-inline Mask<A> first(Part part) {
-  Mask<A> lane;
-  for (int i = 0; i < kLanes; i++) lane[i] = i;
-  return lane < part.n;
+inline Mask<A> not_below_zero(Vec<A> v) {  // !(v <= 0): NaN passes, as torch.relu lets it
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4)
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4)
+    return (Mask<A>)_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_NLE_UQ);
+#endif
+  if constexpr (sizeof(Mask<A>) == sizeof(v)) return ~(v <= Vec<A>{});
 }
 
 template <class A>
 inline unsigned to_bits(Mask<A> mask) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask((__m512i)mask);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps((__m256)mask);
+  if constexpr (sizeof(mask) == 2) {
+    return mask;
+  } else {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) return _mm256_movemask_ps((__m256)mask);
 #endif
-  unsigned bits = 0;
-  for (int i = 0; i < kLanes; i++) bits |= (unsigned)(mask[i] & 1) << i;
-  return bits;
+    unsigned bits = 0;
+    for (int i = 0; i < kLanes; i++) bits |= (unsigned)(mask[i] & 1) << i;
+    return bits;
+  }
 }
 
 template <class A>
 inline Mask<A> from_bits(unsigned bits) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) return (Mask<A>)_mm512_movm_epi32((__mmask16)bits);
-#endif
-  Mask<A> bit;
-  for (int i = 0; i < kLanes; i++) bit[i] = 1 << i;
-  return (bit & (Mask<A>{} + (int)bits)) != 0;
+  if constexpr (sizeof(Mask<A>) == 2) {
+    return (Mask<A>)bits;
+  } else {
+    Mask<A> bit;
+    for (int i = 0; i < kLanes; i++) bit[i] = 1 << i;
+    return (bit & (Mask<A>{} + (int)bits)) != 0;
+  }
+}
+
+template <class A>
+inline Vec<A> first(Vec<A> v, Full) {
+  return v;
+}
+template <class A>
+inline Vec<A> first(Vec<A> v, Part part) {  // its first n lanes, the others zero
+  return keep<A>(from_bits<A>((1u << part.n) - 1), v);
 }
 
 inline void store_bits(unsigned bits, uint8_t* p, Full) { memcpy(p, &bits, kLanes / 8); }
@@ -204,11 +230,27 @@ inline Vec<double> to_double(Vec<A> v) {
   return __builtin_convertvector(v, Vec<double>);
 }
 
+template <int kCount>
+struct Doubles {
+  typedef double type __attribute__((vector_size(8 * kCount)));
+};
+
+template <int kCount>
+inline double sum_halves(typename Doubles<kCount>::type v) {
+  if constexpr (kCount == 2) {
+    return v[0] + v[1];
+  } else {
+    struct Halves {
+      typename Doubles<kCount / 2>::type low, high;
+    };
+    const Halves halves = bit_cast<Halves>(v);
+    return sum_halves<kCount / 2>(halves.low + halves.high);
+  }
+}
+
 template <class A>
 inline double sum(Vec<A> v) {  // in double, always in this order
-  double total = 0;
-  for (int i = 0; i < kLanes; i++) total += v[i];
-  return total;
+  return sum_halves<kLanes>(to_double<A>(v));
 }
 
 // calls step(i, Full) for every whole vector of a run of `length` elements, then step(i, Part)

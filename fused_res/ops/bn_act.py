@@ -17,23 +17,23 @@ from . import library
 
 # mask: uint8 of (runs, ceil(run / 8)), a run being the C channels of a pixel where x is channels_last
 # and the H*W pixels of a channel where it is NCHW; bit i % 8 of byte i // 8 is set where element i
-# passed the ReLU. Empty where it is not wanted or there is no ReLU. Statistics are float32 (float64
-# where x is), those of an absent residual BatchNorm empty.
+# passed the ReLU. Empty where it is not wanted or there is no ReLU.
+# stats: float32 (float64 where x is) of (2, C), mean and invstd; (4, C) with a residual_norm.
 library.define(
     "bn_act_fwd(Tensor x, Tensor? weight, Tensor? bias, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, "
     "Tensor? residual, bool residual_norm, Tensor? residual_weight, Tensor? residual_bias, "
     "Tensor(c!)? residual_running_mean, Tensor(d!)? residual_running_var, bool residual_training, "
     "float residual_momentum, float residual_eps, int act, bool save_mask) -> "
-    "(Tensor y, Tensor mask, Tensor mean, Tensor invstd, Tensor residual_mean, Tensor residual_invstd)"
+    "(Tensor y, Tensor mask, Tensor stats)"
 )
 # Gradients that are not needed come back empty. dresidual is only ever asked for where it is not dy.
 library.define(
-    "bn_act_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, bool training, "
-    "Tensor? residual, Tensor? residual_weight, Tensor? residual_mean, Tensor? residual_invstd, "
-    "bool residual_training, Tensor mask, int act, bool need_x, bool need_residual, "
-    "bool need_parameters) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, "
-    "Tensor dresidual_weight, Tensor dresidual_bias)"
+    "bn_act_bwd(Tensor dy, Tensor x, Tensor? weight, bool training, Tensor? residual, "
+    "bool residual_norm, Tensor? residual_weight, bool residual_training, Tensor stats, Tensor mask, "
+    "int act, bool need_x, bool need_residual, bool need_parameters) -> "
+    "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, Tensor dresidual_weight, "
+    "Tensor dresidual_bias)"
 )
 
 
@@ -62,24 +62,20 @@ def _(x, weight, bias, running_mean, running_var, training, momentum, eps, resid
     mask_runs = runs if save_mask and act != ACTS.index("none") else 0
     mask = x.new_empty((mask_runs, (length + 7) // 8), dtype=torch.uint8)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-
-    def channels(wanted=True):
-        return x.new_empty(x.size(1) if wanted else 0, dtype=dtype if wanted else torch.float32)
-
-    return y, mask, channels(), channels(), channels(residual_norm), channels(residual_norm)
+    stats = x.new_empty((4 if residual_norm else 2, x.size(1)), dtype=dtype)
+    return y, mask, stats
 
 
 @torch.library.register_fake("fused_res::bn_act_bwd", lib=library)
-def _(dy, x, weight, mean, invstd, training, residual, residual_weight, residual_mean,
-      residual_invstd, residual_training, mask, act, need_x, need_residual,
-      need_parameters):  # fmt: skip
+def _(dy, x, weight, training, residual, residual_norm, residual_weight, residual_training, stats,
+      mask, act, need_x, need_residual, need_parameters):  # fmt: skip
     def like_x(wanted):
         return _dense_like(x) if wanted else x.new_empty(0)
 
     def like_weight(w):
         return torch.empty_like(w) if w is not None and need_parameters else x.new_empty(0)
 
-    if residual_mean is None:
+    if not residual_norm:
         residual_weight = None
     return (
         like_x(need_x), like_weight(weight), like_weight(weight),
@@ -99,16 +95,16 @@ def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
     return bits.view(n, c, h, w)
 
 
-def _differentiable_bwd(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_bwd(ctx, dy, x, weight, residual, residual_weight, stats, mask):
     """The backward pass in PyTorch's ops, for a second derivative. The mask is a constant."""
-    x, weight, residual, residual_weight, mean, invstd, rmean, rinvstd, mask = ctx.saved_tensors
     g = dy if ctx.act == "none" else dy * unpack_mask(mask, x)
-    dx, dweight, dbias = reference.batch_norm_bwd(g, x, weight, mean, invstd, ctx.norm)
+    training, eps = ctx.norm
+    dx, dweight, dbias = reference.batch_norm_bwd(g, x, weight, stats[0], stats[1], training, eps)
     dresidual = g if ctx.act == "relu" else dy
     dresidual_weight = dresidual_bias = None
     if ctx.residual_norm is not None:
         dresidual, dresidual_weight, dresidual_bias = reference.batch_norm_bwd(
-            dresidual, residual, residual_weight, rmean, rinvstd, ctx.residual_norm
+            dresidual, residual, residual_weight, stats[2], stats[3], *ctx.residual_norm
         )
     return dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias
 
@@ -117,115 +113,119 @@ class _BnAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, residual_weight, residual_bias, norm, residual_norm,
                 act):  # fmt: skip
-        y, mask, mean, invstd, residual_mean, residual_invstd = _fwd(
-            x, norm, residual, residual_norm, act, True
-        )
-        has_residual_norm = residual_norm is not None
-        ctx.save_for_backward(
-            x,
-            weight,
-            residual if has_residual_norm else None,
-            residual_weight,
-            mean,
-            invstd,
-            residual_mean if has_residual_norm else None,
-            residual_invstd if has_residual_norm else None,
-            mask,
-        )
+        y, mask, stats = _fwd(x, norm, residual, residual_norm, act, True)
+        kept = residual if residual_norm is not None else None
+        ctx.save_for_backward(x, weight, kept, residual_weight, stats, mask)
         # scalars only: a tensor kept on ctx would outlive what autograd frees
-        ctx.norm = Norm(None, None, None, None, *norm[4:])
-        ctx.residual_norm = Norm(None, None, None, None, *residual_norm[4:]) if residual_norm else None
+        ctx.norm = (norm.training, norm.eps)
+        ctx.residual_norm = None
+        if residual_norm is not None:
+            ctx.residual_norm = (residual_norm.training, residual_norm.eps)
         ctx.act = act
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        need = ctx.needs_input_grad[:6]
-        x, weight, residual, residual_weight, mean, invstd, rmean, rinvstd, mask = ctx.saved_tensors
+        x, weight, residual, residual_weight, stats, mask = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        # the gradient that reaches a plain residual is dy itself, unless a ReLU came after the add
+        passes = ctx.residual_norm is None and ctx.act != "relu"
         if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
-            grads = _differentiable_bwd(ctx, dy)
+            grads = _differentiable_bwd(ctx, dy, x, weight, residual, residual_weight, stats, mask)
         else:
-            # where nothing was done to the gradient on its way to the residual, it is dy itself
-            passes = ctx.residual_norm is None and ctx.act != "relu"
-            grads = torch.ops.fused_res.bn_act_bwd(
+            grads = _bwd(
                 dy,
                 x,
                 weight,
-                mean,
-                invstd,
-                ctx.norm.training,
+                ctx.norm[0],
                 residual,
+                ctx.residual_norm is not None,
                 residual_weight,
-                rmean,
-                rinvstd,
-                ctx.residual_norm is not None and ctx.residual_norm.training,
+                ctx.residual_norm is not None and ctx.residual_norm[0],
+                stats,
                 mask,
                 ACTS.index(ctx.act),
                 need[0],
                 need[3] and not passes,
                 need[1] or need[2] or need[4] or need[5],
             )
-            if passes:
-                grads = (*grads[:3], dy, *grads[4:])
-        return (*(g if wanted else None for g, wanted in zip(grads, need, strict=True)),
-                None, None, None)  # fmt: skip
+        return (
+            grads[0] if need[0] else None,
+            grads[1] if need[1] else None,
+            grads[2] if need[2] else None,
+            (dy if passes else grads[3]) if need[3] else None,
+            grads[4] if need[4] else None,
+            grads[5] if need[5] else None,
+            None,
+            None,
+            None,
+        )
+
+
+_bwd = torch.ops.fused_res.bn_act_bwd.default
+_NO_NORM = Norm()
 
 
 def _fwd(x, norm, residual, residual_norm, act, save_mask):
-    second = residual_norm or Norm()
-    return torch.ops.fused_res.bn_act_fwd(
+    running_mean, running_var, weight, bias, training, momentum, eps = norm
+    second = residual_norm or _NO_NORM
+    return torch.ops.fused_res.bn_act_fwd.default(
         x,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.training,
-        norm.momentum,
-        norm.eps,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
         residual,
         residual_norm is not None,
-        second.weight,
-        second.bias,
-        second.running_mean,
-        second.running_var,
-        second.training,
-        second.momentum,
-        second.eps,
+        second[2],
+        second[3],
+        second[0],
+        second[1],
+        second[4],
+        second[5],
+        second[6],
         ACTS.index(act),
         save_mask,
     )
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+_CHANNEL_FIELDS = Norm._fields[:4]
+
+
 def _check_norm(name: str, norm: Norm, x: Tensor) -> None:
     prefix = f"{name}." if name else ""
-    halves = (torch.bfloat16, torch.float16)
-    dtypes = (x.dtype, torch.float32) if x.dtype in halves else (x.dtype,)
-    for field in ("running_mean", "running_var", "weight", "bias"):
-        t = getattr(norm, field)
+    dtype, device, shape = x.dtype, x.device, x.shape[1:2]
+    for field, t in zip(_CHANNEL_FIELDS, norm, strict=False):
         if t is None:
             continue
-        if t.dim() != 1 or t.size(0) != x.size(1):
+        if t.shape != shape:
             raise ValueError(
                 f"{prefix}{field} must have shape ({x.size(1)},) to match the {x.size(1)} channels "
                 f"of x, got {tuple(t.shape)}"
             )
-        if t.device != x.device:
-            raise ValueError(f"{prefix}{field} must be on x's device, {x.device}, got {t.device}")
-        if t.dtype not in dtypes:
+        if t.device != device:
+            raise ValueError(f"{prefix}{field} must be on x's device, {device}, got {t.device}")
+        if t.dtype != dtype and not (dtype in _HALVES and t.dtype == torch.float32):
+            dtypes = (dtype, torch.float32) if dtype in _HALVES else (dtype,)
             raise TypeError(
-                f"{prefix}{field} must be {' or '.join(map(str, dtypes))} with x of {x.dtype}, got {t.dtype}"
+                f"{prefix}{field} must be {' or '.join(map(str, dtypes))} with x of {dtype}, "
+                f"got {t.dtype}"
             )
     if (norm.weight is None) != (norm.bias is None):
         raise ValueError(f"{prefix}weight and {prefix}bias must both be given or both be None")
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{prefix}running_mean and running_var must both be given or both be None")
-    if not norm.training and norm.running_mean is None:
+    if norm.training:
+        if x.numel() == x.size(1):  # in PyTorch's own words (torch.nn.functional.batch_norm)
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {x.shape}"
+            )
+    elif norm.running_mean is None:
         raise ValueError(f"{prefix}running_mean and running_var must be given when training=False")
-    if norm.training and x.numel() == x.size(1):
-        # PyTorch's own words (torch.nn.functional.batch_norm)
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x.shape}"
-        )
 
 
 def _check(x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm | None, act: str):
@@ -292,11 +292,23 @@ def bn_act(
         BackendUnavailable: the backend was named and cannot run this.
     """
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
+    return bn_act_norms(x, norm, residual, residual_norm, act, backend)
+
+
+def bn_act_norms(
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    act: Act = "relu",
+    backend: str | None = None,
+) -> Tensor:
+    """``bn_act`` with both BatchNorms as ``Norm`` tuples."""
     _check(x, norm, residual, residual_norm, act)
-    if choose("bn_act", backend, x, residual, weight, bias) == "eager" or x.numel() == 0:
+    if choose("bn_act", backend, x, residual, norm.weight, norm.bias) == "eager" or x.numel() == 0:
         return reference.bn_act(x, norm, residual, residual_norm, act)
-    second = residual_norm or Norm()
-    differentiable = (x, weight, bias, residual, second.weight, second.bias)
+    second = residual_norm or _NO_NORM
+    differentiable = (x, norm.weight, norm.bias, residual, second.weight, second.bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         return _BnAct.apply(*differentiable, norm, residual_norm, act)
     return _fwd(x, norm, residual, residual_norm, act, False)[0]
