@@ -1,6 +1,27 @@
-"""Fused conv + BatchNorm + ReLU + residual blocks for PyTorch."""
+"""Fused conv + BatchNorm + ReLU + residual blocks for PyTorch.
 
+    import fused_res
+    print(fused_res.fuse_(model))        # swap the residual blocks of a model you have
+    block = fused_res.FusedResBlock(64, 128, stride=2)
+
+``fused_res.reference`` is the same in plain PyTorch; ``fused_res.ops`` holds the ops by themselves.
+"""
+
+from . import reference
 from .backends import BackendUnavailable, backend
+from .nn import FusedResBlock
+from .reference import Norm
+from .surgery import FuseReport, fuse_, unfuse_
 from .version import __version__
 
-__all__ = ["BackendUnavailable", "__version__", "backend"]
+__all__ = [
+    "BackendUnavailable",
+    "FuseReport",
+    "FusedResBlock",
+    "Norm",
+    "__version__",
+    "backend",
+    "fuse_",
+    "reference",
+    "unfuse_",
+]

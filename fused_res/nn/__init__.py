@@ -1,0 +1,5 @@
+"""Drop-in modules."""
+
+from .blocks import FusedResBlock
+
+__all__ = ["FusedResBlock"]

@@ -1,0 +1,190 @@
+"""Residual blocks whose BatchNorm, add and ReLU run fused: ``FusedResBlock`` and what ``fuse_`` makes.
+
+A block keeps ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` children under their own names. A
+``BlockPlan`` says in which order they act; ``run_block`` follows it with one op per normalisation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import reference
+from ..env import BACKENDS
+from ..ops.bn_act import bn_act_norms
+from ..reference import Act, Norm
+
+
+class Stage(NamedTuple):
+    """Children called in turn, by dotted name: ``before`` (dropout, pooling), a convolution, a norm."""
+
+    conv: str | None
+    norm: str | None
+    relu: bool = False
+    before: tuple[str, ...] = ()
+
+
+class BlockPlan(NamedTuple):
+    """A residual block in normal form.
+
+    branch: what the block adds to its shortcut. ``relu`` of the last stage: before the add.
+    shortcut: None for the input itself.
+    skip: ``add``, or ``concat`` of (input, branch).
+    relu: whether a ReLU follows the add.
+    bypassed: children (by dotted name) whose ``forward`` the fused block does not call.
+    """
+
+    branch: tuple[Stage, ...]
+    shortcut: Stage | None
+    skip: str
+    relu: bool
+    bypassed: tuple[str, ...]
+
+
+def child(module: nn.Module, path: str) -> nn.Module:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def norm_of(bn: nn.BatchNorm2d) -> Norm:
+    """What ``bn.forward`` would pass to ``F.batch_norm``; counts the batch as it would."""
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:  # cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    tracked = not bn.training or bn.track_running_stats
+    return Norm(
+        bn.running_mean if tracked else None,
+        bn.running_var if tracked else None,
+        bn.weight,
+        bn.bias,
+        bn.training or (bn.running_mean is None and bn.running_var is None),
+        momentum,
+        bn.eps,
+    )
+
+
+def _convolve(block: nn.Module, stage: Stage, x: Tensor) -> Tensor:
+    for name in stage.before:
+        x = child(block, name)(x)
+    return x if stage.conv is None else child(block, stage.conv)(x)
+
+
+def _normalise(
+    block: nn.Module,
+    stage: Stage,
+    x: Tensor,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    act: Act | None = None,
+) -> Tensor:
+    if act is None:
+        act = "relu" if stage.relu else "none"
+    if stage.norm is None:
+        return F.relu(x) if act == "relu" else x
+    norm = norm_of(child(block, stage.norm))
+    return bn_act_norms(x, norm, residual, residual_norm, act, block.backend)
+
+
+def run_block(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor:
+    """``block.forward(x)``, one fused op for each normalisation and what follows it."""
+    out = x
+    last = plan.branch[-1]
+    for stage in plan.branch[:-1]:
+        out = _normalise(block, stage, _convolve(block, stage, out))
+    out = _convolve(block, last, out)
+    if plan.skip == "concat":
+        out = torch.cat((x, _normalise(block, last, out)), dim=1)
+        return F.relu(out) if plan.relu else out
+
+    residual, residual_norm, shortcut = x, None, plan.shortcut
+    if shortcut is not None:
+        residual = _convolve(block, shortcut, x)
+        if shortcut.norm is not None:
+            residual_norm = norm_of(child(block, shortcut.norm))
+    fits = residual.shape == out.shape and residual.dtype == out.dtype
+    if last.norm is None or not fits:  # nothing to fuse the add into, or PyTorch's promotion rules
+        if residual_norm is not None:
+            residual = bn_act_norms(residual, residual_norm, act="none", backend=block.backend)
+        out = _normalise(block, last, out) + residual
+        return F.relu(out) if plan.relu else out
+    act = "relu_before_add" if last.relu else "relu" if plan.relu else "none"
+    return _normalise(block, last, out, residual, residual_norm, act)
+
+
+class FusedForward:
+    """Mixin in front of a block's own class: runs ``plan`` where that does the same as its forward."""
+
+    plan: BlockPlan
+    backend: str | None = None
+
+    def forward(self, *args, **kwargs):
+        if len(args) != 1 or kwargs or not self._bypasses_safely():
+            return super().forward(*args, **kwargs)
+        return run_block(self, self.plan, args[0])
+
+    def _bypasses_safely(self) -> bool:
+        """Whether the children that are not called are still what they were when fused."""
+        if not torch.compiler.is_compiling() and _has_any_global_hook():
+            return False
+        for name in self.plan.bypassed:
+            module = child(self, name)
+            if has_hooks(module):
+                return False
+            kind = type(module)
+            if kind is not nn.BatchNorm2d and isinstance(module, nn.modules.batchnorm._NormBase):
+                return False  # converted since, to SyncBatchNorm for example
+        return True
+
+
+class FusedResBlock(FusedForward, reference.ResBlock):
+    __doc__ = reference.ResBlock.__doc__.replace(
+        "A residual block in plain PyTorch, of any kind ``fused_res.FusedResBlock`` has.",
+        "A residual block with fused BatchNorm, add and ReLU, forward and backward.\n\n"
+        "    ``FusedResBlock(in_channels, out_channels, stride=1)`` is the basic block. Checkpoints\n"
+        "    of torchvision's blocks load into it and the other way round.",
+    ).replace(
+        "        device, dtype: of the parameters.\n",
+        "        device, dtype: of the parameters.\n"
+        "        backend: auto, cpu, cuda, triton or eager, for this block alone.\n",
+    )
+
+    def __init__(self, *args, backend: str | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} must be one of: {', '.join(BACKENDS)}")
+        self.backend = backend
+        has_norm = self.kind != "plain"
+        branch = [
+            Stage(f"conv{i}", f"bn{i}" if has_norm else None, relu=True)
+            for i in range(1, self.depth + 1)
+        ]
+        before = ("dropout",) if self.dropout is not None else ()
+        branch[-1] = branch[-1]._replace(relu=self.relu_placement == "before", before=before)
+        bypassed = ["relu", *(stage.norm for stage in branch if stage.norm)]
+        shortcut = None
+        if self.downsample is not None:
+            shortcut = Stage("downsample.0", "downsample.1" if has_norm else None)
+            bypassed += ["downsample", *([shortcut.norm] if has_norm else [])]
+        self.plan = BlockPlan(
+            tuple(branch),
+            shortcut,
+            "concat" if self.skip == "concat" else "add",
+            self.relu_placement == "after",
+            tuple(bypassed),
+        )

@@ -1,0 +1,169 @@
+"""``fuse_`` swaps the forward of the residual blocks a model has, in place; ``unfuse_`` swaps it back."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .nn.blocks import BlockPlan, FusedForward
+from .patterns import Unfusable, plan_of
+
+
+@dataclass
+class FuseReport:
+    """What ``fuse_`` did. ``fused``: names of modules; ``skipped``: (name, reason). Prints as a table."""
+
+    fused: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rows = [(name, "fused", "") for name in self.fused]
+        rows += [(name, "skipped", reason) for name, reason in self.skipped]
+        shown = [
+            ("block", "result", "reason"),
+            *((n or "(the model)", r, why) for n, r, why in rows),
+        ]
+        width = max(len(name) for name, _, _ in shown)
+        lines = [f"{name:<{width}}  {result:<7}  {why}".rstrip() for name, result, why in shown]
+        return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.skipped)} skipped"])
+
+
+@functools.cache
+def fused_class(original: type[nn.Module], plan: BlockPlan) -> type[nn.Module]:
+    """The class of a fused block: ``original`` with its forward replaced by ``plan``."""
+    body = {
+        "plan": plan,
+        "original": original,
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": _reduce_ex,
+    }
+    return type(f"Fused{original.__name__}", (FusedForward, original), body)
+
+
+def _rebuild(original: type[nn.Module], plan: BlockPlan) -> nn.Module:
+    cls = fused_class(original, plan)
+    return cls.__new__(cls)
+
+
+def _reduce_ex(self, protocol):
+    # the class is made at run time, so copies and pickles name what it is made from
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    return _rebuild, (type(self).original, type(self).plan), state
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        where = f"its child {name!r}" if name else "it"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"model must not be scripted, but {where} is a {kind}: fuse_ it before"
+            )
+        if kind == "OptimizedModule":
+            raise ValueError(
+                f"model must not be compiled, but {where} is a {kind}: fuse_ it before torch.compile"
+            )
+        if kind in ("DistributedDataParallel", "DataParallel") or kind.startswith(
+            "FullyShardedDataParallel"
+        ):
+            raise ValueError(
+                f"model must not be wrapped, but {where} is a {kind}: call fuse_(model) first and "
+                f"wrap the result, or fuse_(model.module)"
+            )
+
+
+def fuse_(
+    model: nn.Module,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    strict: bool = False,
+    dry_run: bool = False,
+) -> FuseReport:
+    """Makes every residual block of ``model`` that can be fused run fused kernels, in place.
+
+    A block is recognised by the dataflow of its forward, whatever its class and attributes are called.
+    Only its class changes (to a subclass); name, children, attributes, Parameter objects, state_dict
+    keys and hooks stay as they are. Calling it again changes nothing; ``unfuse_`` reverses it.
+
+    Args:
+        model: any module, not wrapped, compiled or scripted.
+        filter_fn: called with (block, name); only blocks it returns True for are fused.
+        strict: raise, and change nothing, if a block is skipped for another reason than the filter.
+        dry_run: only report.
+
+    Returns:
+        FuseReport: names of the blocks fused, and (name, reason) of those that were not.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``model`` or a part of it is wrapped (DDP, FSDP), compiled or scripted; or
+            ``strict`` and a block was skipped.
+
+    Warns:
+        UserWarning: no block was fused (and none was fused before).
+    """
+    _refuse_wrapped(model)
+    report = FuseReport()
+    plans: list[tuple[nn.Module, BlockPlan]] = []
+    filtered: list[tuple[str, str]] = []
+    already = False
+
+    def visit(module: nn.Module, name: str, seen: set[int]) -> bool:
+        """Whether a residual block was found in ``module``; blocks are looked for inside out."""
+        nonlocal already
+        if id(module) in seen:
+            return False
+        seen.add(id(module))
+        if isinstance(module, FusedForward):
+            already = True
+            return True
+        inside = [
+            visit(part, f"{name}.{key}" if name else key, seen)
+            for key, part in module.named_children()
+        ]
+        if any(inside) or not inside or isinstance(module, (nn.Sequential, nn.ModuleList)):
+            return any(inside)
+        if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
+            return False
+        try:
+            plan = plan_of(module)
+        except Unfusable as reason:
+            report.skipped.append((name, str(reason)))
+            return True
+        if plan is None:
+            return False
+        if filter_fn is not None and not filter_fn(module, name):
+            filtered.append((name, "left out by filter_fn"))
+            return True
+        report.fused.append(name)
+        plans.append((module, plan))
+        return True
+
+    visit(model, "", set())
+    if strict and report.skipped:
+        raise ValueError(f"strict=True, but blocks were skipped; nothing was changed:\n{report}")
+    report.skipped += filtered
+    if not dry_run:
+        for module, plan in plans:
+            module.__class__ = fused_class(type(module), plan)
+    if not report.fused and not already:
+        warnings.warn(f"fuse_ found no residual block to fuse\n{report}", stacklevel=2)
+    return report
+
+
+def unfuse_(model: nn.Module) -> list[str]:
+    """Gives every block that ``fuse_`` changed its own class back, in place; returns their names."""
+    names = []
+    for name, module in model.named_modules():
+        original = type(module).__dict__.get("original")
+        if isinstance(module, FusedForward) and original is not None:
+            module.__class__ = original
+            names.append(name)
+    return names
