@@ -45,13 +45,18 @@ def _devices() -> list[dict[str, str]]:
     return found
 
 
+def _libraries() -> list[str]:
+    """Names of the libraries of kernels that this process has loaded from the package."""
+    folder = Path(__file__).parent
+    loaded = (Path(path) for path in torch.ops.loaded_libraries)
+    return sorted(path.name for path in loaded if path.parent == folder)
+
+
 def _op_rows(device_types: list[str]) -> list[dict]:
     """A row for each op, device type, backend and dtype; backends that cannot run too."""
     rows = []
     for op in backends.SUPPORT:
-        places = [
-            (types[0], name) for name, types in backends.DEVICE_TYPES.items() if name != "eager"
-        ]
+        places = [(types[0], name) for name, types in backends.DEVICE_TYPES.items()]
         places += [(device_type, "eager") for device_type in device_types]
         for device_type, name in sorted(places, key=lambda place: place[0]):
             for dtype in backends.DTYPES:
@@ -79,7 +84,8 @@ def report() -> dict:
 
     Returns:
         ``versions``: name -> version or None; ``machine``: platform, processor, cores, threads,
-        instruction_set; ``devices``: type and name of each; ``backends``: name -> available, reason;
+        instruction_set; ``devices``: type and name of each; ``libraries``: file names of the loaded
+        ones; ``backends``: name -> available, reason;
         ``environment``: variable -> value, default; ``ops``: one entry for each op, device type,
         backend and dtype, with available, auto (whether backend ``auto`` takes it) and reason.
     """
@@ -102,6 +108,7 @@ def report() -> dict:
             "instruction_set": None if backends.STATUS["cpu"] else backends.cpu_isa(),
         },
         "devices": devices,
+        "libraries": _libraries(),
         "backends": {
             name: {"available": reason is None, "reason": reason}
             for name, reason in backends.STATUS.items()
@@ -137,6 +144,7 @@ def render(facts: dict) -> str:
         ("platform", machine["platform"]),
         ("processor", f"{machine['processor']}, {machine['cores']} cores"),
         ("threads", machine["threads"]),
+        ("libraries", ", ".join(facts["libraries"]) or "none loaded"),
         ("CPU kernels", isa),
         *((f"device {i}", d["name"]) for i, d in enumerate(facts["devices"][1:])),
     ]

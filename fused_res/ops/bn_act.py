@@ -103,25 +103,36 @@ def _differentiable_bwd(ctx, dy, x, weight, residual, residual_weight, stats, ma
     dresidual = g if ctx.act == "relu" else dy
     dresidual_weight = dresidual_bias = None
     if ctx.residual_norm is not None:
+        training, eps = ctx.residual_norm
         dresidual, dresidual_weight, dresidual_bias = reference.batch_norm_bwd(
-            dresidual, residual, residual_weight, stats[2], stats[3], *ctx.residual_norm
+            dresidual, residual, residual_weight, stats[2], stats[3], training, eps
         )
     return dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias
 
 
 class _BnAct(torch.autograd.Function):
+    # Tensors and numbers are arguments of their own: torch.compile does not look into tuples for
+    # what it must trace (with dynamic=True a momentum is symbolic).
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, residual_weight, residual_bias, norm, residual_norm,
+    def forward(ctx, x, weight, bias, residual, residual_weight, residual_bias, running_mean,
+                running_var, training, momentum, eps, residual_norm, residual_running_mean,
+                residual_running_var, residual_training, residual_momentum, residual_eps,
                 act):  # fmt: skip
-        y, mask, stats = _fwd(x, norm, residual, residual_norm, act, True)
-        kept = residual if residual_norm is not None else None
+        norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
+        second = Norm(
+            residual_running_mean,
+            residual_running_var,
+            residual_weight,
+            residual_bias,
+            residual_training,
+            residual_momentum,
+            residual_eps,
+        )
+        y, mask, stats = _fwd(x, norm, residual, second if residual_norm else None, act, True)
+        kept = residual if residual_norm else None
         ctx.save_for_backward(x, weight, kept, residual_weight, stats, mask)
-        # scalars only: a tensor kept on ctx would outlive what autograd frees
-        ctx.norm = (norm.training, norm.eps)
-        ctx.residual_norm = None
-        if residual_norm is not None:
-            ctx.residual_norm = (residual_norm.training, residual_norm.eps)
-        ctx.act = act
+        ctx.norm, ctx.act = (training, eps), act
+        ctx.residual_norm = (residual_training, residual_eps) if residual_norm else None
         return y
 
     @staticmethod
@@ -156,19 +167,21 @@ class _BnAct(torch.autograd.Function):
             (dy if passes else grads[3]) if need[3] else None,
             grads[4] if need[4] else None,
             grads[5] if need[5] else None,
-            None,
-            None,
-            None,
+            *(None,) * 12,
         )
 
 
 _bwd = torch.ops.fused_res.bn_act_bwd.default
-_NO_NORM = Norm()
+
+
+def _no_norm() -> Norm:
+    # literals: torch.compile(dynamic=True) would make symbols of a global's numbers
+    return Norm(None, None, None, None, False, 0.0, 1.0)
 
 
 def _fwd(x, norm, residual, residual_norm, act, save_mask):
     running_mean, running_var, weight, bias, training, momentum, eps = norm
-    second = residual_norm or _NO_NORM
+    second = _no_norm() if residual_norm is None else residual_norm
     return torch.ops.fused_res.bn_act_fwd.default(
         x,
         weight,
@@ -307,8 +320,18 @@ def bn_act_norms(
     _check(x, norm, residual, residual_norm, act)
     if choose("bn_act", backend, x, residual, norm.weight, norm.bias) == "eager" or x.numel() == 0:
         return reference.bn_act(x, norm, residual, residual_norm, act)
-    second = residual_norm or _NO_NORM
+    second = _no_norm() if residual_norm is None else residual_norm
     differentiable = (x, norm.weight, norm.bias, residual, second.weight, second.bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        return _BnAct.apply(*differentiable, norm, residual_norm, act)
+        return _BnAct.apply(
+            *differentiable,
+            norm.running_mean,
+            norm.running_var,
+            *norm[4:],
+            residual_norm is not None,
+            second.running_mean,
+            second.running_var,
+            *second[4:],
+            act,
+        )
     return _fwd(x, norm, residual, residual_norm, act, False)[0]

@@ -1,0 +1,75 @@
+"""Clocks, a rotation of rivals, and the measured copy bandwidth that results are held against."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Rounds(NamedTuple):
+    """One value per round, of one rival."""
+
+    ms: list[float]
+    page_faults: list[float]
+
+
+def synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def repeat_ms(call: Callable[[], object], times: int, device: str) -> float:
+    """Milliseconds of ``times`` calls, on the device's own clock."""
+    if torch.device(device).type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    for _ in range(times):
+        call()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def rotate(
+    calls: dict[str, Callable[[], object]], rounds: int, device: str, least_ms: float = 20.0
+) -> dict[str, Rounds]:
+    """Times the calls A B C A B C ..., each ``least_ms`` or longer every time: ms and faults a call.
+
+    What else the machine does hits all rivals of a round alike, so ratios are taken round by round.
+    """
+    synchronize(device)
+    times = {}
+    for name, call in calls.items():
+        repeat_ms(call, 1, device)
+        times[name] = max(1, round(0.5 + least_ms / max(repeat_ms(call, 1, device), 1e-4)))
+    out = {name: Rounds([], []) for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            out[name].ms.append(repeat_ms(call, times[name], device) / times[name])
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+            out[name].page_faults.append(faults / times[name])
+    return out
+
+
+def copy_gbps(device: str, megabytes: int = 256, rounds: int = 5) -> float:
+    """GB/s, read and written, of one large tensor copied to another."""
+    source = torch.ones(megabytes * 2**18, device=device)
+    target = torch.zeros_like(source)
+    times = [repeat_ms(lambda: target.copy_(source), 1, device) for _ in range(rounds + 1)][1:]
+    return 2 * source.nbytes / statistics.median(times) / 1e6
+
+
+def spread(samples: list[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    q = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8]).double())
+    return tuple(q.tolist())
