@@ -42,7 +42,7 @@ def repeat_ms(call: Callable[[], object], times: int, device: str) -> float:
 def rotate(
     calls: dict[str, Callable[[], object]], rounds: int, device: str, least_ms: float = 20.0
 ) -> dict[str, Rounds]:
-    """Times the calls A B C A B C ..., each ``least_ms`` or longer every time: ms and faults a call.
+    """Times the calls A B C A B C ..., ``least_ms`` or longer each: ms and faults a call.
 
     What else the machine does hits all rivals of a round alike, so ratios are taken round by round.
     """

@@ -67,8 +67,8 @@ SUITES = {
     ],
 }
 QUICK_SUITES = {
-    "ops": [_op((2, 8, 6, 6), layout) for layout in FORMATS],
-    "blocks": [_block("bottleneck", (2, 16, 6, 6), 4), _block("single", (2, 8, 5, 5))],
+    "ops": [_op((8, 16, 12, 12), layout) for layout in FORMATS],
+    "blocks": [_block("bottleneck", (4, 64, 12, 12), 16), _block("single", (8, 16, 9, 9))],
 }
 
 
@@ -231,9 +231,7 @@ def _place(v: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
     }
 
 
-def op_program(
-    call: Callable[..., Tensor], workload: Workload, v: dict[str, Tensor]
-) -> Program:
+def op_program(call: Callable[..., Tensor], workload: Workload, v: dict[str, Tensor]) -> Program:
     v = _place(v, workload.layout or "NCHW")
     state = {name: v[name] for name in ("running_mean", "running_var")}
     wrt = {name: v[name].requires_grad_() for name in ("x", "residual", "weight", "bias")}

@@ -81,9 +81,9 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
 class Errors:
     """Errors of ours and of PyTorch's ops against float64, pooled by quantity.
 
-    Errors are relative to the exact tensor, the largest to its largest value and the root mean square
-    to its root mean square. They are pooled over cases because a sum over a few channels that happens
-    to round well says nothing: the ratio of two such errors is chance.
+    Errors are relative to the exact tensor, the largest to its largest value and the root mean
+    square to its root mean square. They are pooled over cases because the errors of sums over a few
+    channels are chance, and so is the ratio of two of them.
     """
 
     def __init__(self) -> None:
@@ -94,8 +94,8 @@ class Errors:
     def add(self, key: str, where: str, ours: Tensor | None, theirs: Tensor, exact: Tensor) -> None:
         """Adds one tensor of three computations.
 
-        No error counts as less than what correct rounding may cost: half a unit in the last place of
-        the largest exact value, and half an epsilon of the root mean square.
+        No error counts as less than what correct rounding may cost: half a unit in the last place
+        of the largest exact value, and half an epsilon of the root mean square.
 
         Args:
             key: what it is pooled by.

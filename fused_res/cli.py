@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from .backends import BackendUnavailable
 from .version import __version__
 
-# name -> (module with add_arguments(parser) and run(args) -> exit code, summary). Only the module of
-# the command that was asked for is imported.
+# name -> (module with add_arguments(parser) and run(args) -> exit code, summary). Only the module
+# of the command that was asked for is imported.
 COMMANDS = {
     "doctor": ("fused_res.doctor", "say what is installed, what runs where, and why"),
     "check": ("fused_res.check", "test every available backend against float64"),

@@ -1,4 +1,4 @@
-"""``fused-res doctor``: versions, devices, libraries, and which implementation runs where, and why."""
+"""``fused-res doctor``: versions, devices, libraries; which implementation runs where, and why."""
 
 from __future__ import annotations
 

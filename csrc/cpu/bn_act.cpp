@@ -39,13 +39,11 @@ struct Parts {
   int64_t rows, chunk, chunks, block, blocks;
 
   explicit Parts(const Geometry& g) : g(g), rows(g.channels_last ? g.runs : g.runs / g.channels) {
-    constexpr int64_t kTileRows = 32, kElements = 1 << 14, kMax = 64;
+    constexpr int64_t kElements = 1 << 14, kMax = 64;
     const int64_t most = std::clamp<int64_t>(g.runs * g.inner / kElements, 1, kMax);
-    chunk = ceil_div(rows, most);
-    // the first image of a chunk is read twice, so NCHW chunks are at least 8 images where there
-    // are
-    chunk = g.channels_last ? ceil_div(chunk, kTileRows) * kTileRows
-                            : std::max(chunk, std::min<int64_t>(rows, 8));
+    // Some of a chunk's first rows (128 at least) or its first image (8 at least) are read twice.
+    const int64_t least = std::min<int64_t>(rows, g.channels_last ? 128 : 8);
+    chunk = std::max(ceil_div(rows, most), least);
     chunks = ceil_div(rows, chunk);
     block =
         g.channels_last ? g.channels : ceil_div(g.channels, std::max<int64_t>(1, most / chunks));

@@ -64,13 +64,14 @@ inline void stats_tile(const T* x, int64_t stride, int64_t rows, int64_t before,
                        double* m2, Lanes lanes) {
   using A = AccOf<T>;
   Vec<A> shift[V], s[2][V] = {}, q[2][V] = {};
-  if (before == 0) {  // the first tile shifts by its own mean, later ones by the mean so far
-    for (int64_t r = 0; r < rows; r++)
+  if (before ==
+      0) {  // the first tile shifts by the mean of a few rows, later ones by the mean so far
+    const int64_t few = rows < 8 ? rows : 8;
+    for (int64_t r = 0; r < few; r++)
       for (int v = 0; v < V; v++) s[0][v] += load(x + r * stride + v * kLanes, lanes);
-    for (int v = 0; v < V; v++) shift[v] = s[0][v] / (A)rows, s[0][v] = Vec<A>{};
+    for (int v = 0; v < V; v++) shift[v] = s[0][v] / (A)few, s[0][v] = Vec<A>{};
   } else {
-    for (int v = 0; v < V; v++)
-      shift[v] = __builtin_convertvector(load_raw<Vec<double>>(mean + v * kLanes, Full{}), Vec<A>);
+    for (int v = 0; v < V; v++) shift[v] = load_doubles<A>(mean + v * kLanes);
   }
   int64_t r = 0;
   for (; r + 2 <= rows; r += 2)
@@ -87,17 +88,19 @@ inline void stats_tile(const T* x, int64_t stride, int64_t rows, int64_t before,
       q[0][v] += d * d;
     }
   const double n = rows, weight = n / (before + n), inv_n = 1 / n;
-  for (int v = 0; v < V; v++) {  // Chan, Golub and LeVeque's merge, in double
-    const Vec<double> total = to_double<A>(s[0][v]) + to_double<A>(s[1][v]);
-    const Vec<double> square = to_double<A>(q[0][v]) + to_double<A>(q[1][v]);
-    const Vec<double> tile_m2 = square - total * total * inv_n;
-    const Vec<double> zero = {}, nonnegative = tile_m2 < zero ? zero : tile_m2;  // NaN stays NaN
-    Vec<double> old_mean = load_raw<Vec<double>>(mean + v * kLanes, Full{});
-    Vec<double> old_m2 = load_raw<Vec<double>>(m2 + v * kLanes, Full{});
-    if (before == 0) old_mean = old_m2 = zero;
-    const Vec<double> delta = (to_double<A>(shift[v]) - old_mean) + total * inv_n;
-    store_raw(old_mean + delta * weight, mean + v * kLanes, Full{});
-    store_raw(old_m2 + nonnegative + delta * delta * (before * weight), m2 + v * kLanes, Full{});
+#pragma GCC unroll 4
+  for (int i = 0; i < 2 * V; i++) {  // Chan, Golub and LeVeque's merge, in double
+    const int v = i / 2, h = i % 2;
+    double *mean_at = mean + i * kHalf, *m2_at = m2 + i * kHalf;
+    const HalfDoubles zero = {}, total = half_of<A>(s[0][v], h) + half_of<A>(s[1][v], h);
+    const HalfDoubles square = half_of<A>(q[0][v], h) + half_of<A>(q[1][v], h);
+    const HalfDoubles tile_m2 = square - total * total * inv_n;
+    const HalfDoubles nonnegative = tile_m2 < zero ? zero : tile_m2;  // NaN stays NaN
+    const HalfDoubles old_mean = before ? load_raw<HalfDoubles>(mean_at, Full{}) : zero;
+    const HalfDoubles old_m2 = before ? load_raw<HalfDoubles>(m2_at, Full{}) : zero;
+    const HalfDoubles delta = (half_of<A>(shift[v], h) - old_mean) + total * inv_n;
+    store_raw(old_mean + delta * weight, mean_at, Full{});
+    store_raw(old_m2 + nonnegative + delta * delta * (before * weight), m2_at, Full{});
   }
 }
 
@@ -279,8 +282,10 @@ void sums_rows(const BackwardArgs& a, int64_t lo, int64_t hi, double* totals, in
                                      residual + (kSecond ? at : 0), m, m2, lanes);
       }
       for (int k = 0; k < (kSecond ? kSums : 2); k++) {
-        double* total = totals + k * stride + c;
-        store_raw(load_raw<Vec<double>>(total, Full{}) + to_double<A>(sums[k]), total, Full{});
+        for (int h = 0; h < 2; h++) {
+          double* total = totals + k * stride + c + h * kHalf;
+          store_raw(load_raw<HalfDoubles>(total, Full{}) + half_of<A>(sums[k], h), total, Full{});
+        }
       }
     });
   }

@@ -225,9 +225,28 @@ inline unsigned load_bits(const uint8_t* p, Part part) {
   return bits;
 }
 
+// Sums are kept in double, half a vector of floats at a time: that fills one register.
+constexpr int kHalf = kLanes / 2;
+typedef double HalfDoubles __attribute__((vector_size(kHalf * sizeof(double))));
+
 template <class A>
-inline Vec<double> to_double(Vec<A> v) {
-  return __builtin_convertvector(v, Vec<double>);
+struct Halves {
+  typedef A type __attribute__((vector_size(kHalf * sizeof(A))));
+  type half[2];
+};
+
+template <class A>
+inline HalfDoubles half_of(Vec<A> v, int half) {
+  return __builtin_convertvector(bit_cast<Halves<A>>(v).half[half], HalfDoubles);
+}
+
+template <class A>
+inline Vec<A> load_doubles(const double* p) {  // rounded to A
+  Halves<A> halves;
+  for (int h = 0; h < 2; h++)
+    halves.half[h] = __builtin_convertvector(load_raw<HalfDoubles>(p + h * kHalf, Full{}),
+                                             typename Halves<A>::type);
+  return bit_cast<Vec<A>>(halves);
 }
 
 template <int kCount>
@@ -250,7 +269,7 @@ inline double sum_halves(typename Doubles<kCount>::type v) {
 
 template <class A>
 inline double sum(Vec<A> v) {  // in double, always in this order
-  return sum_halves<kLanes>(to_double<A>(v));
+  return sum_halves<kHalf>(half_of<A>(v, 0) + half_of<A>(v, 1));
 }
 
 // calls step(i, Full) for every whole vector of a run of `length` elements, then step(i, Part)

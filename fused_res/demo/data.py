@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Data(NamedTuple):
-    """Images (N, 3, 32, 32), float32, normalised by the training set, channels_last; labels (N,)."""
+    """Images (N, 3, 32, 32), float32, channels_last, normalised; labels (N,), int64."""
 
     train_images: Tensor
     train_labels: Tensor

@@ -1,0 +1,285 @@
+"""The README's benchmark tables, from committed rows: ``python benchmarks/table.py --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+OURS = "fused_res-"
+CL = "channels_last"
+STEP = "forward+backward"
+
+
+def load(results: Path) -> dict[str, dict[str, list[dict]]]:
+    """Rows by device and suite, in the order of their names."""
+    out: dict[str, dict[str, list[dict]]] = {}
+    for path in sorted(results.glob("*/*.json")):
+        out.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text())
+    return out
+
+
+def _unique(items: Iterable) -> list:
+    return list(dict.fromkeys(items))
+
+
+class Suite:
+    """The rows of one suite on one device, looked up by workload, direction and allocator."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = rows
+        self.workloads = _unique(row["workload"] for row in rows)
+        self.allocators = _unique(row["allocator"] for row in rows)
+        self.ours = _unique(row["rival"] for row in rows if row["rival"].startswith(OURS))
+
+    def row(self, workload: str, rival: str, direction: str, allocator: str) -> dict | None:
+        """The rival's row; of two layouts the channels_last one."""
+        found = [
+            row
+            for row in self.rows
+            if (row["workload"], row["rival"], row["direction"], row["allocator"])
+            == (workload, rival, direction, allocator)
+        ]
+        return max(found, key=lambda row: row["layout"] == CL, default=None)
+
+    def speedup(
+        self, workload: str, rival: str, direction: str, allocator: str, baselines: list[str]
+    ) -> float | None:
+        """Over the fastest of the baselines (``eager``, ``eager channels_last``, ...) that ran."""
+        row = self.row(workload, rival, direction, allocator)
+        if row is None:
+            return None
+        found = [
+            ratio
+            for base, ratio in row["speedup_over"].items()
+            if base in baselines or base.split()[0] in baselines
+        ]
+        return min(found, default=None)
+
+
+# --- the figures the project is held to on a CPU, 2 threads, float32
+
+
+def targets(suites: dict[str, list[dict]]) -> list[tuple[bool, str]]:
+    """(met, what) of every figure, for each allocator and each of our backends."""
+    out: list[tuple[bool, str]] = []
+
+    def claim(what: str, found: list[float | None], least: float, enough: int, total: int) -> None:
+        met = sum(x is not None and x >= least for x in found)
+        shown = " ".join("-" if x is None else f"{x:.2f}" for x in found)
+        count = f"{enough} of {total}"
+        out.append(
+            (met >= enough and len(found) >= total, f"{what}, >= {least:.2f} on {count}: {shown}")
+        )
+
+    if "ops" in suites:
+        ops = Suite(suites["ops"])
+        for rival in ops.ours:
+            for allocator in ops.allocators:
+                for layout, least in ("NCHW", 2.0), (CL, 1.6):
+                    names = [w for w in ops.workloads if w.endswith(f" {layout}")]
+                    eager, compiled = (
+                        [ops.speedup(w, rival, STEP, allocator, [base]) for w in names]
+                        for base in ("eager", "compile")
+                    )
+                    what = f"{rival}, allocator {allocator}: bn_act {layout} forward+backward over"
+                    claim(f"{what} eager", eager, least, 5, 6)
+                    claim(f"{what} eager", eager, 1.25, 6, 6)
+                    claim(f"{what} torch.compile", compiled, 1.3, 6, 6)
+    if "blocks" in suites:
+        blocks = Suite(suites["blocks"])
+        small = [w for w in blocks.workloads if " 32ch " in w]
+        best = [f"eager {CL}", "compile", "compile-max-autotune"]
+        for rival in blocks.ours:
+            for allocator in blocks.allocators:
+                what = f"{rival}, allocator {allocator}: block step over the best of PyTorch"
+
+                def over(names: list[str], rival=rival, allocator=allocator) -> list[float | None]:
+                    return [blocks.speedup(w, rival, STEP, allocator, best) for w in names]
+
+                claim(what, over(blocks.workloads), 0.97, 6, 6)
+                claim(f"{what}, 32 channels", over(small), 1.10, 2, 2)
+            deep = [w for w in blocks.workloads if w.startswith("bottleneck")]
+            saved = [
+                blocks.speedup(w, rival, "saved", blocks.allocators[0], ["eager"]) for w in deep
+            ]
+            saved = [None if x is None else 1 - 1 / x for x in saved]
+            claim(f"{rival}: share of saved bytes spared, bottleneck", saved, 0.15, 1, 1)
+    return out
+
+
+# --- markdown
+
+
+def _cells(values: list[float | None]) -> str:
+    """One number for each allocator."""
+    return " / ".join("-" if x is None else f"{x:.2f}" for x in values)
+
+
+def _milliseconds(values: list[float | None]) -> str:
+    return " / ".join("-" if x is None else f"{x:.3g}" for x in values)
+
+
+def _markdown(header: list[str], body: list[list[str]]) -> list[str]:
+    align = ["---"] + ["---:"] * (len(header) - 1)
+    return [f"| {' | '.join(cells)} |" for cells in (header, align, *body)]
+
+
+def caption(rows: list[dict]) -> str:
+    """Device, date, versions and commit of the rows, all of one run."""
+    row = rows[0]
+    d, v = row["device"], row["versions"]
+    versions = ", ".join(f"{name} {number}" for name, number in v.items() if number)
+    return (
+        f"*{d['name']} ({d['isa']}, {d['cores']} cores, {d['threads']} threads), {row['dtype']}, "
+        f"{row['date'][:10]}, {versions}, commit {row['commit']}.*"
+    )
+
+
+def _ops(suite: Suite, rival: str) -> list[str]:
+    body = []
+    for workload in suite.workloads:
+
+        def over(direction: str, base: str, workload=workload) -> str:
+            return _cells(
+                [suite.speedup(workload, rival, direction, a, [base]) for a in suite.allocators]
+            )
+
+        step = [suite.row(workload, rival, STEP, a) or {} for a in suite.allocators]
+        body.append(
+            [
+                workload.removeprefix("bn_act "),
+                over("forward", "eager"),
+                over(STEP, "eager"),
+                over(STEP, "compile"),
+                _milliseconds([row.get("median_ms") for row in step]),
+                _milliseconds([row.get("percent_of_copy") for row in step]),
+            ]
+        )
+    header = ["tensor", "forward", STEP, f"{STEP}, over torch.compile", f"{STEP}, ms", "% of copy"]
+    return _markdown(header, body)
+
+
+def _blocks(suite: Suite, rival: str) -> list[str]:
+    body = []
+    for workload in suite.workloads:
+
+        def over(direction: str, *bases: str, workload=workload) -> str:
+            return _cells(
+                [
+                    suite.speedup(workload, rival, direction, a, list(bases))
+                    for a in suite.allocators
+                ]
+            )
+
+        ours, theirs = (
+            suite.row(workload, name, "saved", suite.allocators[0]) for name in (rival, "eager")
+        )
+        saved = "-"
+        if ours and theirs:
+            saved = f"{theirs['bytes'] / 2**20:.3g} → {ours['bytes'] / 2**20:.3g}"
+        step = [suite.row(workload, rival, STEP, a) or {} for a in suite.allocators]
+        body.append(
+            [
+                workload,
+                over(STEP, "eager NCHW"),
+                over(STEP, f"eager {CL}"),
+                over(STEP, "compile"),
+                over("forward", f"eager {CL}"),
+                _milliseconds([row.get("median_ms") for row in step]),
+                saved,
+            ]
+        )
+    header = [
+        "block",
+        "step over eager NCHW",
+        f"over eager {CL}",
+        "over torch.compile",
+        f"forward over eager {CL}",
+        "step, ms",
+        "saved for backward, MiB",
+    ]
+    return _markdown(header, body)
+
+
+INTRO = {
+    "ops": "BatchNorm + residual add + ReLU in training ({rival}): speed-up over eager PyTorch in "
+    "the same layout and over torch.compile, and the share of the measured copy bandwidth reached.",
+    "blocks": "A whole block in training, forward and backward ({rival}, channels_last): speed-up "
+    "over PyTorch, and what is saved for backward, PyTorch's → ours.",
+}
+
+
+def markdown(results: Path) -> str:
+    """Every committed suite as a table under a line that says where and when it was measured."""
+    parts = []
+    for suites in load(results).values():
+        for name, make in ("ops", _ops), ("blocks", _blocks):
+            rows = suites.get(name)
+            if not rows:
+                continue
+            suite = Suite(rows)
+            for rival in suite.ours:
+                text = INTRO[name].format(rival=rival) + " Under 1 is slower."
+                if len(suite.allocators) > 1:
+                    text += f" Allocator: {' / '.join(suite.allocators)} (see `benchmarks/`)."
+                parts += [text, "\n".join(make(suite, rival)), caption(rows)]
+    return "\n\n".join(parts) if parts else "No results yet."
+
+
+def replaced(text: str, table: str) -> str:
+    """``text`` with ``table`` between the two markers.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{BEGIN} and {END} must each be there once, in this order")
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--write", type=Path, metavar="FILE", help="replace the table in FILE")
+    mode.add_argument("--check", type=Path, metavar="FILE", help="exit 1 where FILE's is another")
+    mode.add_argument("--targets", action="store_true", help="hold CPU results against the targets")
+    args = parser.parse_args(argv)
+    if args.targets:
+        lines = [
+            line
+            for device, suites in load(args.results).items()
+            if device.startswith("cpu-")
+            for line in targets(suites)
+        ]
+        for met, what in lines:
+            print(f"{'pass' if met else 'FAIL'}  {what}")
+        return 0 if lines and all(met for met, _ in lines) else 1
+    table = markdown(args.results)
+    path = args.write or args.check
+    if path is None:
+        print(table)
+        return 0
+    text = path.read_text()
+    try:
+        new = replaced(text, table)
+    except ValueError as error:
+        print(f"{path}: {error}", file=sys.stderr)
+        return 2
+    if args.check:
+        if new != text:
+            print(f"{path} is out of date: python benchmarks/table.py --write {path}")
+        return int(new != text)
+    if new != text:
+        path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

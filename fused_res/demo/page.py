@@ -1,0 +1,221 @@
+"""What the demo found, as tables on the terminal, a PNG and one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .compare import Agreement
+from .train import Curve
+
+COLORS = {"PyTorch": "#8a8f98", "fused_res": "#0f766e"}
+
+
+class Report(NamedTuple):
+    """Everything about one net. In pairs the plain one comes first. ``saved``: bytes at ``batch``."""
+
+    name: str
+    what: str
+    fused: list[str]
+    skipped: list[tuple[str, str]]
+    agreement: list[Agreement]
+    curves: tuple[Curve, Curve]
+    saved: tuple[int, int]
+    batch: int
+
+
+def _change(plain: float, fused: float, better: str, worse: str) -> str:
+    """``1.23x faster``; ``the same`` within 2 %."""
+    ratio = plain / fused
+    if abs(ratio - 1) < 0.02:
+        return "the same"
+    return f"{ratio:.2f}x {better}" if ratio > 1 else f"{1 / ratio:.2f}x {worse}"
+
+
+def result_rows(report: Report) -> list[list[str]]:
+    """(quantity, PyTorch, fused_res, difference) of the trained pair."""
+    plain, fused = report.curves
+    memory, fused_memory = report.saved
+
+    def percent(name: str, a: float, b: float) -> list[str]:
+        return [name, f"{a:.1%}", f"{b:.1%}", f"{100 * (b - a):+.1f} points"]
+
+    return [
+        percent("accuracy, validation", plain.val_accuracy, fused.val_accuracy),
+        percent("accuracy, training", plain.train_accuracy, fused.train_accuracy),
+        ["last loss", f"{plain.losses[-1]:.4f}", f"{fused.losses[-1]:.4f}", ""],
+        [
+            "step, median",
+            f"{1e3 * plain.step_seconds:.0f} ms",
+            f"{1e3 * fused.step_seconds:.0f} ms",
+            _change(plain.step_seconds, fused.step_seconds, "faster", "slower"),
+        ],
+        [
+            f"saved activations, batch {report.batch}",
+            f"{memory / 2**20:.1f} MiB",
+            f"{fused_memory / 2**20:.1f} MiB",
+            _change(memory, fused_memory, "less", "more"),
+        ],
+    ]
+
+
+def agreement_rows(report: Report) -> list[list[str]]:
+    """(quantity, PyTorch's error, fused_res's error, their ratio)."""
+    return [
+        [a.kind, f"{a.plain:.1e}", f"{a.fused:.1e}", f"{a.fused / a.plain:.2f}" if a.plain else "-"]
+        for a in report.agreement
+    ]
+
+
+def plot(reports: Sequence[Report]) -> bytes:
+    """A PNG: for each net its losses, step times and saved activations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(
+            len(reports),
+            3,
+            figsize=(12, 3.6 * len(reports)),
+            squeeze=False,
+            width_ratios=(2, 1, 1),
+            layout="constrained",
+        )
+        for report, (losses, times, memory) in zip(reports, axes, strict=True):
+            # dashed on top of solid: two curves that agree both stay visible
+            for (label, color), curve, line in zip(
+                COLORS.items(),
+                report.curves,
+                ({"linewidth": 4, "alpha": 0.6}, {"linewidth": 1.5}),
+                strict=True,
+            ):
+                steps = range(1, len(curve.losses) + 1)
+                losses.plot(steps, curve.losses, label=label, color=color, **line)
+            losses.set(title=f"{report.name}: loss", xlabel="step", ylabel="cross entropy")
+            losses.set_ylim(bottom=0)
+            losses.grid(alpha=0.25)
+            losses.legend(frameon=False)
+            names, colors = list(COLORS), list(COLORS.values())
+            middle = [1e3 * curve.step_seconds for curve in report.curves]
+            low, high = ([1e3 * _quantile(c.seconds, q) for c in report.curves] for q in (0.2, 0.8))
+            spread = [
+                [m - a for m, a in zip(middle, low, strict=True)],
+                [b - m for m, b in zip(middle, high, strict=True)],
+            ]
+            bars = times.bar(names, middle, color=colors, width=0.6)
+            times.errorbar(names, middle, yerr=spread, fmt="none", ecolor="#333", capsize=4)
+            times.bar_label(bars, fmt="%.0f", label_type="center", color="white")
+            times.set(title="step, ms (median, p20 to p80)")
+            sizes = [size / 2**20 for size in report.saved]
+            bars = memory.bar(names, sizes, color=colors, width=0.6)
+            memory.bar_label(bars, fmt="%.1f", label_type="center", color="white")
+            memory.set(title=f"saved activations, MiB (batch {report.batch})")
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=110)
+        plt.close(figure)
+    return out.getvalue()
+
+
+def _quantile(values: Sequence[float], part: float) -> float:
+    return sorted(values)[int(part * (len(values) - 1))]
+
+
+def strip(pictures: Tensor) -> bytes:
+    """Pictures (N, 3, H, W), 0 to 1, side by side as a PNG."""
+    import matplotlib.image
+
+    out = io.BytesIO()
+    row = pictures.clamp(0, 1).permute(2, 0, 3, 1).flatten(1, 2)
+    matplotlib.image.imsave(out, row.contiguous().numpy(), format="png")
+    return out.getvalue()
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c2024; max-width: 62rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; } h3 { margin-bottom: .3rem; }
+img { max-width: 100%; } img.strip { width: 100%; image-rendering: pixelated; border-radius: 4px; }
+table { border-collapse: collapse; margin: .5rem 0 1rem; }
+th, td { padding: .3rem .9rem; border-bottom: 1px solid #dde1e6; text-align: right; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th { font-weight: 600; color: #5b626b; }
+.wide { overflow-x: auto; } .note { color: #5b626b; }
+"""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+
+    body = "\n".join(line("td", row) for row in rows)
+    head = line("th", header)
+    return f'<div class="wide"><table>\n{head}\n{body}\n</table></div>'
+
+
+def _image(png: bytes, alt: str, kind: str = "") -> str:
+    data = base64.b64encode(png).decode()
+    return f'<img class="{kind}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+AGREEMENT_NOTE = (
+    "Error of one training step against the same step in float64: norm of the difference over "
+    "norm, over all tensors of a kind. A ReLU whose input is within rounding of 0 may pass in one "
+    "net and not in the other; gradients carry that."
+)
+RESULT_NOTE = (
+    "Same initial weights, same batches in the same order, the two nets taking turns at every "
+    "step. Rounding differs, so the losses drift apart, as they do for PyTorch on two machines."
+)
+RESULT_HEADER = ("", "PyTorch", "fused_res", "fused_res is")
+AGREEMENT_HEADER = ("", "PyTorch's error", "fused_res's error", "ratio")
+
+
+def page(reports: Sequence[Report], figure: bytes, pictures: Tensor, facts: Sequence) -> str:
+    """The HTML text; it needs no other file.
+
+    Args:
+        figure: ``plot``'s PNG.
+        pictures: (N, 3, H, W) to show.
+        facts: (name, value) of the versions and settings.
+    """
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>fused_res demo</title><style>{_STYLE}</style></head><body>",
+        "<h1>fused_res beside plain PyTorch</h1>",
+        "<p>Two nets in plain PyTorch, their residual blocks swapped by <code>fuse_</code>, "
+        "trained on handwritten digits (32x32 colour) beside the originals.</p>",
+        _image(strip(pictures), "some of the validation images", "strip"),
+        _image(figure, "losses, step times and saved activations of every net"),
+    ]
+    for report in reports:
+        parts += [
+            f"<h2>{html.escape(report.name)}</h2>",
+            f"<p>{html.escape(report.what)} {fused_line(report)}</p>",
+            "<h3>Trained side by side</h3>",
+            _table(RESULT_HEADER, result_rows(report)),
+            "<h3>Agreement</h3>",
+            _table(AGREEMENT_HEADER, agreement_rows(report)),
+        ]
+        if report.skipped:
+            parts.append(_table(("skipped", "reason"), report.skipped))
+    parts += [
+        f'<p class="note">{RESULT_NOTE}</p><p class="note">Agreement. {AGREEMENT_NOTE}</p>',
+        "<h2>Versions and settings</h2>",
+        _table(("", ""), facts),
+        "</body></html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def fused_line(report: Report) -> str:
+    return f"fuse_ swapped {len(report.fused)} blocks and skipped {len(report.skipped)}."
