@@ -131,7 +131,7 @@ def cpu_rules(ninja, output):
         "-Wno-psabi",
         "-Wno-maybe-uninitialized",
     ]
-    link = [f"-L{lib}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    link = [f"-L{lib}", "-ltorch_cpu"]
     if os.environ.get("FUSED_RES_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         flags += [*sanitize, "-O1", "-g", "-fno-omit-frame-pointer"]
@@ -161,7 +161,7 @@ def cpu_rules(ninja, output):
 
 def cuda_rules(ninja, output):
     nvcc_path = nvcc()
-    flags = [*common_flags(), "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+    flags = [*common_flags(), "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden",]
     flags += gencode_flags(nvcc_path)
     quoted = " ".join(f'"{flag}"' for flag in flags)
     ninja.rule("nvcc", f'"{nvcc_path}" {quoted} -MMD -MF $out.d -c $in -o $out', "$out.d")
@@ -175,7 +175,7 @@ def cuda_rules(ninja, output):
     link = f'-L"{libraries}" -L"{lib}" -ltorch_cpu -lcudart_static -lrt -ldl -lpthread'
     ninja.rule(
         "link_cuda",
-        f'"{compiler()}" -shared $in -o $out -Wl,--no-as-needed {link} -Wl,--exclude-libs,ALL',
+        f'"{compiler()}" -shared -Wl,--no-as-needed $in -o $out {link} -Wl,--exclude-libs,ALL',
     )
     objects = []
     for source in sorted((ROOT / "csrc").glob("*.cu")) + sorted((ROOT / "csrc/cuda").glob("*.cu")):

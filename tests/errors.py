@@ -45,7 +45,10 @@ def rule(ours, theirs, exact, what: str = "") -> None:
     exact = exact[finite]
     mine, other = (t[finite].double() - exact for t in (ours, theirs))
     floor = half_ulp(exact, ours.dtype)
-    for name, measure in (("largest", lambda e: e.abs().max().item() if e.numel() else 0.0), ("rms", rms)):
+    for name, measure in (
+        ("largest", lambda e: e.abs().max().item() if e.numel() else 0.0),
+        ("rms", rms),
+    ):
         a, b = measure(mine), measure(other)
         limit = FACTOR * max(b, floor)
         assert a <= limit, f"{what}: {name} error {a:.3g}, PyTorch's {b:.3g}, limit {limit:.3g}"

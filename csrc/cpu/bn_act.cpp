@@ -109,11 +109,13 @@ struct ForwardNorm {
       var = running_var[c];
     }
     const double invstd = 1 / std::sqrt(var + bn.eps), s = weight[c] * invstd;
-    mean[c] = (A)batch_mean;
-    scale[c] = (A)s;
-    shift[c] = (A)(bias[c] + ((double)mean[c] - batch_mean) * s);  // what rounding the mean lost
-    saved_mean[c] = mean[c];
+    saved_mean[c] = (A)batch_mean;
     saved_invstd[c] = (A)invstd;
+    scale[c] = (A)s;
+    // A mean under a standard deviation goes into the shift, which rounds once less than x - mean;
+    // a larger one is subtracted first, and the shift takes what rounding it lost.
+    mean[c] = std::abs(batch_mean) * invstd < 1 ? 0 : saved_mean[c];
+    shift[c] = (A)(bias[c] + ((double)mean[c] - batch_mean) * s);
   }
 
   Affine affine() const { return {mean.data(), scale.data(), shift.data()}; }
@@ -210,11 +212,11 @@ struct BackwardChannels {
   }
 
   void finish(int64_t c, double sum_g, double sum_gx) {
-    const double invstd = saved_invstd[c], s = weight[c] * invstd;
+    const double invstd = saved_invstd[c];
     dbias[c] = sum_g;
     dweight[c] = sum_gx * invstd;
-    slope[c] = (A)(-s * invstd * dweight[c] / count);
-    offset[c] = (A)(-s * sum_g / count);
+    slope[c] = (A)(invstd * dweight[c] / count);
+    offset[c] = (A)(sum_g / count);
   }
 
   BackwardNorm arrays() const {
@@ -298,9 +300,9 @@ BnActBackward backward(const Tensor& dy, const Tensor& x, const BatchNormSaved& 
                        const Tensor& stats, const Tensor& mask, Act act, BnActWanted wanted) {
   const Geometry g = geometry_of(x);
   const int64_t channels = g.channels, elements = g.runs * g.inner, count = elements / channels;
-  const Tensor nothing = uninitialised(0, x.scalar_type());
-  const Tensor dx = wanted.x ? uninitialised_like(x) : nothing;
-  const Tensor dresidual = wanted.residual ? uninitialised_like(x) : nothing;
+  const auto nothing = [&] { return uninitialised(0, x.scalar_type()); };  // outputs never alias
+  const Tensor dx = wanted.x ? uninitialised_like(x) : nothing();
+  const Tensor dresidual = wanted.residual ? uninitialised_like(x) : nothing();
   const A* saved = (const A*)stats.const_data_ptr();
   BackwardChannels<A> main(bn, channels, count, saved);
   std::optional<BackwardChannels<A>> second;
@@ -321,7 +323,7 @@ BnActBackward backward(const Tensor& dy, const Tensor& x, const BatchNormSaved& 
   BackwardChannels<A>* shortcut = second ? &*second : nullptr;
   Backward<A>{kernels_for(x.scalar_type()), args, main, shortcut, elements}.run(sums);
   const auto parameter = [&](const BackwardChannels<A>* norm, bool weight) {
-    if (!norm || !norm->bn.weight || !wanted.parameters) return nothing;
+    if (!norm || !norm->bn.weight || !wanted.parameters) return nothing();
     Tensor gradient = uninitialised(channels, norm->bn.weight->scalar_type());
     write_channels(weight ? norm->dweight : norm->dbias, gradient);
     return gradient;

@@ -9,6 +9,8 @@ namespace {
 // Rows summed in the accumulation type before they are added to a double: bounds the rounding of a
 // float sum, and small enough (with 2 vectors of columns) to stay in L1.
 constexpr int64_t kTileRows = 32;
+// With few rows nothing averages a float sum's rounding away, so less is summed in float.
+inline int64_t rows_of_tile(const Geometry& g) { return g.runs <= 512 ? 4 : kTileRows; }
 constexpr int64_t kTileElements = 1024;  // the same for a run of one channel (NCHW)
 
 template <Act kAct>
@@ -64,8 +66,7 @@ inline void stats_tile(const T* x, int64_t stride, int64_t rows, int64_t before,
                        double* m2, Lanes lanes) {
   using A = AccOf<T>;
   Vec<A> shift[V], s[2][V] = {}, q[2][V] = {};
-  if (before ==
-      0) {  // the first tile shifts by the mean of a few rows, later ones by the mean so far
+  if (before == 0) {  // shift by the mean of a few rows, in later tiles by the mean so far
     const int64_t few = rows < 8 ? rows : 8;
     for (int64_t r = 0; r < few; r++)
       for (int v = 0; v < V; v++) s[0][v] += load(x + r * stride + v * kLanes, lanes);
@@ -105,11 +106,12 @@ inline void stats_tile(const T* x, int64_t stride, int64_t rows, int64_t before,
 }
 
 template <class T>
-void stats_rows(const void* x_, int64_t channels, int64_t lo, int64_t hi, double* mean,
+void stats_rows(const void* x_, const Geometry& g, int64_t lo, int64_t hi, double* mean,
                 double* m2) {
   const T* x = (const T*)x_;
-  for (int64_t r = lo; r < hi; r += kTileRows) {
-    const int64_t rows = hi - r < kTileRows ? hi - r : kTileRows, before = r - lo;
+  const int64_t channels = g.channels, tile_rows = rows_of_tile(g);
+  for (int64_t r = lo; r < hi; r += tile_rows) {
+    const int64_t rows = hi - r < tile_rows ? hi - r : tile_rows, before = r - lo;
     const T* tile = x + r * channels;
     int64_t c = 0;
     for (; c + 2 * kLanes <= channels; c += 2 * kLanes)
@@ -158,13 +160,18 @@ void stats_images(const void* x_, const Geometry& g, const Part2d& part, double*
         const T* p = x + (image * g.channels + c) * g.inner + i;
         const A shift = (A)(seen == 0 ? mean_of_segment(p, length) : mean[c]);
         const Vec<A> shifts = broadcast(shift);
-        Vec<A> s[4] = {}, q[4] = {};
+        // x in double, as PyTorch sums it here: the mean must not be worse than its
+        HalfDoubles s[4][2] = {};
+        Vec<A> q[4] = {};
         over_segment(length, [&](int v, int64_t j, auto lanes) {
-          const Vec<A> d = first<A>(load(p + j, lanes) - shifts, lanes);
-          s[v] += d;
+          const Vec<A> value = load(p + j, lanes), d = first<A>(value - shifts, lanes);
+          for (int h = 0; h < 2; h++) s[v][h] += half_of<A>(value, h);
           q[v] += d * d;
         });
-        const double total = take<A>(s), tile_m2 = take<A>(q) - total * total * inv_n;
+        const HalfDoubles sums = ((s[0][0] + s[0][1]) + (s[1][0] + s[1][1])) +
+                                 ((s[2][0] + s[2][1]) + (s[3][0] + s[3][1]));
+        const double total = sum_halves<kHalf>(sums) - n * shift;
+        const double tile_m2 = take<A>(q) - total * total * inv_n;
         const double old_mean = seen == 0 ? 0 : mean[c], old_m2 = seen == 0 ? 0 : m2[c];
         const double delta = (shift - old_mean) + total * inv_n;
         mean[c] = old_mean + delta * weight;
@@ -270,8 +277,9 @@ void sums_rows(const BackwardArgs& a, int64_t lo, int64_t hi, double* totals, in
   using A = AccOf<T>;
   const int64_t channels = a.geometry.inner;
   const T *dy = (const T*)a.dy, *x = (const T*)a.x, *residual = (const T*)a.residual;
-  for (int64_t tile = lo; tile < hi; tile += kTileRows) {
-    const int64_t end = hi - tile < kTileRows ? hi : tile + kTileRows;
+  const int64_t tile_rows = rows_of_tile(a.geometry);
+  for (int64_t tile = lo; tile < hi; tile += tile_rows) {
+    const int64_t end = hi - tile < tile_rows ? hi : tile + tile_rows;
     over_run(channels, [&](int64_t c, auto lanes) {
       Accumulators<A> sums;
       const Vec<A> m = per_channel<A, true>(a.norm.mean, 0, c);
@@ -326,7 +334,7 @@ struct GradientValues {
 template <bool kTraining, class T, class Lanes>
 inline Vec<AccOf<T>> input_gradient(const GradientValues<AccOf<T>>& p, Vec<AccOf<T>> g, const T* x,
                                     Lanes lanes) {
-  if constexpr (kTraining) return p.scale * g + (p.slope * (load(x, lanes) - p.mean) + p.offset);
+  if constexpr (kTraining) g = (g - p.offset) - p.slope * (load(x, lanes) - p.mean);
   return p.scale * g;
 }
 
@@ -370,7 +378,7 @@ template <class T>
 constexpr BnActKernels table() {
   return {
       [](const void* x, const Geometry& g, const Part2d& part, double* mean, double* m2) {
-        return g.channels_last ? stats_rows<T>(x, g.channels, part.lo, part.hi, mean, m2)
+        return g.channels_last ? stats_rows<T>(x, g, part.lo, part.hi, mean, m2)
                                : stats_images<T>(x, g, part, mean, m2);
       },
       [](const ForwardArgs& a, int64_t first, int64_t end) {

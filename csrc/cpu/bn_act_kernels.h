@@ -33,7 +33,8 @@ struct ForwardArgs {
   Affine norm, residual_norm;
 };
 
-// The gradient of one BatchNorm's input: scale * g + slope * (x - mean) + offset (eval: scale * g).
+// The gradient of one BatchNorm's input: scale * (g - offset - slope * (x - mean)); eval: scale *
+// g.
 struct BackwardNorm {
   const void *mean, *scale, *slope, *offset;
   bool training;

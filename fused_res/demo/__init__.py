@@ -1,4 +1,4 @@
-"""``fused-res demo``: swap the blocks of two plain PyTorch nets, train them beside the originals."""
+"""``fused-res demo``: swap the blocks of two plain PyTorch nets, train both kinds side by side."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR",
                         help="where the plot and the page go (default: demo-out)")  # fmt: skip
-    number("--epochs", 2, "epochs of the ResNet-18 (default: 2)")
-    number("--deep-steps", 60, "steps of the deep net (default: 60)")
+    number("--epochs", 3, "epochs of the ResNet-18 (default: 3)")
+    number("--deep-steps", 100, "steps of the deep net (default: 100)")
     number("--images", None, "use only this many images (default: all 1797)")
     number("--batch", 32, "batch of the ResNet-18; the deep net takes half (default: 32)")
     number("--width", 16, "channels of the ResNet-18's first stage (default: 16)")
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
                 f"NetResDeep, {args.blocks} blocks",
                 f"{args.blocks} separate single-convolution blocks, 32 channels on 16x16 maps.",
                 lambda: nets.NetResDeep(n_blocks=args.blocks),
-                DEEP_OPTIMIZER,
+                lambda parameters: torch.optim.Adam(parameters, lr=4e-5),
                 max(args.batch // 2, 2),
                 args.deep_steps,
                 args.deep_steps,

@@ -1,0 +1,55 @@
+# Every target works from a fresh clone: it makes a virtual environment in .venv and installs into it.
+#   make run    the demo        make test     all tests     make bench   CPU benchmarks
+#   make lint   style checks    make wheel    dist/*.whl    make sanitize  ASan + UBSan
+PYTHON ?= python3
+VENV ?= .venv
+# PyTorch for a CPU; on a GPU machine: make TORCH="torch==2.13.0 --index-url ..." or bring your own venv
+TORCH ?= torch==2.13.0
+PY := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+
+.PHONY: run test lint bench wheel sanitize clean
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q $(TORCH)
+	$(PY) -m pip install -q "setuptools>=77" wheel ninja
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.made $(SOURCES)
+	$(PY) -m pip install -q --no-build-isolation -e ".[demo]"
+	touch $@
+
+# torchvision pins a torch of its own index and timm pins torchvision, hence --no-deps
+$(VENV)/.tests: $(VENV)/.installed
+	$(PY) -m pip install -q --no-build-isolation -e ".[test]"
+	$(PY) -m pip install -q --no-deps torchvision==0.28.0 timm==1.0.31 transformers==5.23.0
+	$(PY) -m pip install -q huggingface_hub safetensors pyyaml tokenizers regex requests typer
+	touch $@
+
+run: $(VENV)/.installed
+	$(VENV)/bin/fused-res demo
+
+test: $(VENV)/.tests
+	$(PY) -m pytest tests
+
+lint: $(VENV)/.tests
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*
+	$(PY) benchmarks/table.py --check README.md
+
+bench: $(VENV)/.tests
+	$(PY) benchmarks/run.py
+	$(PY) benchmarks/table.py --write README.md
+	$(PY) benchmarks/table.py --targets
+
+wheel: $(VENV)/.made
+	$(PY) -m pip wheel . --no-deps -w dist
+
+# The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
+sanitize: $(VENV)/.tests
+	PY=$(abspath $(PY)) sh tests/sanitize.sh
+
+clean:
+	rm -rf build dist *.egg-info fused_res/*.so .pytest_cache .hypothesis demo-out
