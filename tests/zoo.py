@@ -28,15 +28,7 @@ except RuntimeError as error:
 import timm
 import transformers
 
-__all__ = [
-    "agree",
-    "agree_in_median",
-    "outcome",
-    "randomise",
-    "timm",
-    "torchvision",
-    "transformers",
-]
+__all__ = ["agree", "outcome", "randomise", "timm", "torchvision", "transformers"]
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -119,10 +111,10 @@ def _largest(error: torch.Tensor) -> float:
 def agree(ours, theirs, exact, what: str = "", largest: bool = True) -> None:
     """The 1.5 x rule on lists of outcomes, one a draw: by RMS and, unless a net's, by largest error.
 
-    Judged is the median over the draws of our error in units of PyTorch's. Where an activation is so
-    near zero that rounding turns its ReLU over, that one sign moves gradients a thousand times further
-    than all other rounding. It happens in a few draws of ten of a net, in both, in ours or in theirs;
-    in those the ratio says who was lucky, in the others it says what the arithmetic does.
+    Judged is the median over the draws of our error in units of PyTorch's. Where an activation is
+    so near zero that rounding turns its ReLU over, that one sign moves gradients a thousand times
+    further than all other rounding. It happens in a few draws of ten of a net, in both, in ours or in
+    theirs; there the ratio says who was lucky, elsewhere what the arithmetic does.
     """
     ratios: dict[tuple[str, str], list[float]] = {}
     for a, b, e in zip(ours, theirs, exact, strict=True):
