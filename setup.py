@@ -161,7 +161,11 @@ def cpu_rules(ninja, output):
 
 def cuda_rules(ninja, output):
     nvcc_path = nvcc()
-    flags = [*common_flags(), "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden",]
+    flags = [
+        *common_flags(),
+        "-DUSE_CUDA",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+    ]
     flags += gencode_flags(nvcc_path)
     quoted = " ".join(f'"{flag}"' for flag in flags)
     ninja.rule("nvcc", f'"{nvcc_path}" {quoted} -MMD -MF $out.d -c $in -o $out', "$out.d")
@@ -212,6 +216,7 @@ def extensions():
         return []
     found = [Extension("fused_res._C", [], py_limited_api=True)]
     if nvcc():
+        gencode_flags(nvcc())  # complains of a bad TORCH_CUDA_ARCH_LIST before anything is compiled
         optional = os.environ.get("FUSED_RES_BUILD_CUDA", "auto") == "auto"
         found.append(Extension("fused_res._C_cuda", [], py_limited_api=True, optional=optional))
     return found

@@ -95,6 +95,10 @@ def cpu_isa(limit: str | None = None) -> str:
     return CPU_ISAS[1 + torch.ops.fused_res.cpu_isa(level)]
 
 
+if STATUS["cpu"] is None:
+    cpu_isa(settings.cpu_isa)
+
+
 def check_name(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of: {', '.join(BACKENDS)}")

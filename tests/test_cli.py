@@ -225,6 +225,23 @@ def test_demo(tmp_path, capsys):
         assert line in text and line in page
 
 
+def test_demo_says_when_time_was_up():
+    pytest.importorskip("tqdm")
+    from fused_res.demo import data, page, train
+
+    pictures = torch.rand(8, 3, 4, 4)
+    digits = data.Data(pictures, torch.arange(8), pictures, torch.arange(8), pictures)
+    models = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 8)) for _ in range(2)]
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    for budget, steps, said in [(0, "1", "of 4 planned: time was up"), (1e9, "4", "")]:
+        curves = train.train("net", tuple(models), sgd, digits, 2, 1, None, 0, budget)
+        report = page.Report("net", "", [], [], [], curves, (1, 1), 2)
+        assert page.result_rows(report)[0] == ["steps", steps, steps, said]
+
+
 def test_demo_says_what_is_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1

@@ -14,7 +14,7 @@ import torch
 from ..cli import CommandError, table
 
 PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
-AGREEMENT_IMAGES = 16
+AGREEMENT_IMAGES = 20
 
 
 def _positive(text: str) -> int:
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--batch", 32, "batch of the ResNet-18; the deep net takes half (default: 32)")
     number("--width", 16, "channels of the ResNet-18's first stage (default: 16)")
     number("--blocks", 100, "blocks of the deep net (default: 100)")
+    number("--seconds", 80, "end the training of a pair of nets after this long (default: 80)")
     number("--threads", None, "threads PyTorch may use (default: its own choice)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
 
@@ -95,7 +96,15 @@ def run(args: argparse.Namespace) -> int:
             images = digits.train_images[:batch]
             saved = compare.saved_bytes(plain, images), compare.saved_bytes(fused, images)
             curves = train.train(
-                name, (plain, fused), make_optimizer, digits, batch, epochs, limit, args.seed
+                name,
+                (plain, fused),
+                make_optimizer,
+                digits,
+                batch,
+                epochs,
+                limit,
+                args.seed,
+                args.seconds,
             )
             report = page.Report(
                 name, what, swapped.fused, swapped.skipped, agreement, curves, saved, batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Agreement(NamedTuple):
-    """Errors relative to float64: norm of the difference over norm, of all tensors of a kind."""
+    """Errors against float64: norm of the difference over norm, of all tensors of a kind."""
 
     kind: str
     plain: float
@@ -32,25 +33,28 @@ def _training_step(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str
 
 
 def agreement(
-    plain: nn.Module, fused: nn.Module, images: Tensor, labels: Tensor
+    plain: nn.Module, fused: nn.Module, images: Tensor, labels: Tensor, batch: int = 4
 ) -> list[Agreement]:
-    """Compares one training step of copies of both with that of a float64 copy of ``plain``.
+    """Compares training steps of copies of both with those of a float64 copy of ``plain``.
 
-    The eval outputs are those after the step's update of the running statistics, before any update
-    of the weights.
+    One step for each ``batch`` of the images, always from the same weights; the median error of the
+    batches counts, because a ReLU that rounding flips spoils the gradients of its batch, PyTorch's as
+    well as ours. The eval outputs are those after the step's update of the running statistics.
     """
-    exact = _training_step(copy.deepcopy(plain).double(), images.double(), labels)
-    ours = [_training_step(copy.deepcopy(model), images, labels) for model in (plain, fused)]
 
     def error(found: list[Tensor], wanted: list[Tensor]) -> float:
         pairs = list(zip(found, wanted, strict=True))
         difference = sum((a.double() - b).square().sum().item() for a, b in pairs)
         return (difference / sum(b.square().sum().item() for _, b in pairs)) ** 0.5
 
-    return [
-        Agreement(kind, *(error(found[kind], wanted) for found in ours))
-        for kind, wanted in exact.items()
-    ]
+    errors: dict[str, tuple[list[float], list[float]]] = {}
+    for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+        exact = _training_step(copy.deepcopy(plain).double(), x.double(), y)
+        for j, model in enumerate((plain, fused)):
+            found = _training_step(copy.deepcopy(model), x, y)
+            for kind, wanted in exact.items():
+                errors.setdefault(kind, ([], []))[j].append(error(found[kind], wanted))
+    return [Agreement(kind, *map(statistics.median, pair)) for kind, pair in errors.items()]
 
 
 def saved_bytes(model: nn.Module, images: Tensor) -> int:

@@ -45,7 +45,10 @@ def result_rows(report: Report) -> list[list[str]]:
     def percent(name: str, a: float, b: float) -> list[str]:
         return [name, f"{a:.1%}", f"{b:.1%}", f"{100 * (b - a):+.1f} points"]
 
+    done = str(len(plain.losses))
+    cut = "" if len(plain.losses) == plain.planned else f"of {plain.planned} planned: time was up"
     return [
+        ["steps", done, done, cut],
         percent("accuracy, validation", plain.val_accuracy, fused.val_accuracy),
         percent("accuracy, training", plain.train_accuracy, fused.train_accuracy),
         ["last loss", f"{plain.losses[-1]:.4f}", f"{fused.losses[-1]:.4f}", ""],
@@ -166,9 +169,10 @@ def _image(png: bytes, alt: str, kind: str = "") -> str:
 
 
 AGREEMENT_NOTE = (
-    "Error of one training step against the same step in float64: norm of the difference over "
-    "norm, over all tensors of a kind. A ReLU whose input is within rounding of 0 may pass in one "
-    "net and not in the other; gradients carry that."
+    "Error of a training step against the same step in float64: norm of the difference over norm, "
+    "over all tensors of a kind, median of five batches. Where the input of a ReLU is within "
+    "rounding of 0, float32 may flip it, in PyTorch's ops and in ours alike: such flips, not the "
+    "arithmetic, make most of the gradients' error, and their ratio varies with the batches."
 )
 RESULT_NOTE = (
     "Same initial weights, same batches in the same order, the two nets taking turns at every "

@@ -16,12 +16,16 @@ from .data import Data
 
 
 class Curve(NamedTuple):
-    """What one net did: a loss and a time in seconds for each step; accuracy is of the end."""
+    """What one net did: a loss and a time in seconds for each step; accuracy is of the end.
+
+    planned: the steps it would have taken had the time sufficed.
+    """
 
     losses: list[float]
     seconds: list[float]
     train_accuracy: float
     val_accuracy: float
+    planned: int
 
     @property
     def step_seconds(self) -> float:
@@ -71,10 +75,12 @@ def train(
     epochs: int,
     limit: int | None,
     seed: int,
+    budget: float,
 ) -> tuple[Curve, Curve]:
     """Trains both models in place on the same batches, taking turns at every step.
 
-    The turns let noise of the machine hit both; which goes first alternates.
+    The turns let noise of the machine hit both; which goes first alternates. Training ends early
+    once both together have taken ``budget`` seconds.
     """
     from tqdm import tqdm
 
@@ -95,12 +101,16 @@ def train(
         bar.set_postfix_str(latest, refresh=False)
         if not interactive and (i + 1) % max(len(steps) // 4, 1) == 0:
             print(f"{name}: step {i + 1} of {len(steps)}, {latest}", file=sys.stderr, flush=True)
+        if sum(map(sum, seconds)) > budget:
+            break
+    bar.close()
     return tuple(
         Curve(
             losses[j],
             seconds[j],
             accuracy(model, data.train_images[:500], data.train_labels[:500]),
             accuracy(model, data.val_images, data.val_labels),
+            len(steps),
         )
         for j, model in enumerate(models)
     )
