@@ -1,4 +1,5 @@
-"""Builds the two shared libraries of fused_res: CPU (always, where there is a C++ compiler) and CUDA.
+"""Builds the two shared libraries of fused_res: CPU (always, where there is a C++ compiler) and
+CUDA.
 
 Neither is a Python extension: they register kernels with PyTorch's dispatcher through libtorch's
 stable ABI, so one wheel serves every Python >= 3.10 and every torch >= 2.11.
@@ -169,8 +170,8 @@ def cuda_rules(ninja, output):
     flags += gencode_flags(nvcc_path)
     quoted = " ".join(f'"{flag}"' for flag in flags)
     ninja.rule("nvcc", f'"{nvcc_path}" {quoted} -MMD -MF $out.d -c $in -o $out', "$out.d")
-    # libtorch_cuda is absent from a CPU-only torch, so an empty library of its name stands in for it
-    # at link time; at run time the loader finds the real one, already in the process.
+    # libtorch_cuda is absent from a CPU-only torch, so an empty library of its name stands in for
+    # it at link time; at run time the loader finds the real one, already in the process.
     ninja.rule(
         "stub", f'"{compiler()}" -shared -x c++ /dev/null -Wl,-soname,libtorch_cuda.so -o $out'
     )
@@ -209,8 +210,8 @@ class BuildLibraries(build_ext):
 def extensions():
     if compiler() is None or not sys.platform.startswith("linux"):
         print(
-            "warning: no C++ compiler (or not Linux): installing fused_res without its C++ libraries; "
-            "Triton or the reference will run instead",
+            "warning: no C++ compiler (or not Linux): installing fused_res without its "
+            "C++ libraries; Triton or the reference will run instead",
             file=sys.stderr,
         )
         return []

@@ -2,7 +2,8 @@
 
 ``auto`` takes a fused kernel where one is supported and known to win, else PyTorch's own ops
 (``eager``). A backend named by an argument, by ``with fused_res.backend(name)`` or by
-``FUSED_RES_BACKEND`` (in this order of precedence) raises where it cannot run instead of falling back.
+``FUSED_RES_BACKEND`` (in this order of precedence) raises where it cannot run instead of falling
+back.
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
 ======================  ==========================  =============================================
 variable                values (first is default)   meaning
 ======================  ==========================  =============================================
-FUSED_RES_BACKEND       auto cpu cuda triton eager  implementation to use; ``eager`` is the kill switch
+FUSED_RES_BACKEND       auto cpu cuda triton eager  what runs; ``eager`` is the kill switch
 FUSED_RES_CPU_ISA       best plain avx2 avx512      at most this instruction set in the CPU library
 FUSED_RES_LOG           off dispatch                ``dispatch``: say on stderr what ran and why
 ======================  ==========================  =============================================
 
-They are read once, when ``fused_res`` is imported. Build-time variables are described in ``setup.py``.
+They are read once, when ``fused_res`` is imported. Build-time variables:
+``setup.py``.
 """
 
 from __future__ import annotations

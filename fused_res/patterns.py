@@ -115,7 +115,8 @@ def _check_child(nodes: _Nodes, node: fx.Node, expected: type) -> str:
 
 
 def _chain(nodes: _Nodes, node: fx.Node, x: fx.Node) -> list[fx.Node]:
-    """The nodes from the input ``x`` to ``node``, which must follow each other with no side exits."""
+    """The nodes from the input ``x`` to ``node``, which must follow each other with no side
+    exits."""
     chain = []
     while node is not x:
         if node.op == "placeholder":

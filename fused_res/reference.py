@@ -1,7 +1,7 @@
 """Plain PyTorch: what every fused op and block must compute. The specification and the fallback.
 
-Nothing here knows of kernels. Tests and benchmarks compare with it, and a fused op that cannot serve
-a call (a transform, a dtype, a device) runs it.
+Nothing here knows of kernels. Tests and benchmarks compare with it, and a fused op that cannot
+serve a call (a transform, a dtype, a device) runs it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ RELUS = ("after", "before", "none")
 
 
 class Norm(NamedTuple):
-    """The arguments of one ``F.batch_norm``: four tensors of shape (C,) or None, and three scalars."""
+    """The arguments of one ``F.batch_norm``: four tensors of shape (C,) or None, and three
+    scalars."""
 
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
@@ -112,7 +113,7 @@ class ResBlock(nn.Module):
             shapes allow it, else projection.
         groups: of the 3x3 convolutions.
         dilation: of the 3x3 convolutions, padded so that the size stays.
-        width: channels inside the branch. Default: ``out_channels``; bottleneck ``out_channels // 4``.
+        width: channels inside the branch. Default: ``out_channels``; a quarter in a bottleneck.
         bias: whether the convolutions have a bias. Default: only in plain blocks.
         relu: ``after`` the add, ``before`` it (on the branch), or ``none``. Default: before the add
             in a single block, none with ``skip="concat"``, else after.
@@ -122,7 +123,8 @@ class ResBlock(nn.Module):
         device, dtype: of the parameters.
 
     Shape:
-        (N, in_channels, H, W) -> (N, out_channels [+ in_channels], ceil(H / stride), ceil(W / stride))
+        (N, in_channels, H, W) -> (N, out_channels [+ in_channels], H / stride, W / stride), sizes
+        rounded up
 
     Raises:
         ValueError: an argument is out of range or two do not fit together; the message names them.

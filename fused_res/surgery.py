@@ -1,4 +1,5 @@
-"""``fuse_`` swaps the forward of the residual blocks a model has, in place; ``unfuse_`` swaps it back."""
+"""``fuse_`` swaps the forward of the residual blocks a model has, in place; ``unfuse_`` swaps it
+back."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from .patterns import Unfusable, plan_of
 
 @dataclass
 class FuseReport:
-    """What ``fuse_`` did. ``fused``: names of modules; ``skipped``: (name, reason). Prints as a table."""
+    """What ``fuse_`` did. ``fused``: names of modules; ``skipped``: (name, reason). Prints as a
+    table."""
 
     fused: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -69,7 +71,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
             )
         if kind == "OptimizedModule":
             raise ValueError(
-                f"model must not be compiled, but {where} is a {kind}: fuse_ it before torch.compile"
+                f"model must not be compiled, but {where} is a {kind}: fuse_ it before "
+                f"torch.compile"
             )
         if kind in ("DistributedDataParallel", "DataParallel") or kind.startswith(
             "FullyShardedDataParallel"
@@ -88,8 +91,9 @@ def fuse_(
 ) -> FuseReport:
     """Makes every residual block of ``model`` that can be fused run fused kernels, in place.
 
-    A block is recognised by the dataflow of its forward, whatever its class and attributes are called.
-    Only its class changes (to a subclass); name, children, attributes, Parameter objects, state_dict
+    A block is recognised by the dataflow of its forward, whatever its class and attributes are
+    called. Only its class changes (to a subclass); name, children, attributes, Parameter objects,
+    state_dict
     keys and hooks stay as they are. Calling it again changes nothing; ``unfuse_`` reverses it.
 
     Args:
@@ -159,7 +163,8 @@ def fuse_(
 
 
 def unfuse_(model: nn.Module) -> list[str]:
-    """Gives every block that ``fuse_`` changed its own class back, in place; returns their names."""
+    """Gives every block that ``fuse_`` changed its own class back, in place; returns their
+    names."""
     names = []
     for name, module in model.named_modules():
         original = type(module).__dict__.get("original")

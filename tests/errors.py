@@ -1,4 +1,5 @@
-"""The correctness standard: our error against fp64 is at most 1.5 times PyTorch's in the same dtype."""
+"""The correctness standard: our error against fp64 is at most 1.5 times PyTorch's in the same
+dtype."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def half_ulp(exact: Tensor, dtype: torch.dtype) -> float:
 def rule(ours, theirs, exact, what: str = "") -> None:
     """Asserts the standard, by largest error and by RMS, for tensors or lists of tensors.
 
-    ``ours`` and ``theirs`` have one dtype, ``exact`` is fp64. Non-finite values must agree in place.
+    ``ours`` and ``theirs`` have one dtype, ``exact`` is fp64. Non-finite values must agree in
+    place.
     """
     if isinstance(ours, (list, tuple)):
         assert len(ours) == len(theirs) == len(exact)

@@ -1,4 +1,5 @@
-"""The op bn_act: against fp64 by the 1.5 x rule, under autograd and the compiler, and its errors."""
+"""The op bn_act: against fp64 by the 1.5 x rule, under autograd and the compiler, and its
+errors."""
 
 import pytest
 import torch
@@ -475,12 +476,13 @@ def test_one_value_per_channel_raises_what_pytorch_raises():
 
 def test_raw_op_never_reads_out_of_bounds():
     x, rm, rv, w, b = simple(requires_grad=False)
+    rest = (None, False, None, None, None, None, False, 0.1, 1e-5, 1, True)
     with pytest.raises(RuntimeError, match=r"weight must have shape"):
-        torch.ops.fused_res.bn_act_fwd(x, w[:3], b, rm, rv, True, 0.1, 1e-5, None, False, None, None,
-                                       None, None, False, 0.1, 1e-5, 1, True)  # fmt: skip
+        torch.ops.fused_res.bn_act_fwd(x, w[:3], b, rm, rv, True, 0.1, 1e-5, *rest)
+    stats, mask = torch.zeros(2, 24), torch.zeros(3, dtype=torch.uint8)
+    rest = (None, False, None, False, stats, mask, 1, True, False, True)
     with pytest.raises(RuntimeError, match="mask is not what"):
-        torch.ops.fused_res.bn_act_bwd(x, x, w, True, None, False, None, False, torch.zeros(2, 24),
-                                       torch.zeros(3, dtype=torch.uint8), 1, True, False, True)  # fmt: skip
+        torch.ops.fused_res.bn_act_bwd(x, x, w, True, *rest)
 
 
 def test_named_backend_raises_with_the_reason():

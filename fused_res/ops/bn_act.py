@@ -1,8 +1,10 @@
 """BatchNorm + residual add + ReLU in one pass: the op ``bn_act``.
 
-Forward: statistics (Welford's merge of tiles, Chan et al. 1979), then one pass that normalises, adds
+Forward: statistics (Welford's merge of tiles, Chan et al. 1979), then one pass that normalises,
+adds
 the residual, applies the ReLU and keeps its sign as one bit an element. Backward: one pass for the
-sums, one for the gradients. ``reference.bn_act`` says what it computes; ``csrc/cpu/bn_act.cpp`` how.
+sums, one for the gradients. ``reference.bn_act`` says what it computes; ``csrc/cpu/bn_act.cpp``
+how.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from ..backends import DTYPES, choose
 from ..reference import ACTS, Act, Norm
 from . import library
 
-# mask: uint8 of (runs, ceil(run / 8)), a run being the C channels of a pixel where x is channels_last
+# mask: uint8 of (runs, ceil(run / 8)), a run being the C channels of a pixel where x is
+# channels_last
 # and the H*W pixels of a channel where it is NCHW; bit i % 8 of byte i // 8 is set where element i
 # passed the ReLU. Empty where it is not wanted or there is no ReLU.
 # stats: float32 (float64 where x is) of (2, C), mean and invstd; (4, C) with a residual_norm.
@@ -27,11 +30,11 @@ library.define(
     "float residual_momentum, float residual_eps, int act, bool save_mask) -> "
     "(Tensor y, Tensor mask, Tensor stats)"
 )
-# Gradients that are not needed come back empty. dresidual is only ever asked for where it is not dy.
+# Gradients that are not needed come back empty. dresidual is only asked for where it is not dy.
 library.define(
     "bn_act_bwd(Tensor dy, Tensor x, Tensor? weight, bool training, Tensor? residual, "
-    "bool residual_norm, Tensor? residual_weight, bool residual_training, Tensor stats, Tensor mask, "
-    "int act, bool need_x, bool need_residual, bool need_parameters) -> "
+    "bool residual_norm, Tensor? residual_weight, bool residual_training, Tensor stats, "
+    "Tensor mask, int act, bool need_x, bool need_residual, bool need_parameters) -> "
     "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, Tensor dresidual_weight, "
     "Tensor dresidual_bias)"
 )
@@ -55,8 +58,8 @@ def _runs(x: Tensor) -> tuple[int, int]:
 
 @torch.library.register_fake("fused_res::bn_act_fwd", lib=library)
 def _(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, residual_norm,
-      residual_weight, residual_bias, residual_running_mean, residual_running_var, residual_training,
-      residual_momentum, residual_eps, act, save_mask):  # fmt: skip
+      residual_weight, residual_bias, residual_running_mean, residual_running_var,
+      residual_training, residual_momentum, residual_eps, act, save_mask):  # fmt: skip
     y = _dense_like(x)
     runs, length = _runs(y)
     mask_runs = runs if save_mask and act != ACTS.index("none") else 0
