@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from . import ops  # noqa: F401  defines cpu_isa, which this module calls
 from .env import BACKENDS, CPU_ISAS, settings
 
 _log = logging.getLogger("fused_res")
