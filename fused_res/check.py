@@ -7,6 +7,7 @@ that of PyTorch's own ops in the same dtype, for the largest error and for the r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import itertools
 import math
@@ -214,10 +215,11 @@ def check_bn_act(
     """
     errors, count = Errors(), 0
     for case in cases(dtype):
-        inputs = _inputs(case, device, count)
-        _clear_ties(case, inputs)
-        exact = _evaluate(reference.bn_act, case, inputs, torch.float64)
-        theirs = _evaluate(reference.bn_act, case, inputs)
+        with _one_thread():
+            inputs = _inputs(case, device, count)
+            _clear_ties(case, inputs)
+            exact = _evaluate(reference.bn_act, case, inputs, torch.float64)
+            theirs = _evaluate(reference.bn_act, case, inputs)
         count += 1
         try:
             ours = _evaluate(function, case, inputs)
@@ -225,9 +227,21 @@ def check_bn_act(
             failure = f"{type(error).__name__}: {error}"
             return Result("bn_act", backend, dtype, count, math.inf, str(case), failure)
         mode = "train" if case.training else "eval"
-        for name, t in exact.items():
-            errors.add(f"{name} in {mode}", f"worst: {case}", ours.get(name), theirs[name], t)
+        with _one_thread():
+            for name, t in exact.items():
+                errors.add(f"{name} in {mode}", f"worst: {case}", ours.get(name), theirs[name], t)
     return Result("bn_act", backend, dtype, count, *errors.worst())
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """For PyTorch's side: on such small maps threads only cost, on a busy machine much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _evaluate_block(block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
@@ -292,7 +306,8 @@ def check_all() -> list[Result]:
 
             results.append(check_bn_act(bn_act, dtype, name, device))
         if name == "eager" or name in backends.SUPPORT["bn_act"]:
-            results.append(check_block(FusedResBlock, name, device))
+            with _one_thread():  # both sides spend their time in PyTorch's convolutions
+                results.append(check_block(FusedResBlock, name, device))
     return results
 
 

@@ -5,9 +5,9 @@ What counts is what flows where (convolution, BatchNorm, ReLU, add), not class o
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
+import random
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-from .nn.blocks import BlockPlan, Stage, child, has_hooks
+from .nn.blocks import BlockPlan, Stage, bypassed_children, child, has_hooks
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -27,8 +27,26 @@ class Unfusable(Exception):
     """The module is a residual block that cannot be fused; the message says why."""
 
 
+class _Proxy(fx.Proxy):
+    def __iadd__(self, other):  # fx itself shows x += y as x + y
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Sees convolutions, norms and whatever has no children as one call each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autocast = torch.is_autocast_enabled("cpu")
+        self.modes_changed = False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+        self.modes_changed |= modes != (True, self.autocast)
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, (nn.Conv2d, _NormBase)) or parametrize.is_parametrized(module):
@@ -36,22 +54,39 @@ class _Tracer(fx.Tracer):
         return not any(True for _ in module.children())
 
 
-@contextmanager
-def _training_set_to(module: nn.Module, mode: bool) -> Iterator[None]:
-    # attributes, not module.train(): models override that (to keep BatchNorms frozen, say)
-    before = [(m, m.training) for m in module.modules()]
-    try:
-        for m, _ in before:
-            m.training = mode
-        yield
-    finally:
-        for m, flag in before:
-            m.training = flag
+def _state(block: nn.Module) -> list:
+    return [
+        (name, {k: v for k, v in m.__dict__.items() if k[0] != "_"}, {
+            k: (id(t), t._version) for k, t in (*m._buffers.items(), *m._parameters.items())
+            if t is not None
+        })
+        for name, m in block.named_modules()
+    ]  # fmt: skip
 
 
 def _trace(block: nn.Module, training: bool) -> fx.Graph:
-    with _training_set_to(block, training):
-        graph = _Tracer().trace(block)
+    """The graph of the block's forward in one mode, traced on a copy: a forward may write state.
+
+    Raises:
+        Unfusable: the forward does something that a trace does not show.
+    """
+    block = copy.deepcopy(block)
+    for m in block.modules():  # attributes, not train(): models override that (to freeze a norm)
+        m.training = training
+    tracer, before = _Tracer(), _state(block)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        drawn, python_drawn = torch.get_rng_state(), random.getstate()
+        try:
+            graph = tracer.trace(block)
+            same = torch.equal(drawn, torch.get_rng_state()) and python_drawn == random.getstate()
+        finally:
+            random.setstate(python_drawn)
+    if not same:
+        raise Unfusable("its forward draws random numbers")
+    if tracer.modes_changed:
+        raise Unfusable("its forward changes the grad or autocast mode")
+    if _state(block) != before:
+        raise Unfusable("its forward writes to the module")
     for node in list(graph.nodes):
         if node.op == "call_module" and type(child(block, node.target)) is nn.Identity:
             node.replace_all_uses_with(node.args[0])
@@ -181,6 +216,8 @@ def _parse(nodes: _Nodes) -> BlockPlan:
     if relu:
         (end,) = end.all_input_nodes
     operands = nodes.operands_of_add(end)
+    if operands and operands[0] is x and end.target in (operator.iadd, "add_"):
+        raise Unfusable("it writes its output into its input")
     skip = "add" if operands else "concat"
     if operands is None:
         operands = nodes.operands_of_cat(end)
@@ -208,24 +245,19 @@ def _parse(nodes: _Nodes) -> BlockPlan:
         raise Unfusable("a ReLU both before and after the add")
     if not any(stage.norm for stage in branch):
         raise Unfusable("it has no normalisation, which is what is fused")
-    called_by_us = {
-        name
-        for stage in (*branch, *shortcut)
-        for name in (*stage.before, stage.conv)
-        if name is not None
-    }
-    modules = [(name, m) for name, m in nodes.block.named_modules() if name]
-    bypassed = tuple(name for name, m in modules if name not in called_by_us and _matters(m))
-    return BlockPlan(tuple(branch), shortcut[0] if shortcut else None, skip, relu, bypassed)
-
-
-def _matters(module: nn.Module) -> bool:
-    return type(module) is not nn.Identity or has_hooks(module)
+    end_of_shortcut = shortcut[0] if shortcut else None
+    bypassed = bypassed_children(nodes.block, branch, end_of_shortcut)
+    return BlockPlan(tuple(branch), end_of_shortcut, skip, relu, bypassed)
 
 
 def looks_residual(nodes: _Nodes) -> bool:
     convolves = any(isinstance(nodes.module(n), nn.Conv2d) for n in nodes.graph.nodes)
-    joins = any(nodes.operands_of_add(n) or nodes.operands_of_cat(n) for n in nodes.graph.nodes)
+    joins = any(
+        n.op in ("call_function", "call_method")
+        and n.target in _ADDS | _CATS
+        and len(n.all_input_nodes) > 1
+        for n in nodes.graph.nodes
+    )
     return convolves and joins
 
 
@@ -239,7 +271,10 @@ def plan_of(block: nn.Module) -> BlockPlan | None:
     """
     try:
         graph, in_eval = _trace(block, True), _trace(block, False)
+    except Unfusable:
+        raise
     except Exception as error:
+        _refuse_hooks(block)  # a weight_norm of the old kind cannot even be copied
         if sum(isinstance(m, nn.Conv2d) for m in block.modules()) < 2:
             return None
         words = str(error).strip().splitlines() or [""]
@@ -249,7 +284,11 @@ def plan_of(block: nn.Module) -> BlockPlan | None:
         return None
     if str(graph) != str(in_eval):
         raise Unfusable("its forward differs between training and eval mode")
+    _refuse_hooks(block)
+    return _parse(nodes)
+
+
+def _refuse_hooks(block: nn.Module) -> None:
     for name, module in block.named_modules():
         if name and has_hooks(module):
             raise Unfusable(f"hooks on {name}")
-    return _parse(nodes)

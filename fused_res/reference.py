@@ -184,7 +184,7 @@ class ResBlock(nn.Module):
             raise ValueError(f"dropout={dropout!r} must be at least 0 and under 1")
         if width is None:
             width = max(out_channels // 4, 1) if kind == "bottleneck" else out_channels
-        if width < 1:
+        if not isinstance(width, int) or width < 1:
             raise ValueError(f"width={width!r} must be an integer of at least 1")
         self.kind, self.skip, self.relu_placement = kind, skip, relu
         has_norm = kind != "plain"

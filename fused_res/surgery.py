@@ -69,7 +69,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
             raise ValueError(
                 f"model must not be scripted, but {where} is a {kind}: fuse_ it before"
             )
-        if kind == "OptimizedModule":
+        if kind == "OptimizedModule" or module._compiled_call_impl is not None:
             raise ValueError(
                 f"model must not be compiled, but {where} is a {kind}: fuse_ it before "
                 f"torch.compile"
@@ -132,7 +132,7 @@ def fuse_(
             visit(part, f"{name}.{key}" if name else key, seen)
             for key, part in module.named_children()
         ]
-        if any(inside) or not inside or isinstance(module, (nn.Sequential, nn.ModuleList)):
+        if any(inside) or not inside or type(module).forward is nn.Sequential.forward:
             return any(inside)
         if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
             return False

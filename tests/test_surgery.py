@@ -1028,7 +1028,8 @@ def test_identity_replaced_by_drop_path():
     fuse_(ours)
     for model in (plain, ours):
         model.extra = timm.layers.DropPath(0.5)
-    a, b = (outcome(m, image(batch=16).double()) for m in (ours.double(), plain.double()))
+    x = image(batch=16).double()
+    a, b = (outcome(m, x) for m in (ours.double(), plain.double()))
     torch.testing.assert_close(a["output"], b["output"], rtol=1e-9, atol=1e-9)
 
 

@@ -37,18 +37,38 @@ class BlockPlan(NamedTuple):
     shortcut: None for the input itself.
     skip: ``add``, or ``concat`` of (input, branch).
     relu: whether a ReLU follows the add.
-    bypassed: children (by dotted name) whose ``forward`` the fused block does not call.
+    bypassed: the children whose ``forward`` the fused block does not call, as they were when the
+        plan was made; the block itself (name "") among them.
     """
 
     branch: tuple[Stage, ...]
     shortcut: Stage | None
     skip: str
     relu: bool
-    bypassed: tuple[str, ...]
+    bypassed: tuple[Bypassed, ...]
+
+
+class Bypassed(NamedTuple):
+    """A child, by dotted name, with its class and how many children it had."""
+
+    name: str
+    kind: type[nn.Module] | None
+    children: int
+
+
+def bypassed_children(block: nn.Module, branch: list[Stage], shortcut: Stage | None):
+    """What ``run_block`` does not call of ``block``: all but its convolutions and poolings."""
+    stages = [*branch, *([shortcut] if shortcut else [])]
+    called = {name for stage in stages for name in (*stage.before, stage.conv)}
+    return tuple(
+        Bypassed(name, type(module) if name else None, len(module._modules))
+        for name, module in block.named_modules()
+        if name not in called
+    )
 
 
 def child(module: nn.Module, path: str) -> nn.Module:
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         module = getattr(module, name)
     return module
 
@@ -137,7 +157,8 @@ class FusedForward:
     backend: str | None = None
 
     def forward(self, *args, **kwargs):
-        if len(args) != 1 or kwargs or not self._bypasses_safely():
+        plain = len(args) != 1 or kwargs or isinstance(args[0], torch.fx.Proxy)
+        if plain or not self._bypasses_safely():
             return super().forward(*args, **kwargs)
         return run_block(self, self.plan, args[0])
 
@@ -145,13 +166,14 @@ class FusedForward:
         """Whether the children that are not called are still what they were when fused."""
         if not torch.compiler.is_compiling() and _has_any_global_hook():
             return False
-        for name in self.plan.bypassed:
+        for name, kind, children in self.plan.bypassed:
             module = child(self, name)
-            if has_hooks(module):
+            if len(module._modules) != children:
                 return False
-            kind = type(module)
-            if kind is not nn.BatchNorm2d and isinstance(module, nn.modules.batchnorm._NormBase):
-                return False  # converted since, to SyncBatchNorm for example
+            if kind is not None and (type(module) is not kind or has_hooks(module)):
+                return False  # replaced or converted (to SyncBatchNorm, say), or hooked, since
+            if not torch.compiler.is_compiling() and name and "forward" in module.__dict__:
+                return False
         return True
 
 
@@ -179,15 +201,13 @@ class FusedResBlock(FusedForward, reference.ResBlock):
         ]
         before = ("dropout",) if self.dropout is not None else ()
         branch[-1] = branch[-1]._replace(relu=self.relu_placement == "before", before=before)
-        bypassed = ["relu", *(stage.norm for stage in branch if stage.norm)]
         shortcut = None
         if self.downsample is not None:
             shortcut = Stage("downsample.0", "downsample.1" if has_norm else None)
-            bypassed += ["downsample", *([shortcut.norm] if has_norm else [])]
         self.plan = BlockPlan(
             tuple(branch),
             shortcut,
             "concat" if self.skip == "concat" else "add",
             self.relu_placement == "after",
-            tuple(bypassed),
+            bypassed_children(self, branch, shortcut),
         )
