@@ -36,89 +36,134 @@ inline Vec<A> per_channel(const void* array, int64_t c, int64_t i) {
     return broadcast(((const A*)array)[c]);
 }
 
-// Calls body(run, i, values, lanes) for every vector of runs [begin, end), where values = make(c,
-// i) are loaded once for kRows rows (channels_last) or for a whole run (NCHW).
+// Whether the runs of an output start at multiples of a vector and are worth storing past the
+// caches
+inline bool streams(const Geometry& g, const void* output) {
+  return g.large && g.inner % kLanes == 0 && (uintptr_t)output % 64 == 0;
+}
+
+// Calls body(run, i, values, lanes) for every vector of a part, where values = make(c, i) are
+// loaded once for two rows (channels_last; from memory for each, to read it in order) or for a run
+// (NCHW).
 template <bool kChannelsLast, class Make, class Body>
-inline __attribute__((always_inline)) void over_runs(const Geometry& g, int64_t begin, int64_t end,
+inline __attribute__((always_inline)) void over_part(const Geometry& g, const Part2d& part,
                                                      const Make& make, const Body& body) {
   if constexpr (kChannelsLast) {
-    constexpr int64_t kRows = 2;
-    for (int64_t tile = begin; tile < end; tile += kRows) {
-      const int64_t tile_end = end - tile < kRows ? end : tile + kRows;
-      over_run(g.inner, [&](int64_t i, auto lanes) {
-        const auto values = make(0, i);
-        for (int64_t run = tile; run < tile_end; run++) body(run, i, values, lanes);
+    const int64_t rows = g.large ? 1 : 2;
+    for (int64_t tile = part.lo; tile < part.hi; tile += rows) {
+      const int64_t end = part.hi - tile < rows ? part.hi : tile + rows;
+      over_run(part.c_hi - part.c_lo, [&](int64_t i, auto lanes) {
+        const auto values = make(0, part.c_lo + i);
+        for (int64_t run = tile; run < end; run++) body(run, part.c_lo + i, values, lanes);
       });
     }
   } else {
-    for (int64_t run = begin; run < end; run++) {
-      const auto values = make(run % g.channels, 0);
-      over_run(g.inner, [&](int64_t i, auto lanes) { body(run, i, values, lanes); });
-    }
+    for (int64_t image = part.lo; image < part.hi; image++)
+      for (int64_t c = part.c_lo; c < part.c_hi; c++) {
+        const auto values = make(c, 0);
+        over_run(g.inner,
+                 [&](int64_t i, auto lanes) { body(image * g.channels + c, i, values, lanes); });
+      }
   }
 }
 
 // --- statistics
 
-// Sums of x - shift and its square over one tile of rows, for V vectors of columns.
-template <class T, int V, class Lanes>
-inline void stats_tile(const T* x, int64_t stride, int64_t rows, int64_t before, double* mean,
-                       double* m2, Lanes lanes) {
-  using A = AccOf<T>;
-  Vec<A> shift[V], s[2][V] = {}, q[2][V] = {};
-  if (before == 0) {  // shift by the mean of a few rows, in later tiles by the mean so far
-    const int64_t few = rows < 8 ? rows : 8;
-    for (int64_t r = 0; r < few; r++)
-      for (int v = 0; v < V; v++) s[0][v] += load(x + r * stride + v * kLanes, lanes);
-    for (int v = 0; v < V; v++) shift[v] = s[0][v] / (A)few, s[0][v] = Vec<A>{};
-  } else {
-    for (int v = 0; v < V; v++) shift[v] = load_doubles<A>(mean + v * kLanes);
-  }
-  int64_t r = 0;
-  for (; r + 2 <= rows; r += 2)
-    for (int k = 0; k < 2; k++)
-      for (int v = 0; v < V; v++) {
-        const Vec<A> d = load(x + (r + k) * stride + v * kLanes, lanes) - shift[v];
-        s[k][v] += d;
-        q[k][v] += d * d;
-      }
-  if (r < rows)
-    for (int v = 0; v < V; v++) {
-      const Vec<A> d = load(x + r * stride + v * kLanes, lanes) - shift[v];
-      s[0][v] += d;
-      q[0][v] += d * d;
-    }
-  const double n = rows, weight = n / (before + n), inv_n = 1 / n;
-#pragma GCC unroll 4
-  for (int i = 0; i < 2 * V; i++) {  // Chan, Golub and LeVeque's merge, in double
-    const int v = i / 2, h = i % 2;
-    double *mean_at = mean + i * kHalf, *m2_at = m2 + i * kHalf;
-    const HalfDoubles zero = {}, total = half_of<A>(s[0][v], h) + half_of<A>(s[1][v], h);
-    const HalfDoubles square = half_of<A>(q[0][v], h) + half_of<A>(q[1][v], h);
-    const HalfDoubles tile_m2 = square - total * total * inv_n;
-    const HalfDoubles nonnegative = tile_m2 < zero ? zero : tile_m2;  // NaN stays NaN
-    const HalfDoubles old_mean = before ? load_raw<HalfDoubles>(mean_at, Full{}) : zero;
-    const HalfDoubles old_m2 = before ? load_raw<HalfDoubles>(m2_at, Full{}) : zero;
-    const HalfDoubles delta = (half_of<A>(shift[v], h) - old_mean) + total * inv_n;
-    store_raw(old_mean + delta * weight, mean_at, Full{});
-    store_raw(old_m2 + nonnegative + delta * delta * (before * weight), m2_at, Full{});
+// How many rows of a tile are summed column by column. In a cache all of them: the sums stay in
+// registers. From memory about 512 bytes, in order: the prefetcher follows one stream a page.
+inline int64_t rows_of_group(const Geometry& g, int64_t row_bytes) {
+  if (!g.large) return kTileRows;
+  return row_bytes < 512 ? 512 / row_bytes : 1;
+}
+
+// Calls body(run, i, lanes) for the elements of columns [0, columns) of rows [lo, hi) a group at a
+// time, between begin(i), which fetches running sums of columns i.., and end(i, sums, lanes).
+template <class Begin, class Body, class End>
+inline __attribute__((always_inline)) void over_columns(int64_t columns, int64_t lo, int64_t hi,
+                                                        int64_t group, const Begin& begin,
+                                                        const Body& body, const End& end) {
+  for (int64_t first = lo; first < hi; first += group) {
+    const int64_t last = hi - first < group ? hi : first + group;
+    over_run(columns, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      auto sums = begin(i);
+      for (int64_t run = first; run < last; run++) body(run, i, sums, lanes);
+      end(i, sums);
+    });
   }
 }
 
+constexpr int64_t kColumns = 512;  // of a pass over a tile: their sums stay in L1
+
+// The sums of one tile, in the accumulation type: of x - shift and of its square, those of the
+// first and second half of the rows apart.
+template <class A>
+struct TileSums {
+  alignas(64) A shift[kColumns], sum[2][kColumns], square[2][kColumns];
+
+  // adds a tile of `rows` rows to mean and m2 of the `before` rows seen so far: Chan, Golub and
+  // LeVeque's merge, in double
+  void merge(int64_t rows, int64_t before, int64_t columns, double* mean, double* m2) const {
+    const double n = rows, weight = n / (before + n), inv_n = 1 / n;
+    for (int64_t c = 0; c < columns; c += kHalf) {  // the arrays are padded
+      const HalfDoubles zero = {}, total = doubles(sum[0] + c) + doubles(sum[1] + c);
+      const HalfDoubles squares = doubles(square[0] + c) + doubles(square[1] + c);
+      const HalfDoubles tile_m2 = squares - total * total * inv_n;
+      const HalfDoubles nonnegative = tile_m2 < zero ? zero : tile_m2;  // NaN stays NaN
+      const HalfDoubles old_mean = before ? load_raw<HalfDoubles>(mean + c, Full{}) : zero;
+      const HalfDoubles old_m2 = before ? load_raw<HalfDoubles>(m2 + c, Full{}) : zero;
+      const HalfDoubles delta = (doubles(shift + c) - old_mean) + total * inv_n;
+      store_raw(old_mean + delta * weight, mean + c, Full{});
+      store_raw(old_m2 + nonnegative + delta * delta * (before * weight), m2 + c, Full{});
+    }
+  }
+};
+
 template <class T>
-void stats_rows(const void* x_, const Geometry& g, int64_t lo, int64_t hi, double* mean,
-                double* m2) {
-  const T* x = (const T*)x_;
-  const int64_t channels = g.channels, tile_rows = rows_of_tile(g);
-  for (int64_t r = lo; r < hi; r += tile_rows) {
-    const int64_t rows = hi - r < tile_rows ? hi - r : tile_rows, before = r - lo;
-    const T* tile = x + r * channels;
-    int64_t c = 0;
-    for (; c + 2 * kLanes <= channels; c += 2 * kLanes)
-      stats_tile<T, 2>(tile + c, channels, rows, before, mean + c, m2 + c, Full{});
-    over_run(channels - c, [&](int64_t i, auto lanes) {
-      stats_tile<T, 1>(tile + c + i, channels, rows, before, mean + c + i, m2 + c + i, lanes);
-    });
+void stats_rows(const void* x_, const Geometry& g, const Part2d& part, double* mean_, double* m2_) {
+  using A = AccOf<T>;
+  struct Sums {
+    Vec<A> shift, s, q;
+  };
+  TileSums<A> sums;
+  const int64_t tile_rows = rows_of_tile(g);
+  for (int64_t c = part.c_lo; c < part.c_hi; c += kColumns) {
+    const int64_t columns = part.c_hi - c < kColumns ? part.c_hi - c : kColumns;
+    const int64_t group = rows_of_group(g, columns * sizeof(T));
+    const T* x = (const T*)x_ + c;
+    double *mean = mean_ + c, *m2 = m2_ + c;
+    for (int64_t r = part.lo; r < part.hi; r += tile_rows) {
+      const int64_t end = part.hi - r < tile_rows ? part.hi : r + tile_rows;
+      // shift by the median of three rows, which an outlier does not move; later by the mean so far
+      over_run(columns, [&](int64_t i, auto lanes) {
+        const auto row = [&](int64_t k) { return load(x + (r + k) * g.channels + i, lanes); };
+        Vec<A> v = r == part.lo ? row(0) : load_doubles<A>(mean + i);
+        if (r == part.lo && end - r >= 3) v = median<A>(v, row(1), row(2));
+        store_raw(v, sums.shift + i, Full{});
+        for (int half = 0; half < 2; half++) {
+          store_raw(Vec<A>{}, sums.sum[half] + i, Full{});
+          store_raw(Vec<A>{}, sums.square[half] + i, Full{});
+        }
+      });
+      const int64_t middle = r + (end - r) / 2;
+      for (int half = 0; half < 2; half++)
+        over_columns(
+            columns, half ? middle : r, half ? end : middle, group,
+            [&](int64_t i) {
+              return Sums{load_raw<Vec<A>>(sums.shift + i, Full{}),
+                          load_raw<Vec<A>>(sums.sum[half] + i, Full{}),
+                          load_raw<Vec<A>>(sums.square[half] + i, Full{})};
+            },
+            [&](int64_t run, int64_t i, Sums& v, auto lanes) __attribute__((always_inline)) {
+              const Vec<A> d = load(x + run * g.channels + i, lanes) - v.shift;
+              v.s += d;
+              v.q += d * d;
+            },
+            [&](int64_t i, const Sums& v) {
+              store_raw(v.s, sums.sum[half] + i, Full{});
+              store_raw(v.q, sums.square[half] + i, Full{});
+            });
+      sums.merge(end - r, r - part.lo, columns, mean, m2);
+    }
   }
 }
 
@@ -152,11 +197,11 @@ void stats_images(const void* x_, const Geometry& g, const Part2d& part, double*
   using A = AccOf<T>;
   const T* x = (const T*)x_;
   for (int64_t image = part.lo; image < part.hi; image++)
-    for (int64_t i = 0; i < g.inner; i += kTileElements) {
-      const int64_t length = g.inner - i < kTileElements ? g.inner - i : kTileElements;
-      const double seen = (image - part.lo) * g.inner + i, n = length;
-      const double weight = n / (seen + n), inv_n = 1 / n;
-      for (int64_t c = part.c_lo; c < part.c_hi; c++) {
+    for (int64_t c = part.c_lo; c < part.c_hi; c++)
+      for (int64_t i = 0; i < g.inner; i += kTileElements) {
+        const int64_t length = g.inner - i < kTileElements ? g.inner - i : kTileElements;
+        const double seen = (image - part.lo) * g.inner + i, n = length;
+        const double weight = n / (seen + n), inv_n = 1 / n;
         const T* p = x + (image * g.channels + c) * g.inner + i;
         const A shift = (A)(seen == 0 ? mean_of_segment(p, length) : mean[c]);
         const Vec<A> shifts = broadcast(shift);
@@ -177,25 +222,25 @@ void stats_images(const void* x_, const Geometry& g, const Part2d& part, double*
         mean[c] = old_mean + delta * weight;
         m2[c] = old_m2 + (tile_m2 < 0 ? 0 : tile_m2) + delta * delta * (seen * weight);
       }
-    }
 }
 
 // --- forward
 
 template <class T, bool kChannelsLast, Residual kResidual, Act kAct, bool kMask>
-void apply(const ForwardArgs& a, int64_t begin, int64_t end) {
+void apply(const ForwardArgs& a, const Part2d& part) {
   using A = AccOf<T>;
   struct Values {
     Vec<A> mean, scale, bias, mean2, scale2, bias2;
   };
   const int64_t inner = a.geometry.inner, mask_stride = (inner + 7) / 8;
+  const bool streamed = streams(a.geometry, a.y);
   const auto make = [&](int64_t c, int64_t i) {
     const auto at = [&](const void* array) { return per_channel<A, kChannelsLast>(array, c, i); };
     const Affine &n = a.norm, &n2 = a.residual_norm;
     return Values{at(n.mean), at(n.scale), at(n.bias), at(n2.mean), at(n2.scale), at(n2.bias)};
   };
-  over_runs<kChannelsLast>(
-      a.geometry, begin, end, make,
+  over_part<kChannelsLast>(
+      a.geometry, part, make,
       [&](int64_t run, int64_t i, const Values& p, auto lanes) __attribute__((always_inline)) {
         const int64_t at = run * inner + i;
         Vec<A> v = (load((const T*)a.x + at, lanes) - p.mean) * p.scale + p.bias, r = {};
@@ -211,28 +256,29 @@ void apply(const ForwardArgs& a, int64_t begin, int64_t end) {
             store_bits(to_bits<A>(positive), a.mask + run * mask_stride + i / 8, lanes);
         }
         if constexpr (kResidual != Residual::none && kAct == Act::relu_before_add) v += r;
-        store(v, (T*)a.y + at, lanes);
+        store(v, (T*)a.y + at, lanes, streamed);
       });
+  if (streamed) fence();
 }
 
 template <class T, bool kChannelsLast, Residual kResidual, Act kAct>
-void apply_mask(const ForwardArgs& a, int64_t begin, int64_t end) {
+void apply_mask(const ForwardArgs& a, const Part2d& part) {
   if (kAct != Act::none && a.mask)
-    apply<T, kChannelsLast, kResidual, kAct, true>(a, begin, end);
+    apply<T, kChannelsLast, kResidual, kAct, true>(a, part);
   else
-    apply<T, kChannelsLast, kResidual, kAct, false>(a, begin, end);
+    apply<T, kChannelsLast, kResidual, kAct, false>(a, part);
 }
 
 template <class T, bool kChannelsLast>
-void apply_residual(const ForwardArgs& a, int64_t first, int64_t end) {
+void apply_residual(const ForwardArgs& a, const Part2d& part) {
   with_act(a.act, [&](auto act) {
     constexpr Act kAct = decltype(act)::value;
     if (a.residual_kind == Residual::none)
-      apply_mask<T, kChannelsLast, Residual::none, kAct>(a, first, end);
+      apply_mask<T, kChannelsLast, Residual::none, kAct>(a, part);
     else if (a.residual_kind == Residual::tensor)
-      apply_mask<T, kChannelsLast, Residual::tensor, kAct>(a, first, end);
+      apply_mask<T, kChannelsLast, Residual::tensor, kAct>(a, part);
     else
-      apply_mask<T, kChannelsLast, Residual::norm, kAct>(a, first, end);
+      apply_mask<T, kChannelsLast, Residual::norm, kAct>(a, part);
   });
 }
 
@@ -273,29 +319,42 @@ inline void accumulate(Accumulators<AccOf<T>>& sums, const T* dy, const uint8_t*
 }
 
 template <class T, Act kAct, bool kSecond>
-void sums_rows(const BackwardArgs& a, int64_t lo, int64_t hi, double* totals, int64_t stride) {
+void sums_rows(const BackwardArgs& a, const Part2d& part, double* totals, int64_t stride) {
   using A = AccOf<T>;
-  const int64_t channels = a.geometry.inner;
+  constexpr int kWanted = kSecond ? kSums : 2;
+  const int64_t channels = a.geometry.inner, tile_rows = rows_of_tile(a.geometry);
   const T *dy = (const T*)a.dy, *x = (const T*)a.x, *residual = (const T*)a.residual;
-  const int64_t tile_rows = rows_of_tile(a.geometry);
-  for (int64_t tile = lo; tile < hi; tile += tile_rows) {
-    const int64_t end = hi - tile < tile_rows ? hi : tile + tile_rows;
-    over_run(channels, [&](int64_t c, auto lanes) {
-      Accumulators<A> sums;
-      const Vec<A> m = per_channel<A, true>(a.norm.mean, 0, c);
-      const Vec<A> m2 = per_channel<A, true>(a.second.mean, 0, c);
-      for (int64_t r = tile; r < end; r++) {
-        const int64_t at = r * channels + c;
-        accumulate<T, kAct, kSecond>(sums, dy + at, mask_of_run(a, r), c, x + at,
-                                     residual + (kSecond ? at : 0), m, m2, lanes);
-      }
-      for (int k = 0; k < (kSecond ? kSums : 2); k++) {
-        for (int h = 0; h < 2; h++) {
-          double* total = totals + k * stride + c + h * kHalf;
-          store_raw(load_raw<HalfDoubles>(total, Full{}) + half_of<A>(sums[k], h), total, Full{});
+  alignas(64) A sums[kWanted][kColumns];
+  for (int64_t c = part.c_lo; c < part.c_hi; c += kColumns) {
+    const int64_t columns = part.c_hi - c < kColumns ? part.c_hi - c : kColumns;
+    const int64_t group = rows_of_group(a.geometry, columns * sizeof(T));
+    for (int64_t tile = part.lo; tile < part.hi; tile += tile_rows) {
+      const int64_t end = part.hi - tile < tile_rows ? part.hi : tile + tile_rows;
+      memset(sums, 0, sizeof sums);
+      over_columns(
+          columns, tile, end, group,
+          [&](int64_t i) {
+            Accumulators<A> v;
+            for (int k = 0; k < kWanted; k++) v[k] = load_raw<Vec<A>>(sums[k] + i, Full{});
+            return v;
+          },
+          [&](int64_t run, int64_t i, Accumulators<A>& v, auto lanes)
+              __attribute__((always_inline)) {
+                const int64_t at = run * channels + c + i;
+                accumulate<T, kAct, kSecond>(v, dy + at, mask_of_run(a, run), c + i, x + at,
+                                             residual + (kSecond ? at : 0),
+                                             per_channel<A, true>(a.norm.mean, 0, c + i),
+                                             per_channel<A, true>(a.second.mean, 0, c + i), lanes);
+              },
+          [&](int64_t i, Accumulators<A>& v) {
+            for (int k = 0; k < kWanted; k++) store_raw(v[k], sums[k] + i, Full{});
+          });
+      for (int k = 0; k < kWanted; k++)
+        for (int64_t i = 0; i < columns; i += kHalf) {
+          double* total = totals + k * stride + c + i;
+          store_raw(load_raw<HalfDoubles>(total, Full{}) + doubles(sums[k] + i), total, Full{});
         }
-      }
-    });
+    }
   }
 }
 
@@ -339,7 +398,7 @@ inline Vec<AccOf<T>> input_gradient(const GradientValues<AccOf<T>>& p, Vec<AccOf
 }
 
 template <class T, bool kChannelsLast, Act kAct, bool kTraining>
-void gradients(const BackwardArgs& a, int64_t begin, int64_t end) {
+void gradients(const BackwardArgs& a, const Part2d& part) {
   using A = AccOf<T>;
   struct Values {
     GradientValues<A> main, second;
@@ -351,15 +410,16 @@ void gradients(const BackwardArgs& a, int64_t begin, int64_t end) {
     };
     return Values{values(a.norm), values(a.second)};
   };
-  over_runs<kChannelsLast>(
-      a.geometry, begin, end, make,
+  const bool streamed = streams(a.geometry, a.dx) && streams(a.geometry, a.dresidual);
+  over_part<kChannelsLast>(
+      a.geometry, part, make,
       [&](int64_t run, int64_t i, const Values& p, auto lanes) __attribute__((always_inline)) {
         const int64_t at = run * a.geometry.inner + i;
         const Vec<A> raw = load((const T*)a.dy + at, lanes);
         const Vec<A> g = masked<A, kAct>(raw, mask_of_run(a, run), i, lanes);
         if (a.dx)
           store(input_gradient<kTraining>(p.main, g, (const T*)a.x + at, lanes), (T*)a.dx + at,
-                lanes);
+                lanes, streamed);
         if (a.dresidual) {
           Vec<A> d = kAct == Act::relu_before_add ? raw : g;
           const T* residual = (const T*)a.residual + (a.residual_norm ? at : 0);
@@ -367,9 +427,10 @@ void gradients(const BackwardArgs& a, int64_t begin, int64_t end) {
             d = input_gradient<true>(p.second, d, residual, lanes);
           else if (a.residual_norm)
             d = input_gradient<false>(p.second, d, residual, lanes);
-          store(d, (T*)a.dresidual + at, lanes);
+          store(d, (T*)a.dresidual + at, lanes, streamed);
         }
       });
+  if (streamed) fence();
 }
 
 // --- one table per element type
@@ -378,31 +439,31 @@ template <class T>
 constexpr BnActKernels table() {
   return {
       [](const void* x, const Geometry& g, const Part2d& part, double* mean, double* m2) {
-        return g.channels_last ? stats_rows<T>(x, g, part.lo, part.hi, mean, m2)
+        return g.channels_last ? stats_rows<T>(x, g, part, mean, m2)
                                : stats_images<T>(x, g, part, mean, m2);
       },
-      [](const ForwardArgs& a, int64_t first, int64_t end) {
-        return a.geometry.channels_last ? apply_residual<T, true>(a, first, end)
-                                        : apply_residual<T, false>(a, first, end);
+      [](const ForwardArgs& a, const Part2d& part) {
+        return a.geometry.channels_last ? apply_residual<T, true>(a, part)
+                                        : apply_residual<T, false>(a, part);
       },
       [](const BackwardArgs& a, const Part2d& part, double* sums, int64_t stride) {
         with_act(a.act, [&](auto act) {
           constexpr Act kAct = decltype(act)::value;
           if (a.geometry.channels_last)
-            return a.residual_norm ? sums_rows<T, kAct, true>(a, part.lo, part.hi, sums, stride)
-                                   : sums_rows<T, kAct, false>(a, part.lo, part.hi, sums, stride);
+            return a.residual_norm ? sums_rows<T, kAct, true>(a, part, sums, stride)
+                                   : sums_rows<T, kAct, false>(a, part, sums, stride);
           return a.residual_norm ? sums_images<T, kAct, true>(a, part, sums, stride)
                                  : sums_images<T, kAct, false>(a, part, sums, stride);
         });
       },
-      [](const BackwardArgs& a, int64_t first, int64_t end) {
+      [](const BackwardArgs& a, const Part2d& part) {
         with_act(a.act, [&](auto act) {
           constexpr Act kAct = decltype(act)::value;
           if (a.norm.training)
-            return a.geometry.channels_last ? gradients<T, true, kAct, true>(a, first, end)
-                                            : gradients<T, false, kAct, true>(a, first, end);
-          return a.geometry.channels_last ? gradients<T, true, kAct, false>(a, first, end)
-                                          : gradients<T, false, kAct, false>(a, first, end);
+            return a.geometry.channels_last ? gradients<T, true, kAct, true>(a, part)
+                                            : gradients<T, false, kAct, true>(a, part);
+          return a.geometry.channels_last ? gradients<T, true, kAct, false>(a, part)
+                                          : gradients<T, false, kAct, false>(a, part);
         });
       },
   };

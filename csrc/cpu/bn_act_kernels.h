@@ -16,6 +16,7 @@ constexpr int64_t kMaxLanes = 16;  // channel arrays are padded to a multiple of
 struct Geometry {
   int64_t runs, inner, channels;
   bool channels_last;
+  bool large;  // comes from memory, not from a cache: read in order, written past the caches
 };
 
 // One BatchNorm, per channel, in the accumulation type: y = (x - mean) * scale + bias.
@@ -53,8 +54,7 @@ struct BackwardArgs {
 // Sums of one backward pass, per channel: g, g*(x-mean), and the same of the residual's BatchNorm.
 constexpr int kSums = 4;
 
-// A part of a tensor that is summed in one go: rows [lo, hi) of all channels (channels_last), or
-// channels [c_lo, c_hi) of images [lo, hi) (NCHW).
+// A part of a tensor: channels [c_lo, c_hi) of rows (channels_last) or images (NCHW) [lo, hi).
 struct Part2d {
   int64_t lo, hi, c_lo, c_hi;
 };
@@ -62,12 +62,12 @@ struct Part2d {
 struct BnActKernels {
   // mean and sum of squared deviations of the part's channels
   void (*stats)(const void* x, const Geometry&, const Part2d&, double* mean, double* m2);
-  // y and mask of runs [first, end)
-  void (*apply)(const ForwardArgs&, int64_t first, int64_t end);
+  // y and mask of the part
+  void (*apply)(const ForwardArgs&, const Part2d&);
   // adds the part's sums to sums[kSums][stride]
   void (*sums)(const BackwardArgs&, const Part2d&, double* sums, int64_t stride);
-  // dx and dresidual of runs [first, end)
-  void (*gradients)(const BackwardArgs&, int64_t first, int64_t end);
+  // dx and dresidual of the part
+  void (*gradients)(const BackwardArgs&, const Part2d&);
 };
 
 namespace plain {

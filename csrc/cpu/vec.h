@@ -49,6 +49,12 @@ inline Vec<A> broadcast(A value) {
   return Vec<A>{} + value;
 }
 
+template <class A>
+inline Vec<A> median(Vec<A> a, Vec<A> b, Vec<A> c) {
+  const Vec<A> low = a < b ? a : b, high = a < b ? b : a, rest = high < c ? high : c;
+  return low < rest ? rest : low;
+}
+
 template <class To, class From>
 inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -152,6 +158,36 @@ inline void store(Vec<AccOf<T>> v, T* p, Lanes lanes) {
     store_raw(v, p, lanes);
 }
 
+// Stores past the caches: no line is read only to be overwritten. For whole vectors of float at
+// multiples of a vector; `fence` comes between them and whoever reads what they wrote.
+template <class T>
+constexpr bool can_stream = false;
+#if defined(__AVX2__)
+template <>
+constexpr bool can_stream<float> = true;
+#endif
+
+inline void stream(Vec<float> v, float* p) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#endif
+}
+
+inline void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+template <class T, class Lanes>
+inline void store(Vec<AccOf<T>> v, T* p, Lanes lanes, bool streamed) {
+  if constexpr (can_stream<T> && sizeof(lanes) == sizeof(Full))
+    if (streamed) return stream(v, p);
+  store(v, p, lanes);
+}
+
 // --- masks
 
 template <class A>
@@ -238,6 +274,11 @@ struct Halves {
 template <class A>
 inline HalfDoubles half_of(Vec<A> v, int half) {
   return __builtin_convertvector(bit_cast<Halves<A>>(v).half[half], HalfDoubles);
+}
+
+template <class A>
+inline HalfDoubles doubles(const A* p) {
+  return __builtin_convertvector(load_raw<typename Halves<A>::type>(p, Full{}), HalfDoubles);
 }
 
 template <class A>
