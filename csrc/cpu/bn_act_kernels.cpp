@@ -191,37 +191,79 @@ inline double mean_of_segment(const T* x, int64_t length) {
   return take<A>(s) / length;
 }
 
-// The same over the runs of an NCHW tensor, a tile being (part of) one run.
+// A tile of an NCHW tensor: (part of) one run of a channel, or its runs in several images where
+// they are short. Horizontal sums and merges come once a tile.
+struct Tile {
+  int64_t image, image_end, c, c_end, i, i_end;  // elements [i, i_end) of the runs
+  int64_t length() const { return i_end - i; }
+  int64_t values() const { return (image_end - image) * length(); }
+};
+
+constexpr int64_t kTileChannels = 64;  // of several images: their sums stay in L1
+
+// body(tile) for all tiles of a part
+template <class Body>
+inline __attribute__((always_inline)) void over_tiles(const Geometry& g, const Part2d& part,
+                                                      const Body& body) {
+  // a quarter of a long tile: their sums take turns in fewer registers
+  const int64_t most = kTileElements / 4 / g.inner, images = most < 1 ? 1 : most;
+  const int64_t channels = images > 1 ? kTileChannels : 1;
+  for (int64_t image = part.lo; image < part.hi; image += images)
+    for (int64_t c = part.c_lo; c < part.c_hi; c += channels)
+      for (int64_t i = 0; i < g.inner; i += kTileElements)
+        body(Tile{image, part.hi - image < images ? part.hi : image + images, c,
+                  part.c_hi - c < channels ? part.c_hi : c + channels, i,
+                  g.inner - i < kTileElements ? g.inner : i + kTileElements});
+}
+
 template <class T>
-void stats_images(const void* x_, const Geometry& g, const Part2d& part, double* mean, double* m2) {
+void stats_images(const void* x_, const Geometry& g, const Part2d& part, double* mean_,
+                  double* m2_) {
   using A = AccOf<T>;
+  struct Sums {  // of x, in double as PyTorch sums it here (the mean must not be worse than its)
+    A shift;
+    HalfDoubles s;
+    Vec<A> q;  // of the square of x - shift
+  };
+  const auto start = [](Sums& sums, A shift) {
+    sums.shift = shift;
+    sums.s = HalfDoubles{};
+    sums.q = Vec<A>{};
+  };
   const T* x = (const T*)x_;
-  for (int64_t image = part.lo; image < part.hi; image++)
-    for (int64_t c = part.c_lo; c < part.c_hi; c++)
-      for (int64_t i = 0; i < g.inner; i += kTileElements) {
-        const int64_t length = g.inner - i < kTileElements ? g.inner - i : kTileElements;
-        const double seen = (image - part.lo) * g.inner + i, n = length;
-        const double weight = n / (seen + n), inv_n = 1 / n;
-        const T* p = x + (image * g.channels + c) * g.inner + i;
-        const A shift = (A)(seen == 0 ? mean_of_segment(p, length) : mean[c]);
-        const Vec<A> shifts = broadcast(shift);
-        // x in double, as PyTorch sums it here: the mean must not be worse than its
+  over_tiles(g, part, [&](const Tile& t) __attribute__((always_inline)) {
+    const double before = (t.image - part.lo) * g.inner + t.i, n = t.values();
+    const double weight = n / (before + n), inv_n = 1 / n;
+    Sums sums[kTileChannels];
+    double *mean = mean_ + t.c, *m2 = m2_ + t.c;
+    const int64_t channels = t.c_end - t.c;
+    for (int64_t image = t.image; image < t.image_end; image++) {
+      const T* p = x + (image * g.channels + t.c) * g.inner + t.i;
+      for (int64_t c = 0; c < channels; c++, p += g.inner) {
+        if (image == t.image)
+          start(sums[c], (A)(before == 0 ? mean_of_segment(p, t.length()) : mean[c]));
+        const Vec<A> shifts = broadcast(sums[c].shift);
         HalfDoubles s[4][2] = {};
         Vec<A> q[4] = {};
-        over_segment(length, [&](int v, int64_t j, auto lanes) {
+        over_segment(t.length(), [&](int v, int64_t j, auto lanes) {
           const Vec<A> value = load(p + j, lanes), d = first<A>(value - shifts, lanes);
           for (int h = 0; h < 2; h++) s[v][h] += half_of<A>(value, h);
           q[v] += d * d;
         });
-        const HalfDoubles sums = ((s[0][0] + s[0][1]) + (s[1][0] + s[1][1])) +
-                                 ((s[2][0] + s[2][1]) + (s[3][0] + s[3][1]));
-        const double total = sum_halves<kHalf>(sums) - n * shift;
-        const double tile_m2 = take<A>(q) - total * total * inv_n;
-        const double old_mean = seen == 0 ? 0 : mean[c], old_m2 = seen == 0 ? 0 : m2[c];
-        const double delta = (shift - old_mean) + total * inv_n;
-        mean[c] = old_mean + delta * weight;
-        m2[c] = old_m2 + (tile_m2 < 0 ? 0 : tile_m2) + delta * delta * (seen * weight);
+        sums[c].s += ((s[0][0] + s[0][1]) + (s[1][0] + s[1][1])) +
+                     ((s[2][0] + s[2][1]) + (s[3][0] + s[3][1]));
+        sums[c].q += (q[0] + q[1]) + (q[2] + q[3]);
       }
+    }
+    for (int64_t c = 0; c < channels; c++) {
+      const double shift = sums[c].shift, total = sum_halves<kHalf>(sums[c].s) - n * shift;
+      const double tile_m2 = sum<A>(sums[c].q) - total * total * inv_n;
+      const double old_mean = before == 0 ? 0 : mean[c], old_m2 = before == 0 ? 0 : m2[c];
+      const double delta = (shift - old_mean) + total * inv_n;
+      mean[c] = old_mean + delta * weight;
+      m2[c] = old_m2 + (tile_m2 < 0 ? 0 : tile_m2) + delta * delta * (before * weight);
+    }
+  });
 }
 
 // --- forward
@@ -361,27 +403,30 @@ void sums_rows(const BackwardArgs& a, const Part2d& part, double* totals, int64_
 template <class T, Act kAct, bool kSecond>
 void sums_images(const BackwardArgs& a, const Part2d& part, double* totals, int64_t stride) {
   using A = AccOf<T>;
-  const int64_t inner = a.geometry.inner;
+  constexpr int kWanted = kSecond ? kSums : 2;
+  const Geometry& g = a.geometry;
   const T *dy = (const T*)a.dy, *x = (const T*)a.x, *residual = (const T*)a.residual;
-  for (int64_t image = part.lo; image < part.hi; image++)
-    for (int64_t c = part.c_lo; c < part.c_hi; c++) {
-      const int64_t run = image * a.geometry.channels + c, base = run * inner;
-      const Vec<A> mean = per_channel<A, false>(a.norm.mean, c, 0);
-      const Vec<A> mean2 = per_channel<A, false>(a.second.mean, c, 0);
-      const uint8_t* mask = mask_of_run(a, run);
-      for (int64_t begin = 0; begin < inner; begin += kTileElements) {
-        Accumulators<A> sums[2];
-        const int64_t length = inner - begin < kTileElements ? inner - begin : kTileElements;
-        over_segment(length, [&](int v, int64_t i, auto lanes) {
+  over_tiles(g, part, [&](const Tile& t) __attribute__((always_inline)) {
+    Vec<A> sums[kTileChannels][kWanted];
+    const int64_t channels = t.c_end - t.c;
+    for (int64_t image = t.image; image < t.image_end; image++)
+      for (int64_t c = 0; c < channels; c++) {
+        const int64_t run = image * g.channels + t.c + c, base = run * g.inner + t.i;
+        const Vec<A> mean = per_channel<A, false>(a.norm.mean, t.c + c, 0);
+        const Vec<A> mean2 = per_channel<A, false>(a.second.mean, t.c + c, 0);
+        const uint8_t* mask = mask_of_run(a, run);
+        Accumulators<A> s[2];
+        over_segment(t.length(), [&](int v, int64_t i, auto lanes) {
           // lanes past the end: dy reads as zero there, so they add nothing
-          const int64_t at = base + begin + i;
-          accumulate<T, kAct, kSecond>(sums[v & 1], dy + at, mask, begin + i, x + at,
-                                       residual + (kSecond ? at : 0), mean, mean2, lanes);
+          accumulate<T, kAct, kSecond>(s[v & 1], dy + base + i, mask, t.i + i, x + base + i,
+                                       residual + (kSecond ? base + i : 0), mean, mean2, lanes);
         });
-        for (int k = 0; k < (kSecond ? kSums : 2); k++)
-          totals[k * stride + c] += sum<A>(sums[0][k] + sums[1][k]);
+        for (int k = 0; k < kWanted; k++)
+          sums[c][k] = (image == t.image ? Vec<A>{} : sums[c][k]) + (s[0][k] + s[1][k]);
       }
-    }
+    for (int64_t c = 0; c < channels; c++)
+      for (int k = 0; k < kWanted; k++) totals[k * stride + t.c + c] += sum<A>(sums[c][k]);
+  });
 }
 
 template <class A>
