@@ -48,7 +48,7 @@ struct Parts {
   explicit Parts(const Geometry& g) : g(g), rows(g.channels_last ? g.runs : g.runs / g.channels) {
     constexpr int64_t kElements = 1 << 14, kMax = 64;
     const int64_t most = std::clamp<int64_t>(g.runs * g.inner / kElements, 1, kMax);
-    // Some of a chunk's first rows (128 at least) or its first image (8 at least) are read twice.
+    // A chunk reads its first image (of 8 at least) twice.
     const int64_t least = std::min<int64_t>(rows, g.channels_last ? 128 : 8);
     chunk = std::max(ceil_div(rows, most), least);
     chunks = ceil_div(rows, chunk);

@@ -6,10 +6,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -56,22 +52,8 @@ inline Tensor empty_strided(int64_t dim, const int64_t* size, const int64_t* str
   return Tensor(handle);
 }
 
-// Fresh memory comes page by page from the kernel, 4 KB at a time, which costs more than the
-// kernels that fill it. Where the system allows it on request, ask for 2 MB pages, as NumPy does.
-inline void ask_for_huge_pages(const Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr size_t kLeast = 1 << 22, kPage = 4096;
-  const size_t bytes = t.numel() * t.element_size();
-  if (bytes < kLeast) return;
-  const uintptr_t begin = (uintptr_t)t.mutable_data_ptr(), first = (begin + kPage - 1) & -kPage;
-  madvise((void*)first, (begin + bytes - first) & -kPage, MADV_HUGEPAGE);  // no is an answer too
-#endif
-}
-
 inline Tensor uninitialised_like(const Tensor& x) {  // x is dense
-  const Tensor t = empty_strided(x.dim(), x.sizes().data(), x.strides().data(), x.scalar_type());
-  ask_for_huge_pages(t);
-  return t;
+  return empty_strided(x.dim(), x.sizes().data(), x.strides().data(), x.scalar_type());
 }
 
 inline Tensor uninitialised(int64_t rows, int64_t columns, ScalarType dtype) {
