@@ -26,7 +26,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t padded(int64_t channels) { return ceil_div(channels, kMaxLanes) * kMaxLanes; }
 
 // A pass reads and writes three or four tensors; last-level caches hold 16 to 64 MB.
-constexpr int64_t kLarge = 3 << 20;
+constexpr int64_t kLarge = 4 << 20;
 
 Geometry geometry_of(const Tensor& x) {
   const int64_t n = x.size(0), c = x.size(1), hw = x.size(2) * x.size(3);
