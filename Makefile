@@ -1,6 +1,7 @@
 # Every target works from a fresh clone: it makes a virtual environment in .venv and installs into it.
 #   make run    the demo        make test     all tests     make bench   CPU benchmarks
 #   make lint   style checks    make wheel    dist/*.whl    make sanitize  ASan + UBSan
+#   make kernels-report   what the compilers make of the GPU kernels
 PYTHON ?= python3
 VENV ?= .venv
 # PyTorch for a CPU; on a GPU machine: make TORCH="torch==2.13.0 --index-url ..." or bring your own venv
@@ -8,7 +9,7 @@ TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: run test lint bench wheel sanitize clean
+.PHONY: run test lint bench wheel sanitize kernels-report clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +47,9 @@ bench: $(VENV)/.tests
 
 wheel: $(VENV)/.made
 	$(PY) -m pip wheel . --no-deps -w dist
+
+kernels-report: $(VENV)/.tests
+	$(PY) benchmarks/kernels_report.py
 
 # The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 sanitize: $(VENV)/.tests

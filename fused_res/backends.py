@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,13 +30,21 @@ _HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *_HALVES, torch.float64)
 
 # op -> backend -> dtypes it has kernels for
-SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {"bn_act": {"cpu": DTYPES}}
+SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "bn_act": {"cpu": DTYPES, "triton": (torch.float32, *_HALVES)}
+}
 # op -> backend -> dtypes for which `auto` takes it: where it was measured to beat PyTorch's own ops
 # (benchmarks/results). The CPU's float64 kernel is plain code, there for checking gradients.
 PREFERRED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "bn_act": {"cpu": (torch.float32, *_HALVES)}
 }
-DEVICE_TYPES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
+# Triton's interpreter runs the same kernels on CPU tensors, slowly: for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE_TYPES = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda",),
+    "triton": ("cpu",) if INTERPRETED else ("cuda", "xpu"),
+}
 
 _override: str | None = None
 
@@ -67,6 +76,8 @@ def _cuda_status() -> str | None:
 def _triton_status() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if INTERPRETED:
+        return None
     return None if torch.cuda.is_available() else "no GPU that Triton compiles for"
 
 

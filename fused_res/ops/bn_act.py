@@ -1,10 +1,9 @@
 """BatchNorm + residual add + ReLU in one pass: the op ``bn_act``.
 
 Forward: statistics (Welford's merge of tiles, Chan et al. 1979), then one pass that normalises,
-adds
-the residual, applies the ReLU and keeps its sign as one bit an element. Backward: one pass for the
-sums, one for the gradients. ``reference.bn_act`` says what it computes; ``csrc/cpu/bn_act.cpp``
-how.
+adds the residual, applies the ReLU and keeps its sign as one bit an element. Backward: one pass for
+the sums, one for the gradients. ``reference.bn_act`` says what it computes; ``csrc/cpu/bn_act.cpp``
+and ``kernels/bn_act.py`` how.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from . import library
 # and the H*W pixels of a channel where it is NCHW; bit i % 8 of byte i // 8 is set where element i
 # passed the ReLU. Empty where it is not wanted or there is no ReLU.
 # stats: float32 (float64 where x is) of (2, C), mean and invstd; (4, C) with a residual_norm.
-library.define(
-    "bn_act_fwd(Tensor x, Tensor? weight, Tensor? bias, "
+_FWD = (
+    "(Tensor x, Tensor? weight, Tensor? bias, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, "
     "Tensor? residual, bool residual_norm, Tensor? residual_weight, Tensor? residual_bias, "
     "Tensor(c!)? residual_running_mean, Tensor(d!)? residual_running_var, bool residual_training, "
@@ -31,13 +30,32 @@ library.define(
     "(Tensor y, Tensor mask, Tensor stats)"
 )
 # Gradients that are not needed come back empty. dresidual is only asked for where it is not dy.
-library.define(
-    "bn_act_bwd(Tensor dy, Tensor x, Tensor? weight, bool training, Tensor? residual, "
+_BWD = (
+    "(Tensor dy, Tensor x, Tensor? weight, bool training, Tensor? residual, "
     "bool residual_norm, Tensor? residual_weight, bool residual_training, Tensor stats, "
     "Tensor mask, int act, bool need_x, bool need_residual, bool need_parameters) -> "
     "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, Tensor dresidual_weight, "
     "Tensor dresidual_bias)"
 )
+# The libraries of C++ kernels implement the ops for their devices; Triton's have ops of their own,
+# because a device cannot have two implementations of one.
+for _suffix in ("", "_triton"):
+    library.define(f"bn_act_fwd{_suffix}{_FWD}")
+    library.define(f"bn_act_bwd{_suffix}{_BWD}")
+
+
+@torch.library.impl(library, "bn_act_fwd_triton", "CompositeExplicitAutograd")
+def _(*args):
+    from ..kernels import bn_act as kernels
+
+    return kernels.forward(*args)
+
+
+@torch.library.impl(library, "bn_act_bwd_triton", "CompositeExplicitAutograd")
+def _(*args):
+    from ..kernels import bn_act as kernels
+
+    return kernels.backward(*args)
 
 
 def _dense_like(x: Tensor) -> Tensor:
@@ -57,6 +75,7 @@ def _runs(x: Tensor) -> tuple[int, int]:
 
 
 @torch.library.register_fake("fused_res::bn_act_fwd", lib=library)
+@torch.library.register_fake("fused_res::bn_act_fwd_triton", lib=library)
 def _(x, weight, bias, running_mean, running_var, training, momentum, eps, residual, residual_norm,
       residual_weight, residual_bias, residual_running_mean, residual_running_var,
       residual_training, residual_momentum, residual_eps, act, save_mask):  # fmt: skip
@@ -74,6 +93,7 @@ def _(x, weight, bias, running_mean, running_var, training, momentum, eps, resid
 
 
 @torch.library.register_fake("fused_res::bn_act_bwd", lib=library)
+@torch.library.register_fake("fused_res::bn_act_bwd_triton", lib=library)
 def _(dy, x, weight, training, residual, residual_norm, residual_weight, residual_training, stats,
       mask, act, need_x, need_residual, need_parameters):  # fmt: skip
     def like_x(wanted):
@@ -124,7 +144,7 @@ class _BnAct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, residual_weight, residual_bias, running_mean,
                 running_var, training, momentum, eps, residual_norm, residual_running_mean,
                 residual_running_var, residual_training, residual_momentum, residual_eps,
-                act):  # fmt: skip
+                act, backend):  # fmt: skip
         norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
         second = Norm(
             residual_running_mean,
@@ -135,10 +155,11 @@ class _BnAct(torch.autograd.Function):
             residual_momentum,
             residual_eps,
         )
-        y, mask, stats = _fwd(x, norm, residual, second if residual_norm else None, act, True)
+        kind = second if residual_norm else None
+        y, mask, stats = _fwd(x, norm, residual, kind, act, True, backend)
         kept = residual if residual_norm else None
         ctx.save_for_backward(x, weight, kept, residual_weight, stats, mask)
-        ctx.norm, ctx.act = (training, eps), act
+        ctx.norm, ctx.act, ctx.backend = (training, eps), act, backend
         ctx.residual_norm = (residual_training, residual_eps) if residual_norm else None
         return y
 
@@ -151,7 +172,7 @@ class _BnAct(torch.autograd.Function):
         if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
             grads = _differentiable_bwd(ctx, dy, x, weight, residual, residual_weight, stats, mask)
         else:
-            grads = _bwd(
+            grads = _op(ctx.backend, 1)(
                 dy,
                 x,
                 weight,
@@ -174,11 +195,21 @@ class _BnAct(torch.autograd.Function):
             (dy if passes else grads[3]) if need[3] else None,
             grads[4] if need[4] else None,
             grads[5] if need[5] else None,
-            *(None,) * 12,
+            *(None,) * 13,
         )
 
 
-_bwd = torch.ops.fused_res.bn_act_bwd.default
+_OPS = {
+    "": (torch.ops.fused_res.bn_act_fwd.default, torch.ops.fused_res.bn_act_bwd.default),
+    "triton": (
+        torch.ops.fused_res.bn_act_fwd_triton.default,
+        torch.ops.fused_res.bn_act_bwd_triton.default,
+    ),
+}
+
+
+def _op(backend: str, direction: int):
+    return _OPS["triton" if backend == "triton" else ""][direction]
 
 
 def _no_norm() -> Norm:
@@ -186,10 +217,10 @@ def _no_norm() -> Norm:
     return Norm(None, None, None, None, False, 0.0, 1.0)
 
 
-def _fwd(x, norm, residual, residual_norm, act, save_mask):
+def _fwd(x, norm, residual, residual_norm, act, save_mask, backend):
     running_mean, running_var, weight, bias, training, momentum, eps = norm
     second = _no_norm() if residual_norm is None else residual_norm
-    return torch.ops.fused_res.bn_act_fwd.default(
+    return _op(backend, 0)(
         x,
         weight,
         bias,
@@ -342,7 +373,8 @@ def _wants_grad(t: Tensor | None) -> bool:
 
 def _run(x, norm, residual, residual_norm, act, backend):
     _, _, weight, bias, _, _, _ = norm
-    if choose("bn_act", backend, x, residual, weight, bias) == "eager" or x.numel() == 0:
+    backend = choose("bn_act", backend, x, residual, weight, bias)
+    if backend == "eager" or x.numel() == 0:
         _check(x, norm, residual, residual_norm, act)
         return reference.bn_act(x, norm, residual, residual_norm, act)
     second = _no_norm() if residual_norm is None else residual_norm
@@ -355,7 +387,7 @@ def _run(x, norm, residual, residual_norm, act, backend):
         or _wants_grad(second.bias)
     )
     if not wants_grad:
-        return _fwd(x, norm, residual, residual_norm, act, False)[0]
+        return _fwd(x, norm, residual, residual_norm, act, False, backend)[0]
     return _BnAct.apply(
         x,
         weight,
@@ -371,4 +403,5 @@ def _run(x, norm, residual, residual_norm, act, backend):
         second.running_var,
         *second[4:],
         act,
+        backend,
     )

@@ -1,0 +1,280 @@
+"""The Triton kernels of bn_act, run by Triton's interpreter: the rule, masks, repeatability,
+bounds, bytes; and that these checks catch planted faults."""
+
+import importlib.util
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bn_act_cases import LAYOUTS, Case, assert_rule, draws
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run on a GPU here: make gpu"
+)
+
+import triton_traffic  # noqa: E402
+from fused_res.kernels import bn_act as kernels  # noqa: E402
+from triton.runtime.errors import InterpreterError  # noqa: E402
+from triton_traffic import Traffic  # noqa: E402
+
+from fused_res import FusedResBlock, Norm, backend, reference  # noqa: E402
+from fused_res.ops.bn_act import bn_act, unpack_mask  # noqa: E402
+from fused_res.reference import ACTS  # noqa: E402
+
+
+@pytest.fixture(params=["one launch", "chunks"])
+def plan(request, monkeypatch):
+    """How a call is planned: as a small tensor, or in several chunks of a few rows."""
+    if request.param == "chunks":
+        monkeypatch.setattr(kernels, "SMALL_VALUES", 0)
+        small = {name: c._replace(elements=512, unroll=2) for name, c in kernels.CONFIGS.items()}
+        monkeypatch.setattr(kernels, "CONFIGS", small)
+        monkeypatch.setattr(kernels, "PROGRAMS", 12)
+        monkeypatch.setattr(kernels, "MERGE", {"K": 4, "B": 8})
+    return request.param
+
+
+@settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    phases=[Phase.generate],  # the interpreter is too slow to look for a smaller example
+)
+@given(
+    n=st.integers(2, 3),
+    c=st.sampled_from([43, 64, 86]),
+    h=st.integers(2, 8),
+    w=st.integers(2, 8),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    layout=st.sampled_from(list(LAYOUTS)),
+    act=st.sampled_from(ACTS),
+    kind=st.sampled_from(["none", "tensor", "norm"]),
+    training=st.booleans(),
+    mean=st.sampled_from([0.0, 3.0, 50.0]),
+)
+def test_error_is_within_the_rule(plan, n, c, h, w, dtype, layout, act, kind, training, mean):
+    if n * h * w < 32:  # statistics of a handful of values amplify every rounding
+        n = 32 // (h * w) + 1
+    if layout == "nchw":  # a program for every channel: seconds in the interpreter
+        h = w = 4
+    torch.manual_seed(n + 10 * c + 1000 * h + 20000 * w)
+    cases = draws((n, c, h, w), dtype, layout, act, kind, training, mean)
+    assert_rule(cases, "triton")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 260, 5, 4), (3, 16, 33, 31)])
+def test_shapes_of_the_shipped_configurations(monkeypatch, shape, dtype, layout):
+    monkeypatch.setattr(kernels, "SMALL_VALUES", 0)
+    assert_rule([Case(shape, dtype, layout, "relu", "norm", True)], "triton")
+
+
+def call(x, residual, *, training=True, act="relu", affine=True, running=True):
+    c = x.size(1)
+    rm, rv = torch.zeros(c), torch.ones(c)
+    w, b = (torch.linspace(0.5, 1.5, c), torch.linspace(-1, 1, c)) if affine else (None, None)
+    if not running:
+        rm = rv = None
+    y, mask, stats = torch.ops.fused_res.bn_act_fwd_triton(
+        x, w, b, rm, rv, training, 0.1, 1e-5, residual, False, None, None, None, None, False, 0.0,
+        1.0, ACTS.index(act), True)  # fmt: skip
+    return y, mask, stats, rm, rv, w
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 13, 7, 5), (2, 24, 8, 8), (4, 9, 1, 1)])
+def test_mask_holds_the_relus_bits(plan, shape, layout):
+    x, r = (torch.randn(shape).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+    y, mask, *_ = call(x, r)
+    assert torch.equal(unpack_mask(mask, x), y > 0)
+    length = shape[1] if shape[2] == 1 or layout == "channels_last" else shape[2] * shape[3]
+    if length % 8:
+        assert not (mask[:, -1] >> (length % 8)).any(), "bits past the end of a run are zero"
+
+
+def test_bitwise_the_same_on_every_run(plan):
+    for layout in LAYOUTS.values():
+        x = torch.randn(4, 19, 9, 7).contiguous(memory_format=layout)
+        first, second = call(x, x), call(x, x)
+        assert all(torch.equal(a, b) for a, b in zip(first[:5], second[:5], strict=True))
+
+
+def test_statistics_do_not_cancel(plan):
+    for layout, change in itertools.product(LAYOUTS.values(), ("offset", "outlier")):
+        x = torch.randn(6, 9, 12, 12)
+        if change == "offset":
+            x += 10000
+        else:
+            x[0, :, 0, 0] = 1e5
+        x = x.contiguous(memory_format=layout)
+        rm, rv = torch.zeros(9), torch.ones(9)
+        bn_act(x, rm, rv, training=True, momentum=1.0, backend="triton")
+        var, mean = torch.var_mean(x.double(), dim=(0, 2, 3))
+        torch.testing.assert_close(rm.double(), mean, rtol=3e-7, atol=1e-5)
+        torch.testing.assert_close(rv.double(), var, rtol=3e-6, atol=0)
+
+
+def test_nan_and_infinity_travel_as_in_pytorch(plan):
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(4, 6, 5, 5)
+        x[1, 2, 3, 4] = value
+        for training in (True, False):
+            rm, rv = torch.zeros(6), torch.ones(6)
+            ours = bn_act(x, rm, rv, training=training, backend="triton")
+            theirs = reference.bn_act(x, Norm(rm * 0, rv * 0 + 1, None, None, training, 0.1, 1e-5))
+            assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+@pytest.mark.parametrize("skip", ["identity", "projection"])
+@pytest.mark.parametrize("kind", ["basic", "single"])
+def test_a_block_trains_on_triton(kind, skip):
+    block = FusedResBlock(6, 6, kind=kind, skip=skip).to(memory_format=torch.channels_last)
+    twin = reference.ResBlock(6, 6, kind=kind, skip=skip)
+    twin.load_state_dict(block.state_dict())
+    x = torch.randn(2, 6, 9, 7)
+    with backend("triton"):
+        block(x.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+    twin(x).square().sum().backward()
+    for (name, p), q in zip(block.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3, msg=name)
+    for (name, p), q in zip(block.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+def test_without_affine_or_running_statistics_and_frozen(plan):
+    x = torch.randn(3, 10, 6, 5)
+    for affine, running, training in (
+        (False, True, True),
+        (True, False, True),
+        (True, True, False),
+    ):
+        y, _, _, rm, rv, w = call(x, None, affine=affine, running=running, training=training)
+        given = (torch.zeros(10), torch.ones(10)) if running else (None, None)
+        b = torch.linspace(-1, 1, 10) if affine else None
+        norm = Norm(*given, w, b, training, 0.1, 1e-5)
+        torch.testing.assert_close(y, reference.bn_act(x, norm))
+        if running:
+            torch.testing.assert_close((rm, rv), given)
+
+
+def test_running_statistics_that_are_not_contiguous():
+    x, table = torch.randn(3, 10, 6, 5), torch.ones(10, 4)
+    rm, rv = table[:, 1], table[:, 3]
+    bn_act(x, rm, rv, training=True, backend="triton")
+    expected = torch.ones(10), torch.ones(10)
+    torch.nn.functional.batch_norm(x, *expected, training=True)
+    torch.testing.assert_close((rm, rv), expected)
+    assert torch.equal(table[:, ::2], torch.ones(10, 2))
+
+
+def test_opcheck():
+    x = torch.randn(2, 5, 4, 3)
+    rm, rv, w, b = torch.zeros(5), torch.ones(5), torch.rand(5), torch.randn(5)
+    args = (x, w, b, rm, rv, True, 0.1, 1e-5, x.clone(), False, None, None, None, None, False, 0.0,
+            1.0, 1, True)  # fmt: skip
+    torch.library.opcheck(torch.ops.fused_res.bn_act_fwd_triton.default, args)
+    _, mask, stats = torch.ops.fused_res.bn_act_fwd_triton(*args)
+    args = (x, x, w, True, None, False, None, False, stats, mask, 1, True, True, True)
+    torch.library.opcheck(torch.ops.fused_res.bn_act_bwd_triton.default, args)
+
+
+# --- bytes
+
+
+def traffic_of_a_step(layout):
+    """One training step with a residual, on a tensor large enough to be summed in chunks."""
+    x, r, dy = (torch.randn(8, 64, 24, 32).contiguous(memory_format=layout) for _ in range(3))
+    w = torch.ones(64)
+    with Traffic(least=x.numel() // 8) as traffic:
+        _, mask, stats = torch.ops.fused_res.bn_act_fwd_triton(
+            x, w, w, w.clone(), w.clone(), True, 0.1, 1e-5, r, False, None, None, None, None, False,
+            0.0, 1.0, 1, True)  # fmt: skip
+        torch.ops.fused_res.bn_act_bwd_triton(
+            dy, x, w, True, None, False, None, False, stats, mask, 1, True, True, True
+        )
+    return traffic, x.nbytes, x.numel() // 8
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_are_those_of_the_plan(layout, monkeypatch):
+    monkeypatch.setattr(kernels, "SMALL_VALUES", 0)
+    monkeypatch.setattr(kernels, "PROGRAMS", 8 if layout == "channels_last" else 64)
+    traffic, tensor, mask = traffic_of_a_step(LAYOUTS[layout])
+    plan = {  # read, written: tensors, masks
+        "forward_stats": ((1, 0), (0, 0)),
+        "forward_apply": ((2, 0), (1, 1)),
+        "backward_sums": ((2, 1), (0, 0)),
+        "backward_dx": ((2, 1), (2, 0)),
+    }
+    assert set(plan) <= set(traffic.launches)
+    for kernel, (read, written) in plan.items():
+        for what, counted, (tensors, masks) in (
+            ("read", traffic.read, read),
+            ("written", traffic.written, written),
+        ):
+            ideal = tensors * tensor + masks * mask
+            assert abs(counted[kernel] - ideal) <= 0.02 * tensor, (kernel, what)
+    total = sum(traffic.read.values()) + sum(traffic.written.values())
+    assert abs(total / (10 * tensor + 3 * mask) - 1) <= 0.02  # L1: x x r y | dy x dy x dx dr
+
+
+# --- the checks can fail
+
+
+@pytest.fixture
+def plant(monkeypatch, tmp_path):
+    """plant(old, new): from here on the op runs kernels with one line changed."""
+
+    def change(old, new):
+        source = Path(kernels.__file__).read_text()
+        assert source.count(old) == 1, f"{old!r} is in the kernels once"
+        path = tmp_path / "planted.py"
+        path.write_text(source.replace(old, new))
+        spec = importlib.util.spec_from_file_location("planted", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "planted", module)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr("fused_res.kernels.bn_act", module)
+        monkeypatch.setattr(triton_traffic, "kernels", module)
+        return module
+
+    return change
+
+
+def test_a_wrong_mask_bit_is_caught(plant):
+    plant("1, tl.int32) << tl.arange(0, 8)[", "1, tl.int32) << (7 - tl.arange(0, 8))[")
+    x = torch.randn(3, 13, 7, 5)
+    y, mask, *_ = call(x, x)
+    assert not torch.equal(unpack_mask(mask, x), y > 0)
+
+
+def test_rows_past_the_end_in_a_sum_are_caught(plant):
+    plant("d = tl.where(ok, value.to(tl.float32) - shift, 0)\n                s32 += d",
+          "d = value.to(tl.float32) - shift\n                s32 += d")  # fmt: skip
+    with pytest.raises(AssertionError):
+        case = Case((3, 40, 5, 7), torch.float32, "channels_last", "relu", "none", True, 3.0)
+        assert_rule([case], "triton")
+
+
+def test_an_out_of_bounds_read_is_caught(plant):
+    plant("_apply(x, residual, y, mask, r, r < rows,", "_apply(x, residual, y, mask, r, r <= rows,")
+    x = torch.randn(3, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(InterpreterError, match="OutOfBounds.*forward_small"), Traffic():
+        call(x[:2], x[1:])
+
+
+def test_bytes_read_twice_are_caught(plant, monkeypatch):
+    module = plant("        tl.store(dx + at, (scale * d)",
+                   "        d += 0 * tl.load(x + at, mask=ok, other=0).to(tl.float32)\n"
+                   "        tl.store(dx + at, (scale * d)")  # fmt: skip
+    monkeypatch.setattr(module, "SMALL_VALUES", 0)
+    traffic, tensor, mask = traffic_of_a_step(torch.channels_last)
+    assert abs(traffic.read["backward_dx"] - (2 * tensor + mask)) > 0.02 * tensor
