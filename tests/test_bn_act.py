@@ -4,7 +4,7 @@ errors."""
 import pytest
 import torch
 import torch.nn.functional as F
-from errors import rule
+from bn_act_cases import LAYOUTS, NAMES, Case, assert_rule, draws
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,96 +16,7 @@ from fused_res.reference import ACTS
 pytestmark = pytest.mark.skipif(
     backends.STATUS["cpu"] is not None, reason=f"no CPU library: {backends.STATUS['cpu']}"
 )
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 ISAS = ("plain", "avx2", "avx512")
-
-
-def parameter_dtype(dtype):
-    return dtype if dtype == torch.float64 else torch.float32
-
-
-class Case:
-    """Fresh inputs of one call, in fp64 but exactly representable in ``dtype``."""
-
-    def __init__(self, shape, dtype, layout, act, kind, training, mean=0.0, affine=True):
-        self.dtype, self.act, self.kind, self.training = dtype, act, kind, training
-        c = shape[1]
-
-        def tensor(scale=1.0, offset=0.0):
-            t = (torch.randn(shape) * scale + offset).to(dtype).double()
-            return t.contiguous(memory_format=LAYOUTS[layout])
-
-        self.x, self.residual, self.dy = tensor(2.0, mean), tensor(), tensor()
-        self.channels = [torch.rand(c) + 0.5, torch.randn(c), torch.rand(c) + 0.5, torch.randn(c)]
-        if not affine:
-            self.channels = [None] * 4
-        self.running = [
-            torch.randn(c) * 0.1,
-            torch.rand(c) + 0.5,
-            torch.randn(c) * 0.1,
-            torch.rand(c) + 0.5,
-        ]
-        self._spare_ties()
-
-    def _spare_ties(self):
-        # Where the pre-activation is 0 but for rounding, the ReLU's gradient is a coin toss in any
-        # implementation; no gradient is sent there.
-        if self.act == "none":
-            return
-        with torch.no_grad():
-            act = "none"
-            kind = "none" if self.act == "relu_before_add" else self.kind
-            y = self._call(torch.float64, "eager", act, kind)[0].detach()
-        eps = torch.finfo(self.dtype).eps
-        largest = y.abs().max() + self.residual.abs().max()
-        self.dy = torch.where(y.abs() <= 16 * eps * largest, torch.zeros_like(self.dy), self.dy)
-
-    def _call(self, dtype, backend_name, act, kind):
-        p = parameter_dtype(dtype)
-        x = self.x.to(dtype).detach().clone().requires_grad_()
-        residual = self.residual.to(dtype).detach().clone().requires_grad_()
-        channels = [None if t is None else t.to(p).clone().requires_grad_() for t in self.channels]
-        running = [t.to(p).clone() for t in self.running]
-        second = Norm(*running[2:], *channels[2:], self.training)
-        y = bn_act(
-            x, *running[:2], *channels[:2], self.training,
-            residual=None if kind == "none" else residual,
-            residual_norm=second if kind == "norm" else None,
-            act=act, backend=backend_name,
-        )  # fmt: skip
-        return y, x, residual, channels, running
-
-    def run(self, dtype, backend_name):
-        """Output, all gradients, running statistics."""
-        y, x, residual, channels, running = self._call(dtype, backend_name, self.act, self.kind)
-        y.backward(self.dy.to(dtype))
-        grads = [x.grad, residual.grad, *(None if t is None else t.grad for t in channels)]
-        return [y.detach(), *grads, *running]
-
-    def results(self, backend_name="cpu"):
-        return [
-            self.run(self.dtype, backend_name),
-            self.run(self.dtype, "eager"),
-            self.run(torch.float64, "eager"),
-        ]
-
-
-NAMES = ["y", "dx", "dresidual", "dw", "db", "dw2", "db2", "rm", "rv", "rm2", "rv2"]
-
-
-def assert_rule(cases, backend_name="cpu"):
-    """The rule over all cases at once: few channels make a few numbers, and a few numbers luck."""
-    rows = [case.results(backend_name) for case in cases]
-    for i, name in enumerate(NAMES):
-        columns = list(zip(*((row[0][i], row[1][i], row[2][i]) for row in rows), strict=True))
-        if columns[0][0] is None:
-            assert all(t is None for column in columns for t in column), name
-            continue
-        rule(*(torch.cat([t.flatten() for t in column]) for column in columns), what=name)
-
-
-def draws(shape, *args, **kwargs):
-    return [Case(shape, *args, **kwargs) for _ in range(max(1, -(-256 // shape[1])))]
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
