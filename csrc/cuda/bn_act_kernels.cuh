@@ -295,21 +295,26 @@ __device__ inline void store_channel(const Channels& a, int64_t c, double value)
 // t % width, in a fixed order. Every thread gets its column's totals.
 template <int kValues>
 __device__ inline void reduce(double (&values)[kValues], int width) {
-  SHARED(double, sums, kValues * kThreads);
+  constexpr int kAtOnce = kValues < 8 ? kValues : 8;
+  static_assert(kValues % kAtOnce == 0);
+  SHARED(double, sums, kAtOnce * kThreads);
   const int t = threadIdx.x;
-  __syncthreads();  // the last call's totals have been read
 #pragma unroll
-  for (int k = 0; k < kValues; k++) sums[k * kThreads + t] = values[k];
-  for (int half = kThreads / 2; half >= width; half /= 2) {
-    SYNC_BEFORE_REDUCTION();
-    if (t < half)
+  for (int first = 0; first < kValues; first += kAtOnce) {
+    __syncthreads();  // the last totals have been read
 #pragma unroll
-      for (int k = 0; k < kValues; k++)
-        sums[k * kThreads + t] = sums[k * kThreads + t] + sums[k * kThreads + t + half];
+    for (int k = 0; k < kAtOnce; k++) sums[k * kThreads + t] = values[first + k];
+    for (int half = kThreads / 2; half >= width; half /= 2) {
+      SYNC_BEFORE_REDUCTION();
+      if (t < half)
+#pragma unroll
+        for (int k = 0; k < kAtOnce; k++)
+          sums[k * kThreads + t] = sums[k * kThreads + t] + sums[k * kThreads + t + half];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kAtOnce; k++) values[first + k] = sums[k * kThreads + t % width];
   }
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < kValues; k++) values[k] = sums[k * kThreads + t % width];
 }
 
 __device__ inline float median(float a, float b, float c) {
@@ -346,7 +351,7 @@ __device__ __forceinline__ void statistics(const void* x, const Walk& w, const P
   for (int k = 0; k < kChannels; k++)
     shift[k] = part.in_range ? shifts[part.column_of_block * kChannels + k] : 0.f;
 
-  double sum[kChannels] = {}, square[kChannels] = {};
+  double sums[2 * kChannels] = {};  // of x - shift, and of its square
   each_batch<kBatch, kChannelsLast>(w, part, [&](const Place(&places)[kBatch]) {
     Eight<T> eights[kBatch];
 #pragma unroll
@@ -365,20 +370,19 @@ __device__ __forceinline__ void statistics(const void* x, const Walk& w, const P
       if (kChannelsLast && u != kBatch - 1) continue;  // eight values of a channel at most
 #pragma unroll
       for (int c = 0; c < kChannels; c++) {
-        sum[c] += s[c], square[c] += q[c];
+        sums[c] += s[c], sums[kChannels + c] += q[c];
         s[c] = q[c] = 0;
       }
     }
   });
-  reduce(sum, w.width);
-  reduce(square, w.width);
+  reduce(sums, w.width);
   if (part.lane != 0 || !part.in_range) return;
   const double n = w.values(part.chunk);
 #pragma unroll
   for (int k = 0; k < kChannels; k++) {
     const int64_t c = channel_of<kChannelsLast>(part.column) + k;
-    const double m2 = square[k] - sum[k] * sum[k] / n;
-    if (c < w.shape.channels) done(c, shift[k] + sum[k] / n, m2 < 0 ? 0 : m2);  // NaN stays NaN
+    const double m2 = sums[kChannels + k] - sums[k] * sums[k] / n;
+    if (c < w.shape.channels) done(c, shift[k] + sums[k] / n, m2 < 0 ? 0 : m2);  // NaN stays NaN
   }
 }
 
@@ -558,7 +562,8 @@ __device__ __forceinline__ void gradient_sums(const BackwardArgs& a, const Walk&
   if (part.in_range) load_channels<kChannelsLast>(a.stats, w, part, mean[0]);
   if (part.in_range && second)
     load_channels<kChannelsLast>(a.stats + 2 * w.shape.channels, w, part, mean[1]);
-  double sums[kSecond ? kSums : 2][kChannels] = {};
+  constexpr int kWanted = kSecond ? kSums : 2;
+  double sums[kWanted * kChannels] = {};
   each_batch<kBatch, kChannelsLast>(w, part, [&](const Place(&places)[kBatch]) {
     Eight<T> dys[kBatch], xs[kBatch], residuals[kBatch];
     uint32_t bits[kBatch];
@@ -570,7 +575,7 @@ __device__ __forceinline__ void gradient_sums(const BackwardArgs& a, const Walk&
       bits[u] = 0xff;
       if (a.act != Act::none && places[u].valid) bits[u] = load(a.mask + places[u].mask);
     }
-    float s[kSecond ? kSums : 2][kChannels] = {};
+    float s[kWanted][kChannels] = {};
 #pragma unroll
     for (int u = 0; u < kBatch; u++) {
 #pragma unroll
@@ -588,21 +593,22 @@ __device__ __forceinline__ void gradient_sums(const BackwardArgs& a, const Walk&
       }
       if (kChannelsLast && u != kBatch - 1) continue;
 #pragma unroll
-      for (int i = 0; i < (kSecond ? kSums : 2); i++)
-#pragma unroll
-        for (int c = 0; c < kChannels; c++) sums[i][c] += s[i][c], s[i][c] = 0;
+      for (int i = 0; i < kWanted * kChannels; i++) {
+        float& part_sum = s[i / kChannels][i % kChannels];
+        sums[i] += part_sum, part_sum = 0;
+      }
     }
   });
-#pragma unroll
-  for (int i = 0; i < (kSecond ? kSums : 2); i++) reduce(sums[i], w.width);
+  reduce(sums, w.width);
   if (part.lane != 0 || !part.in_range) return;
 #pragma unroll
   for (int k = 0; k < kChannels; k++) {
     const int64_t c = channel_of<kChannelsLast>(part.column) + k;
     if (c >= w.shape.channels) continue;
-    const double all[kSums] = {sums[0][k], sums[1][k], kSecond ? sums[kSecond * 2][k] : 0,
-                               kSecond ? sums[kSecond * 3][k] : 0};
-    done(c, all);
+    double of_channel[kSums] = {};
+#pragma unroll
+    for (int i = 0; i < kWanted; i++) of_channel[i] = sums[i * kChannels + k];
+    done(c, of_channel);
   }
 }
 

@@ -4,6 +4,7 @@
 // to global memory is checked against the allocations that were registered, and counted.
 #pragma once
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -50,10 +51,13 @@ struct Region {  // of global memory
   Count count;  // of the running kernel
 };
 
+// Contexts start a fiber; from then on jumps switch, which leave the signal mask alone (a system
+// call each way).
 struct Fiber {
   ucontext_t context;
+  jmp_buf here;
   std::unique_ptr<char[]> stack;
-  bool finished = false;
+  bool started = false, finished = false;
 };
 
 struct Machine {
@@ -64,7 +68,7 @@ struct Machine {
   std::string kernel, error;
   std::function<void()> body;
   std::vector<Fiber> fibers;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Fiber* running = nullptr;
   std::map<const void*, std::pair<char*, size_t>> shared;  // by declaration
   size_t shared_used = 0;
@@ -94,12 +98,12 @@ inline std::string address(const void* p) {
 inline Count& access(const void* p, size_t bytes, bool write) {
   const char* begin = (const char*)p;
   const auto holds = [&](const Region& r) { return r.begin <= begin && begin + bytes <= r.end; };
-  const std::string what = write ? "store" : "load";
-  if ((uintptr_t)p % bytes) fail("misaligned " + what + " at " + address(p));
+  const auto what = [&] { return std::string(write ? "store" : "load"); };
+  if ((uintptr_t)p % bytes) fail("misaligned " + what() + " at " + address(p));
   auto& regions = machine.regions;
   if (machine.last_region >= regions.size() || !holds(regions[machine.last_region])) {
     const auto found = std::find_if(regions.begin(), regions.end(), holds);
-    if (found == regions.end()) fail(what + " out of bounds at " + address(p));
+    if (found == regions.end()) fail(what() + " out of bounds at " + address(p));
     machine.last_region = found - regions.begin();
   }
   Region& region = regions[machine.last_region];
@@ -107,18 +111,27 @@ inline Count& access(const void* p, size_t bytes, bool write) {
   return region.count;
 }
 
-inline void barrier() { swapcontext(&machine.running->context, &machine.scheduler); }
+inline void barrier() {  // back to the scheduler until it resumes this fiber
+  if (_setjmp(machine.running->here) == 0) _longjmp(machine.scheduler, 1);
+}
+
+inline void resume(Fiber& fiber) {
+  machine.running = &fiber;
+  if (_setjmp(machine.scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.here, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
 
 inline void fiber_main() {
   for (;;) {
-    Fiber* self = machine.running;
     try {
       machine.body();
     } catch (const std::exception& e) {  // must not leave this stack
       if (machine.error.empty()) machine.error = e.what();
     }
-    self->finished = true;
-    swapcontext(&self->context, &machine.scheduler);
+    machine.running->finished = true;
+    barrier();
   }
 }
 
@@ -130,6 +143,7 @@ inline void make_fibers(size_t n) {
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = kStack;
     f.context.uc_link = nullptr;
+    f.started = false;
     makecontext(&f.context, fiber_main, 0);
   }
 }
@@ -147,9 +161,8 @@ inline void run_block(std::vector<int64_t>& order) {
     machine.shuffle(order);
     finished = 0;
     for (const int64_t i : order) {
-      machine.running = &machine.fibers[i];
       threadIdx.x = i;
-      swapcontext(&machine.scheduler, &machine.running->context);
+      resume(machine.fibers[i]);
       finished += machine.running->finished;
       if (!machine.error.empty()) return;
     }
