@@ -21,6 +21,14 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 KINDS = ("none", "tensor", "norm")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():  # for PyTorch's own ops: these tensors are too small to share
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory):
     return Emulation(tmp_path_factory.mktemp("emulation"), COMPILER)
@@ -48,7 +56,7 @@ def run(emulation, case, plan="automatic", offset=0, seed=0):
     return [y, g.dx, dresidual, *g[2:], *running]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     n=st.integers(1, 9),
     c=st.integers(1, 70),
@@ -226,42 +234,37 @@ def test_not_finite_values_pass_as_in_pytorch(emulation):
         torch.testing.assert_close(y, theirs.relu(), equal_nan=True)
 
 
-# Bytes: what the arithmetic needs if x is read once for its statistics and once more, dy likewise.
-def test_bytes_are_as_planned(emulation):
-    shape = (32, 64, 28, 28)
-    for layout in LAYOUTS:
-        for dtype in (torch.float32, torch.bfloat16):
-            case = Case(shape, dtype, layout, "relu", "tensor", True)
-            tensor = case.x.numel() * dtype.itemsize
-            mask = case.x.numel() // 8
-            x, residual, dy = (t.to(dtype) for t in (case.x, case.residual, case.dy))
-            norm = norm_of(64)
-            emulation.plan = "automatic"
-            y, bits, stats = emulation.forward(x, norm, residual)
-            check_bytes(
-                emulation.counts(),
-                {"x": (2 * tensor, 0), "residual": (tensor, 0), "y": (0, tensor),
-                 "mask": (0, mask)},
-            )  # fmt: skip
-            emulation.backward(dy, x, norm, residual, None, stats, bits, "relu")
-            check_bytes(
-                emulation.counts(),
-                {"dy": (2 * tensor, 0), "x": (2 * tensor, 0), "mask": (2 * mask, 0),
-                 "dx": (0, tensor), "dresidual": (0, tensor)},
-            )  # fmt: skip
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_as_planned(emulation, layout, dtype):
+    """Forward: x twice, the residual once, y and mask written; backward: dy, x and mask twice."""
+    # large enough for long chunks: their sums are what a smaller tensor has more of
+    shape = (64, 64, 56, 56) if layout == "channels_last" else (32, 64, 28, 28)
+    case = Case(shape, dtype, layout, "relu", "tensor", True)
+    tensor, mask = case.x.numel() * dtype.itemsize, case.x.numel() // 8
+    x, residual, dy = (t.to(dtype) for t in (case.x, case.residual, case.dy))
+    norm = norm_of(64)
+    emulation.plan = "split"
+    _, bits, stats = emulation.forward(x, norm, residual)
+    read = {"x": 2 * tensor, "residual": tensor}
+    check_bytes(emulation.counts(), read, {"y": tensor, "mask": mask})
+    emulation.backward(dy, x, norm, residual, None, stats, bits, "relu")
+    read = {"dy": 2 * tensor, "x": 2 * tensor, "mask": 2 * mask}
+    check_bytes(emulation.counts(), read, {"dx": tensor, "dresidual": tensor})
 
 
-def check_bytes(counts, plan):
-    moved = {}
-    for (_, name), (read, written) in counts.items():
-        r, w = moved.get(name, (0, 0))
-        moved[name] = r + read, w + written
-    for name, (read, written) in plan.items():
-        assert read <= moved[name][0] <= 1.02 * read, (name, moved[name], read)
-        assert moved[name][1] == written, (name, moved[name], written)
-    # sums and tables: written once, read from the caches by each thread that needs them
-    total = sum(map(sum, plan.values()))
-    assert sum(moved["scratch"]) < 0.1 * total, (moved["scratch"], total)
+def check_bytes(counts, read, written):
+    for name in {*read, *written}:
+        rows = [row for (_, tensor), row in counts.items() if tensor == name]
+        r, w = map(sum, zip(*rows, strict=True))
+        planned = read.get(name, 0)
+        assert planned <= r <= 1.02 * planned, (name, r, planned)
+        assert w == written.get(name, 0), (name, w)
+    # The sums of chunks cross memory once each way. What threads read of the tables and statistics
+    # does not: a block's threads read the same few lines.
+    total = sum(read.values()) + sum(written.values())
+    sums = sum(w for (_, name), (_, w) in counts.items() if name in ("scratch", "stats"))
+    assert 2 * sums < 0.02 * total, (sums, total)
 
 
 def test_addresses_past_two_billion(emulation):
@@ -287,11 +290,7 @@ def test_addresses_past_two_billion(emulation):
             assert emulation.part(shape, 0)[::2] == [0, 0]
             first, end, column, _ = emulation.part(shape, blocks - 1)
             assert end == items and 0 < end - first
-            assert column < (eights_of(channels) if channels_last else channels)
-
-
-def eights_of(n):
-    return -(-n // 8)
+            assert column < (-(-channels // 8) if channels_last else channels)
 
 
 # --- faults, planted

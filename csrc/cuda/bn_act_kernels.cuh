@@ -2,8 +2,9 @@
 // A pass is bound by memory, so all there is to it is to read and write each element once, 16 bytes
 // at a time with several accesses in flight. Compiles with a host compiler too (platform.cuh).
 //
-// The unit of work is an eight: eight neighbouring elements of a run, one byte of its mask. Runs are
-// those of csrc/cpu/bn_act_kernels.h: N*H*W of C channels (channels_last) or N*C of H*W pixels (NCHW).
+// The unit of work is an eight: eight neighbouring elements of a run, one byte of its mask. Runs
+// are those of csrc/cpu/bn_act_kernels.h: N*H*W of C channels (channels_last) or N*C of H*W pixels
+// (NCHW).
 #pragma once
 #include "platform.cuh"
 
@@ -270,8 +271,8 @@ __device__ __forceinline__ void load_channels(const float* array, const Walk& w,
                                               float (&values)[kChannelsOf<kChannelsLast>]) {
 #pragma unroll
   for (int k = 0; k < kChannelsOf<kChannelsLast>; k++)
-    values[k] = load(
-        array + smaller(channel_of<kChannelsLast>(part.column) + k, w.shape.channels - 1));
+    values[k] =
+        load(array + smaller(channel_of<kChannelsLast>(part.column) + k, w.shape.channels - 1));
 }
 
 template <class T>
@@ -297,7 +298,7 @@ template <int kValues>
 __device__ inline void reduce(double (&values)[kValues], int width) {
   constexpr int kAtOnce = kValues < 8 ? kValues : 8;
   static_assert(kValues % kAtOnce == 0);
-  SHARED(double, sums, kAtOnce * kThreads);
+  SHARED(double, sums, kAtOnce* kThreads);
   const int t = threadIdx.x;
 #pragma unroll
   for (int first = 0; first < kValues; first += kAtOnce) {
@@ -686,7 +687,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     gradient_sums_kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ Walk w) {
   const Part part(w, false);
   gradient_sums<T, kChannelsLast, kVector, kSecond>(
-      a, w, part, [&](int64_t c, const double(&sums)[kSums]) {
+      a, w, part, [&](int64_t c, const double (&sums)[kSums]) {
 #pragma unroll
         for (int i = 0; i < (kSecond ? kSums : 2); i++)
           store(sums_of(w, a.scratch, part.chunk, i) + c, sums[i]);
@@ -723,7 +724,7 @@ template <class T, bool kChannelsLast, bool kVector>
 __global__ void __launch_bounds__(kThreads, 1)
     whole_backward_kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ Walk w) {
   const Part part(w, false);
-  const auto finish = [&](int64_t c, const double(&sums)[kSums]) {
+  const auto finish = [&](int64_t c, const double (&sums)[kSums]) {
     finish_backward<T>(a, w, 0, c, sums[0], sums[1]);
     if (a.residual_norm) finish_backward<T>(a, w, 1, c, sums[2], sums[3]);
   };

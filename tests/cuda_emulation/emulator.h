@@ -1,7 +1,7 @@
-// Runs CUDA kernels on a CPU, to prove them where there is no GPU: what csrc/cuda/platform.cuh is to
-// nvcc. A block's threads are fibers that run, in an order shuffled by a seed, from one barrier to
-// the next; so do the blocks of a grid. Shared memory is full of NaN before each block. Every access
-// to global memory is checked against the allocations that were registered, and counted.
+// Runs CUDA kernels on a CPU, to prove them where there is no GPU: what csrc/cuda/platform.cuh is
+// to nvcc. A block's threads are fibers that run, in an order shuffled by a seed, from one barrier
+// to the next; so do the blocks of a grid. Shared memory is full of NaN before each block. Every
+// access to global memory is checked against the allocations that were registered, and counted.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
