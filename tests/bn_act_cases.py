@@ -72,7 +72,6 @@ class Case:
         return [y.detach(), *grads, *running]
 
 
-
 NAMES = ["y", "dx", "dresidual", "dw", "db", "dw2", "db2", "rm", "rv", "rm2", "rv2"]
 
 

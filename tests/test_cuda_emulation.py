@@ -278,7 +278,9 @@ def test_addresses_past_two_billion(emulation):
             last % 8 + 1,
         ]
         eights = -(-pixels // 8)
-        assert emulation.place(Shape(images, channels, pixels, False), last, images * eights - 1) == [
+        assert emulation.place(
+            Shape(images, channels, pixels, False), last, images * eights - 1
+        ) == [
             (images * channels - 1) * pixels + (eights - 1) * 8,
             images * channels * eights - 1,
             (pixels - 1) % 8 + 1,

@@ -479,7 +479,7 @@ __device__ __forceinline__ void apply(const ForwardArgs& a, const Walk& w, const
 }
 
 template <class T, bool kChannelsLast, bool kVector>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     statistics_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Walk w) {
   const int which = blockIdx.y == 1 || !a.norm[0].training;
   const Part part(w, false);
@@ -523,7 +523,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T, bool kChannelsLast, bool kVector, bool kSecond>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kVector ? 2 : 1)
     apply_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Walk w) {
   apply<T, kChannelsLast, kVector, kSecond>(a, w, Part(w, true));
 }
@@ -683,7 +683,7 @@ __device__ __forceinline__ void gradients(const BackwardArgs& a, const Walk& w, 
 }
 
 template <class T, bool kChannelsLast, bool kVector, bool kSecond>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kVector && !kSecond ? 2 : 1)
     gradient_sums_kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ Walk w) {
   const Part part(w, false);
   gradient_sums<T, kChannelsLast, kVector, kSecond>(
@@ -715,7 +715,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T, bool kChannelsLast, bool kVector, bool kSecond>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kVector ? 2 : 1)
     gradients_kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ Walk w) {
   gradients<T, kChannelsLast, kVector, kSecond>(a, w, Part(w, true));
 }

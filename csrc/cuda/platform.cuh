@@ -23,7 +23,7 @@ using Stream = cudaStream_t;
 template <class... Parameters, class... Arguments>
 inline void launch(const char*, void (*kernel)(Parameters...), dim3 grid, int threads,
                    Stream stream, const Arguments&... arguments) {
-  kernel<<<grid, threads, 0, stream> > >(arguments...);
+  kernel<<<grid, threads, 0, stream>>>(arguments...);
 }
 
 // Every access to global memory goes through these two.

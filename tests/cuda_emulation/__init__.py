@@ -149,9 +149,7 @@ class Emulation:
             return None
         self._kept.append(t)
         last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-        self.library.add_region(
-            name.encode(), t.data_ptr(), (last + 1) * t.element_size(), written
-        )
+        self.library.add_region(name.encode(), t.data_ptr(), (last + 1) * t.element_size(), written)
         return t.data_ptr()
 
     def _channels(self, name: str, t: Tensor | None, written: bool = False) -> Channels:
