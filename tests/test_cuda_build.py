@@ -56,8 +56,9 @@ class Kernel(NamedTuple):
 def compile_kernels(source: str, architecture: str, folder: Path) -> list[Kernel]:
     path = folder / "kernels.cu"
     path.write_text(source)
-    command = [NVCC, "-std=c++20", "-O3", "-cubin", f"-arch={architecture}", "-Xptxas=-v", "-keep",
-               "-keep-dir", str(folder), str(path), "-o", str(folder / "kernels.cubin")]  # fmt: skip
+    cubin = folder / "kernels.cubin"
+    flags = ["-std=c++20", "-O3", f"-arch={architecture}", "-Xptxas=-v", "-keep", "-keep-dir"]
+    command = [NVCC, *flags, str(folder), "-cubin", str(path), "-o", str(cubin)]
     log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     (ptx,) = folder.glob("*.ptx")
     bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}\n", ptx.read_text(), re.S))

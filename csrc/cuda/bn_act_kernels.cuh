@@ -162,7 +162,8 @@ struct Place {
   int valid;
 };
 
-template <bool kChannelsLast>
+// The places of a thread. kVector: eights are whole and their addresses multiples of 16 bytes.
+template <bool kChannelsLast, bool kVector>
 struct Cursor {
   const Walk& w;
   int64_t run, eight, run_step, eight_step;
@@ -176,8 +177,9 @@ struct Cursor {
     }
   }
   __device__ Place place() const {
-    return {run * w.run + eight * 8, run * w.run_eights + eight,
-            (int)smaller(8, w.run - eight * 8)};
+    const int64_t element = run * w.run + eight * 8;
+    if (kVector) return {element, element / 8, 8};
+    return {element, run * w.run_eights + eight, (int)smaller(8, w.run - eight * 8)};
   }
   __device__ void next() {
     run += run_step, eight += eight_step;
@@ -185,11 +187,15 @@ struct Cursor {
   }
 };
 
+// Eights of one tensor a thread has in flight: 64 bytes, or 32 where registers are short.
+template <class T, bool kShort>
+constexpr int kBatchOf = (kShort ? 4 : 8) / sizeof(T);
+
 // body(places) for a thread's eights, kBatch at a time
-template <int kBatch, bool kChannelsLast, class Body>
+template <int kBatch, bool kChannelsLast, bool kVector, class Body>
 __device__ __forceinline__ void each_batch(const Walk& w, const Part& part, const Body& body) {
   int64_t item = part.first + part.lane;
-  Cursor<kChannelsLast> cursor(w, part.column, item, w.lanes);
+  Cursor<kChannelsLast, kVector> cursor(w, part.column, item, w.lanes);
   while (item < part.end) {
     Place places[kBatch];
 #pragma unroll
@@ -211,7 +217,6 @@ struct alignas(16) Eight {
   __device__ float operator[](int k) const { return to_float(v[k]); }
 };
 
-// kVector: eights are whole and their addresses multiples of 16 bytes
 template <bool kVector>
 __device__ __forceinline__ bool exists(const Place& place, int k) {
   return kVector ? place.valid != 0 : k < place.valid;
@@ -328,7 +333,7 @@ __device__ inline float median(float a, float b, float c) {
 template <class T, bool kChannelsLast, bool kVector, class Done>
 __device__ __forceinline__ void statistics(const void* x, const Walk& w, const Part& part,
                                            const Done& done) {
-  constexpr int kChannels = kChannelsOf<kChannelsLast>, kBatch = 8 / sizeof(T);
+  constexpr int kChannels = kChannelsOf<kChannelsLast>, kBatch = kBatchOf<T, false>;
   SHARED(float, shifts, kMaxWidth * 8);
   __syncthreads();  // an earlier call's shifts have been read
   if (part.lane == 0 && part.in_range) {
@@ -336,7 +341,7 @@ __device__ __forceinline__ void statistics(const void* x, const Walk& w, const P
     float samples[3][kChannels];
 #pragma unroll
     for (int i = 0; i < 3; i++) {
-      const Place p = Cursor<kChannelsLast>(w, part.column, items[i], 0).place();
+      const Place p = Cursor<kChannelsLast, kVector>(w, part.column, items[i], 0).place();
 #pragma unroll
       for (int k = 0; k < kChannels; k++)
         samples[i][k] = k < p.valid ? to_float(load((const T*)x + p.element + k)) : 0.f;
@@ -353,7 +358,7 @@ __device__ __forceinline__ void statistics(const void* x, const Walk& w, const P
     shift[k] = part.in_range ? shifts[part.column_of_block * kChannels + k] : 0.f;
 
   double sums[2 * kChannels] = {};  // of x - shift, and of its square
-  each_batch<kBatch, kChannelsLast>(w, part, [&](const Place(&places)[kBatch]) {
+  each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch]) {
     Eight<T> eights[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; u++) eights[u] = load_eight<kVector, T>(x, places[u]);
@@ -428,7 +433,8 @@ __device__ inline void finish_forward(const ForwardArgs& a, const Walk& w, int w
 // y and mask of a part
 template <class T, bool kChannelsLast, bool kVector, bool kSecond>
 __device__ __forceinline__ void apply(const ForwardArgs& a, const Walk& w, const Part& part) {
-  constexpr int kChannels = kChannelsOf<kChannelsLast>, kBatch = 8 / sizeof(T);
+  constexpr int kChannels = kChannelsOf<kChannelsLast>;
+  constexpr int kBatch = kBatchOf < T, kChannelsLast && kSecond > ;
   if (part.first + part.lane >= part.end) return;
   float centre[2][kChannels], scale[2][kChannels], shift[2][kChannels];
   const bool second = kSecond && a.residual_kind == Residual::norm;
@@ -440,7 +446,7 @@ __device__ __forceinline__ void apply(const ForwardArgs& a, const Walk& w, const
     load_channels<kChannelsLast>(table_of(w, a.scratch, i, 2), w, part, shift[i]);
   }
   const bool before_add = a.act == Act::relu_before_add;
-  each_batch<kBatch, kChannelsLast>(w, part, [&](const Place(&places)[kBatch]) {
+  each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch]) {
     Eight<T> xs[kBatch], residuals[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; u++) {
@@ -557,7 +563,7 @@ template <class T, bool kChannelsLast, bool kVector, bool kSecond, class Done>
 __device__ __forceinline__ void gradient_sums(const BackwardArgs& a, const Walk& w,
                                               const Part& part, const Done& done) {
   constexpr int kChannels = kChannelsOf<kChannelsLast>;
-  constexpr int kBatch = kSecond ? 1 + (sizeof(T) == 2) : 8 / sizeof(T);
+  constexpr int kBatch = kBatchOf < T, kChannelsLast || kSecond > ;
   const bool second = kSecond && a.residual_norm;
   float mean[2][kChannels] = {};
   if (part.in_range) load_channels<kChannelsLast>(a.stats, w, part, mean[0]);
@@ -565,7 +571,7 @@ __device__ __forceinline__ void gradient_sums(const BackwardArgs& a, const Walk&
     load_channels<kChannelsLast>(a.stats + 2 * w.shape.channels, w, part, mean[1]);
   constexpr int kWanted = kSecond ? kSums : 2;
   double sums[kWanted * kChannels] = {};
-  each_batch<kBatch, kChannelsLast>(w, part, [&](const Place(&places)[kBatch]) {
+  each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch]) {
     Eight<T> dys[kBatch], xs[kBatch], residuals[kBatch];
     uint32_t bits[kBatch];
 #pragma unroll
@@ -634,7 +640,7 @@ __device__ inline void finish_backward(const BackwardArgs& a, const Walk& w, int
 template <class T, bool kChannelsLast, bool kVector, bool kSecond>
 __device__ __forceinline__ void gradients(const BackwardArgs& a, const Walk& w, const Part& part) {
   constexpr int kChannels = kChannelsOf<kChannelsLast>;
-  constexpr int kBatch = kSecond ? 1 + (sizeof(T) == 2) : 8 / sizeof(T);
+  constexpr int kBatch = kBatchOf<T, kSecond>;
   if (part.first + part.lane >= part.end) return;
   const bool second = kSecond && a.residual_norm && a.dresidual;
   const bool reads_x = a.dx && a.norm[0].training;
@@ -648,7 +654,7 @@ __device__ __forceinline__ void gradients(const BackwardArgs& a, const Walk& w, 
     load_channels<kChannelsLast>(table_of(w, a.scratch, i, 2), w, part, slope[i]);
     load_channels<kChannelsLast>(table_of(w, a.scratch, i, 3), w, part, offset[i]);
   }
-  each_batch<kBatch, kChannelsLast>(w, part, [&](const Place(&places)[kBatch]) {
+  each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch]) {
     Eight<T> dys[kBatch], xs[kBatch], residuals[kBatch];
     uint32_t bits[kBatch];
 #pragma unroll

@@ -1,4 +1,4 @@
-"""csrc/cuda's bn_act on a CPU: builds it with a host compiler over emulator.h, calls it on tensors."""
+"""csrc/cuda's bn_act on a CPU: built by a host compiler over emulator.h, called on tensors."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ int64_t size_of_scratch(const Shape* shape) { return scratch_bytes(*shape); }
 // first element, mask byte and length of an eight
 void place_of(const Shape* shape, int64_t column, int64_t item, int64_t* out) {
   const Walk w(*shape, false);
-  const Place p = shape->channels_last ? Cursor<true>(w, column, item, 1).place()
-                                       : Cursor<false>(w, column, item, 1).place();
+  const Place p = shape->channels_last ? Cursor<true, false>(w, column, item, 1).place()
+                                       : Cursor<false, false>(w, column, item, 1).place();
   out[0] = p.element, out[1] = p.mask, out[2] = p.valid;
 }
 
