@@ -82,6 +82,8 @@ void check_input(const Tensor& x, int64_t act) {
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
       "x must be float32, bfloat16 or float16 on a CUDA device");
+  // a grid has at most 2^31 blocks
+  STD_TORCH_CHECK(x.size(1) < (int64_t)1 << 31, "x must have fewer than 2^31 channels");
   STD_TORCH_CHECK(0 <= act && act <= 2, "act must be 0, 1 or 2");
 }
 

@@ -88,7 +88,7 @@ __host__ __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b 
 // `width` columns of a chunk of items with `lanes` threads a column.
 struct Walk {
   Shape shape;
-  int64_t run, run_eights, columns, items, chunk, chunks;
+  int64_t run, run_eights, columns, column_blocks, items, chunk, chunks;
   int width, lanes;
 
   Walk(const Shape& s, bool whole) : shape(s) {
@@ -99,17 +99,17 @@ struct Walk {
     const int most = whole ? kWholeWidth : kMaxWidth;
     for (width = 1; s.channels_last && width < most && width < columns;) width *= 2;
     lanes = kThreads / width;
+    column_blocks = ceil_div(columns, width);
     chunk = items;
     if (!whole) {
-      const int64_t wanted = kBlocks / column_blocks(), most_chunks = items / (lanes * kLeastItems);
+      const int64_t wanted = kBlocks / column_blocks, most_chunks = items / (lanes * kLeastItems);
       const int64_t n = smaller(wanted, most_chunks);
       chunk = ceil_div(ceil_div(items, n < 1 ? 1 : n), lanes) * lanes;
     }
     chunks = ceil_div(items, chunk);
   }
 
-  __host__ __device__ int64_t column_blocks() const { return ceil_div(columns, width); }
-  __host__ __device__ int64_t blocks() const { return column_blocks() * chunks; }
+  unsigned blocks() const { return column_blocks * chunks; }
   __host__ __device__ int64_t padded() const { return ceil_div(shape.channels, 8) * 8; }
   __host__ __device__ double count() const { return (double)shape.images * shape.pixels; }
 
@@ -147,8 +147,8 @@ struct Part {
   __device__ Part(const Walk& w, bool reversed) {
     column_of_block = threadIdx.x % w.width;
     lane = threadIdx.x / w.width;
-    chunk = blockIdx.x / w.column_blocks();
-    column = blockIdx.x % w.column_blocks() * w.width + column_of_block;
+    chunk = blockIdx.x / w.column_blocks;
+    column = blockIdx.x % w.column_blocks * w.width + column_of_block;
     if (reversed) chunk = w.chunks - 1 - chunk;
     in_range = column < w.columns;
     first = chunk * w.chunk;
