@@ -37,7 +37,7 @@ test: $(VENV)/.tests
 lint: $(VENV)/.tests
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*/* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
 	$(PY) benchmarks/table.py --check README.md
 
 bench: $(VENV)/.tests

@@ -31,7 +31,11 @@ DTYPES = (torch.float32, *_HALVES, torch.float64)
 
 # op -> backend -> dtypes it has kernels for
 SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    "bn_act": {"cpu": DTYPES, "triton": (torch.float32, *_HALVES)}
+    "bn_act": {
+        "cpu": DTYPES,
+        "cuda": (torch.float32, *_HALVES),
+        "triton": (torch.float32, *_HALVES),
+    }
 }
 # op -> backend -> dtypes for which `auto` takes it: where it was measured to beat PyTorch's own ops
 # (benchmarks/results). The CPU's float64 kernel is plain code, there for checking gradients.

@@ -1,4 +1,4 @@
-"""Fresh inputs of one bn_act call, what it returns on a backend, and the rule over several."""
+"""Inputs of bn_act and the 1.5 x rule over all it gives: for the tests of every implementation."""
 
 import torch
 from errors import rule
@@ -71,20 +71,24 @@ class Case:
         grads = [x.grad, residual.grad, *(None if t is None else t.grad for t in channels)]
         return [y.detach(), *grads, *running]
 
-    def results(self, backend_name="cpu"):
-        return [
-            self.run(self.dtype, backend_name),
-            self.run(self.dtype, "eager"),
-            self.run(torch.float64, "eager"),
-        ]
-
 
 NAMES = ["y", "dx", "dresidual", "dw", "db", "dw2", "db2", "rm", "rv", "rm2", "rv2"]
 
 
-def assert_rule(cases, backend_name="cpu"):
-    """The rule over all cases at once: few channels make a few numbers, and a few numbers luck."""
-    rows = [case.results(backend_name) for case in cases]
+def on_cpu(case):
+    return case.run(case.dtype, "cpu")
+
+
+def on_triton(case):
+    return case.run(case.dtype, "triton")
+
+
+def assert_rule(cases, ours=on_cpu):
+    """The rule over all cases at once: few channels make a few numbers, and a few numbers luck.
+
+    ``ours`` gives what ``Case.run`` gives, of the implementation under test.
+    """
+    rows = [(ours(c), c.run(c.dtype, "eager"), c.run(torch.float64, "eager")) for c in cases]
     for i, name in enumerate(NAMES):
         columns = list(zip(*((row[0][i], row[1][i], row[2][i]) for row in rows), strict=True))
         if columns[0][0] is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bn_act_cases import LAYOUTS, Case, assert_rule, draws
+from bn_act_cases import LAYOUTS, Case, assert_rule, draws, on_triton
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -66,7 +66,7 @@ def test_error_is_within_the_rule(plan, n, c, h, w, dtype, layout, act, kind, tr
         h = w = 4
     torch.manual_seed(n + 10 * c + 1000 * h + 20000 * w)
     cases = draws((n, c, h, w), dtype, layout, act, kind, training, mean)
-    assert_rule(cases, "triton")
+    assert_rule(cases, on_triton)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -74,7 +74,7 @@ def test_error_is_within_the_rule(plan, n, c, h, w, dtype, layout, act, kind, tr
 @pytest.mark.parametrize("shape", [(2, 260, 5, 4), (3, 16, 33, 31)])
 def test_shapes_of_the_shipped_configurations(monkeypatch, shape, dtype, layout):
     monkeypatch.setattr(kernels, "SMALL_VALUES", 0)
-    assert_rule([Case(shape, dtype, layout, "relu", "norm", True)], "triton")
+    assert_rule([Case(shape, dtype, layout, "relu", "norm", True)], on_triton)
 
 
 def call(x, residual, *, training=True, act="relu", affine=True, running=True):
@@ -261,7 +261,7 @@ def test_rows_past_the_end_in_a_sum_are_caught(plant):
           "d = value.to(tl.float32) - shift\n                s32 += d")  # fmt: skip
     with pytest.raises(AssertionError):
         case = Case((3, 40, 5, 7), torch.float32, "channels_last", "relu", "none", True, 3.0)
-        assert_rule([case], "triton")
+        assert_rule([case], on_triton)
 
 
 def test_an_out_of_bounds_read_is_caught(plant):

@@ -1,0 +1,244 @@
+// bn_act on a CUDA device: tensors in, tensors out. Nothing here waits for the device, and every
+// launch and allocation can be captured in a CUDA graph. Kernels: bn_act_kernels.cuh.
+#include "../cpu/bn_act.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "bn_act_kernels.cuh"
+
+namespace fused_res {
+namespace {
+
+cuda::Element element_of(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::BFloat16) return cuda::Element::bf16;
+  if (x.scalar_type() == ScalarType::Half) return cuda::Element::f16;
+  return cuda::Element::f32;
+}
+
+cuda::Shape shape_of(const Tensor& x) {  // x is dense
+  const int64_t pixels = x.size(2) * x.size(3);
+  return {x.size(0), x.size(1), pixels, pixels == 1 || !x.is_contiguous()};
+}
+
+// Uninitialised tensors on one device.
+struct Device {
+  int32_t index;
+
+  Tensor empty_strided(int64_t dim, const int64_t* size, const int64_t* stride,
+                       ScalarType dtype) const {
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size, stride, static_cast<int32_t>(dtype),
+                                                    aoti_torch_device_type_cuda(), index, &handle));
+    return Tensor(handle);
+  }
+  Tensor empty_like(const Tensor& x) const {  // x is dense
+    return empty_strided(x.dim(), x.sizes().data(), x.strides().data(), x.scalar_type());
+  }
+  Tensor empty(int64_t rows, int64_t columns, ScalarType dtype) const {
+    const int64_t size[] = {rows, columns}, stride[] = {std::max<int64_t>(columns, 1), 1};
+    return empty_strided(2, size, stride, dtype);
+  }
+  Tensor empty(int64_t length, ScalarType dtype) const {
+    const int64_t stride = 1;
+    return empty_strided(1, &length, &stride, dtype);
+  }
+  cuda::Stream stream() const {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    return (cuda::Stream)stream;
+  }
+};
+
+const void* data(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+cuda::Channels channels_of(const OptTensor& t, bool written = false) {
+  if (!t) return {};
+  void* data = written ? t->mutable_data_ptr() : const_cast<void*>(t->const_data_ptr());
+  return {data, t->stride(0), t->scalar_type() == ScalarType::Float};
+}
+
+cuda::ForwardNorm norm_of(const BatchNorm& bn) {
+  return {channels_of(bn.weight),
+          channels_of(bn.bias),
+          channels_of(bn.running_mean, bn.training),
+          channels_of(bn.running_var, bn.training),
+          bn.training,
+          bn.momentum,
+          bn.eps};
+}
+
+// --- checked before anything is done. bn_act() says the same in more words, once a call has
+// failed.
+
+bool same_device(const Tensor& t, const Tensor& x) {
+  return t.is_cuda() && t.get_device_index() == x.get_device_index();
+}
+
+void check_input(const Tensor& x, int64_t act) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && x.is_cuda(),
+                  "x must be a non-empty CUDA tensor (N, C, H, W)");
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      "x must be float32, bfloat16 or float16 on a CUDA device");
+  // a grid has at most 2^31 blocks
+  STD_TORCH_CHECK(x.size(1) < (int64_t)1 << 31, "x must have fewer than 2^31 channels");
+  STD_TORCH_CHECK(0 <= act && act <= 2, "act must be 0, 1 or 2");
+}
+
+void check_channels(const char* prefix, const char* name, const OptTensor& t, const Tensor& x) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(1) && same_device(*t, x), prefix, name,
+                  " must have shape (", x.size(1), ",) and be on x's device");
+  STD_TORCH_CHECK(t->scalar_type() == x.scalar_type() || t->scalar_type() == ScalarType::Float,
+                  prefix, name, " must have x's dtype, or be float32 with a 16-bit x");
+}
+
+void check_norm(const char* prefix, const BatchNorm& bn, const Tensor& x) {
+  check_channels(prefix, "weight", bn.weight, x);
+  check_channels(prefix, "bias", bn.bias, x);
+  check_channels(prefix, "running_mean", bn.running_mean, x);
+  check_channels(prefix, "running_var", bn.running_var, x);
+  STD_TORCH_CHECK(bn.weight.has_value() == bn.bias.has_value(), prefix, "weight and ", prefix,
+                  "bias must both be given or both be None");
+  STD_TORCH_CHECK(bn.running_mean.has_value() == bn.running_var.has_value(), prefix,
+                  "running_mean and ", prefix, "running_var must both be given or both be None");
+  STD_TORCH_CHECK(bn.training || bn.running_mean, prefix, "running_mean must be given when ",
+                  prefix, "training=False");
+  STD_TORCH_CHECK(!bn.training || x.numel() > x.size(1),
+                  "expected more than 1 value per channel when training");
+}
+
+void check_like(const char* name, const Tensor& t, const Tensor& x) {
+  const auto a = t.sizes(), b = x.sizes();
+  STD_TORCH_CHECK(std::equal(a.begin(), a.end(), b.begin(), b.end()) &&
+                      t.scalar_type() == x.scalar_type() && same_device(t, x),
+                  name, " must have x's shape, dtype and device");
+}
+
+void check_residual(const OptTensor& residual, bool residual_norm, const Tensor& x) {
+  if (residual) check_like("residual", *residual, x);
+  STD_TORCH_CHECK(residual || !residual_norm, "residual_norm needs a residual");
+}
+
+}  // namespace
+
+BnActForward bn_act_fwd_cuda(const Tensor& x_, const OptTensor& weight, const OptTensor& bias,
+                             const OptTensor& running_mean, const OptTensor& running_var,
+                             bool training, double momentum, double eps, const OptTensor& residual_,
+                             bool residual_norm, const OptTensor& residual_weight,
+                             const OptTensor& residual_bias, const OptTensor& residual_running_mean,
+                             const OptTensor& residual_running_var, bool residual_training,
+                             double residual_momentum, double residual_eps, int64_t act,
+                             bool save_mask) {
+  check_input(x_, act);
+  const BatchNorm bn{weight, bias, running_mean, running_var, training, momentum, eps};
+  const BatchNorm residual_bn{residual_weight,      residual_bias,     residual_running_mean,
+                              residual_running_var, residual_training, residual_momentum,
+                              residual_eps};
+  check_norm("", bn, x_);
+  if (residual_norm) check_norm("residual_", residual_bn, x_);
+  check_residual(residual_, residual_norm, x_);
+
+  const Device device{x_.get_device_index()};
+  torch::stable::accelerator::DeviceGuard guard(device.index);
+  const Tensor x = dense(x_);
+  OptTensor residual;
+  if (residual_) residual = dense_like(*residual_, x);
+  const cuda::Shape shape = shape_of(x);
+  const int64_t run = shape.channels_last ? shape.channels : shape.pixels;
+  const bool masked = act != 0 && save_mask;
+  Tensor y = device.empty_like(x);
+  Tensor mask =
+      device.empty(masked ? x.numel() / run : 0, cuda::ceil_div(run, 8), ScalarType::Byte);
+  Tensor stats = device.empty(residual_norm ? 4 : 2, shape.channels, ScalarType::Float);
+  Tensor scratch = device.empty(cuda::scratch_bytes(shape), ScalarType::Byte);
+  cuda::bn_act_forward({element_of(x),
+                        shape,
+                        (cuda::Act)act,
+                        residual_norm ? cuda::Residual::norm
+                                      : (residual ? cuda::Residual::tensor : cuda::Residual::none),
+                        x.const_data_ptr(),
+                        data(residual),
+                        y.mutable_data_ptr(),
+                        masked ? (uint8_t*)mask.mutable_data_ptr() : nullptr,
+                        (float*)stats.mutable_data_ptr(),
+                        {norm_of(bn), residual_norm ? norm_of(residual_bn) : cuda::ForwardNorm{}},
+                        scratch.mutable_data_ptr(),
+                        cuda::Plan::automatic},
+                       device.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {y, mask, stats};
+}
+
+BnActBackward bn_act_bwd_cuda(const Tensor& dy_, const Tensor& x_, const OptTensor& weight,
+                              bool training, const OptTensor& residual_, bool residual_norm,
+                              const OptTensor& residual_weight, bool residual_training,
+                              const Tensor& stats, const Tensor& mask, int64_t act, bool need_x,
+                              bool need_residual, bool need_parameters) {
+  check_input(x_, act);
+  check_like("dy", dy_, x_);
+  check_channels("", "weight", weight, x_);
+  check_channels("residual_", "weight", residual_weight, x_);
+  check_residual(residual_, residual_norm, x_);
+  STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == (residual_norm ? 4 : 2) &&
+                      stats.size(1) == x_.size(1) && stats.is_contiguous() &&
+                      stats.scalar_type() == ScalarType::Float && same_device(stats, x_),
+                  "stats is not what bn_act_fwd returned for x");
+
+  const Device device{x_.get_device_index()};
+  torch::stable::accelerator::DeviceGuard guard(device.index);
+  const Tensor x = dense(x_), dy = dense_like(dy_, x);
+  const cuda::Shape shape = shape_of(x);
+  const int64_t run = shape.channels_last ? shape.channels : shape.pixels;
+  STD_TORCH_CHECK(act == 0 || (mask.numel() == x.numel() / run * cuda::ceil_div(run, 8) &&
+                               mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
+                               same_device(mask, x)),
+                  "mask is not what bn_act_fwd returned for x");
+  OptTensor residual;  // only its BatchNorm reads it
+  if (residual_norm) residual = dense_like(*residual_, x);
+  const auto nothing = [&] { return device.empty(0, x.scalar_type()); };  // outputs never alias
+  const auto like_x = [&](bool wanted) { return wanted ? device.empty_like(x) : nothing(); };
+  const auto like_weight = [&](const OptTensor& w, bool used) {
+    return w && used && need_parameters ? device.empty(shape.channels, w->scalar_type())
+                                        : nothing();
+  };
+  Tensor dx = like_x(need_x), dresidual = like_x(need_residual);
+  Tensor dweight = like_weight(weight, true), dbias = like_weight(weight, true);
+  Tensor dresidual_weight = like_weight(residual_weight, residual_norm);
+  Tensor dresidual_bias = like_weight(residual_weight, residual_norm);
+  Tensor scratch = device.empty(cuda::scratch_bytes(shape), ScalarType::Byte);
+  const auto written = [](const Tensor& t) {
+    return t.numel() ? channels_of(t, true) : cuda::Channels{};
+  };
+  const bool second_trains = residual_norm && residual_training;
+  cuda::bn_act_backward(
+      {element_of(x),
+       shape,
+       (cuda::Act)act,
+       residual_norm,
+       dy.const_data_ptr(),
+       x.const_data_ptr(),
+       data(residual),
+       act == 0 ? nullptr : (const uint8_t*)mask.const_data_ptr(),
+       need_x ? dx.mutable_data_ptr() : nullptr,
+       need_residual ? dresidual.mutable_data_ptr() : nullptr,
+       (const float*)stats.const_data_ptr(),
+       {{channels_of(weight), written(dweight), written(dbias), training},
+        {channels_of(residual_weight), written(dresidual_weight), written(dresidual_bias),
+         residual_training}},
+       need_parameters || (need_x && training) || (need_residual && second_trains),
+       scratch.mutable_data_ptr(),
+       cuda::Plan::automatic},
+      device.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias};
+}
+
+}  // namespace fused_res
+
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CUDA, m) {
+  m.impl("bn_act_fwd", TORCH_BOX(&fused_res::bn_act_fwd_cuda));
+  m.impl("bn_act_bwd", TORCH_BOX(&fused_res::bn_act_bwd_cuda));
+}

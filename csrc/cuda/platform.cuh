@@ -1,0 +1,73 @@
+// What the CUDA kernels ask of the device, in one place. Compiled by a host compiler with
+// FUSED_RES_EMULATION, the same names come from tests/cuda_emulation/emulator.h.
+#pragma once
+#include <stdint.h>
+
+#include "../cpu/elements.h"
+
+#ifdef FUSED_RES_EMULATION
+#include "emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace fused_res::cuda {
+
+using Stream = cudaStream_t;
+
+// An array of a block's shared memory.
+#define SHARED(type, name, count) __shared__ type name[count]
+
+// The name is for the emulation's messages and counts.
+template <class... Parameters, class... Arguments>
+inline void launch(const char*, void (*kernel)(Parameters...), dim3 grid, int threads,
+                   Stream stream, const Arguments&... arguments) {
+  kernel<<<grid, threads, 0, stream>>>(arguments...);
+}
+
+// Every access to global memory goes through these two.
+template <class V>
+__device__ __forceinline__ V load(const V* p) {
+  return *p;
+}
+template <class V>
+__device__ __forceinline__ void store(V* p, V value) {
+  *p = value;
+}
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(bf16 v) {
+  return __uint_as_float((uint32_t)v.bits << 16);
+}
+__device__ __forceinline__ float to_float(fp16 v) { return __half2float(__ushort_as_half(v.bits)); }
+
+__device__ __forceinline__ void from_float(float v, float& out) { out = v; }
+__device__ __forceinline__ void from_float(float v, bf16& out) {
+  out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(v));
+}
+__device__ __forceinline__ void from_float(float v, fp16& out) {
+  out.bits = __half_as_ushort(__float2half_rn(v));
+}
+
+}  // namespace fused_res::cuda
+#endif
+
+// Faults that tests/test_cuda_emulation.py plants, to show that its checks catch them.
+namespace fused_res::cuda {
+#ifdef PLANT_MISSING_SYNC
+#define SYNC_BEFORE_REDUCTION()
+#else
+#define SYNC_BEFORE_REDUCTION() __syncthreads()
+#endif
+#ifdef PLANT_WRONG_MASK_BIT
+constexpr int kPlantedBit = 1;
+#else
+constexpr int kPlantedBit = 0;
+#endif
+#ifdef PLANT_OUT_OF_BOUNDS
+constexpr int kPlantedElement = 1;
+#else
+constexpr int kPlantedElement = 0;
+#endif
+}  // namespace fused_res::cuda

@@ -1,0 +1,331 @@
+"""The CUDA kernels of bn_act, run on the CPU by tests/cuda_emulation: against fp64 by the 1.5 x
+rule, bit by bit under shuffled thread orders, within bounds, and the bytes they move. And faults
+planted in them, which these checks must catch."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from bn_act_cases import LAYOUTS, NAMES, Case, assert_rule, draws, parameter_dtype
+from cuda_emulation import ELEMENTS, Emulation, EmulationError, Shape, at_offset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fused_res import Norm
+from fused_res.ops.bn_act import unpack_mask
+from fused_res.reference import ACTS
+
+COMPILER = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+KINDS = ("none", "tensor", "norm")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():  # for PyTorch's own ops: these tensors are too small to share
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory):
+    return Emulation(tmp_path_factory.mktemp("emulation"), COMPILER)
+
+
+def run(emulation, case, plan="automatic", offset=0, seed=0):
+    """What ``Case.run`` gives, by the emulated kernels, forward and backward."""
+    emulation.plan, emulation.seed = plan, seed
+    x, residual, dy = (
+        at_offset(t.to(case.dtype), offset) for t in (case.x, case.residual, case.dy)
+    )
+    p = parameter_dtype(case.dtype)
+    channels = [None if t is None else t.to(p).clone() for t in case.channels]
+    running = [t.to(p).clone() for t in case.running]
+    norm = Norm(*running[:2], *channels[:2], case.training)
+    second = Norm(*running[2:], *channels[2:], case.training) if case.kind == "norm" else None
+    if case.kind == "none":
+        residual = None
+    y, mask, stats = emulation.forward(x, norm, residual, second, case.act)
+    passes = case.kind == "none" or (second is None and case.act != "relu")
+    g = emulation.backward(
+        dy, x, norm, residual, second, stats, mask, case.act, need_residual=not passes
+    )
+    dresidual = None if case.kind == "none" else dy if passes else g.dresidual
+    return [y, g.dx, dresidual, *g[2:], *running]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 9),
+    c=st.integers(1, 70),
+    h=st.integers(1, 19),
+    w=st.integers(1, 19),
+    dtype=st.sampled_from(ELEMENTS),
+    layout=st.sampled_from(list(LAYOUTS)),
+    act=st.sampled_from(ACTS),
+    kind=st.sampled_from(KINDS),
+    training=st.booleans(),
+    mean=st.sampled_from([0.0, 3.0, 50.0]),
+    plan=st.sampled_from(["automatic", "whole", "split"]),
+    offset=st.sampled_from([0, 0, 1, 4]),
+    whole_eights=st.booleans(),
+)
+def test_error_is_within_the_rule(
+    emulation, n, c, h, w, dtype, layout, act, kind, training, mean, plan, offset, whole_eights
+):
+    if n * h * w < 32:  # statistics of a handful of values amplify every rounding
+        n = 32
+    if whole_eights:  # what the kernels read 16 bytes at a time
+        c, w, offset = -(-c // 8) * 8, 8, 0
+    torch.manual_seed(n + 10 * c + 1000 * h + 20000 * w)
+    assert_rule(
+        draws((n, c, h, w), dtype, layout, act, kind, training, mean),
+        lambda case: run(emulation, case, plan, offset, seed=n),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("plan", ["whole", "split"])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_mode(emulation, layout, plan, act, kind):
+    for i, training in enumerate((True, False)):
+        dtype = ELEMENTS[(i + ACTS.index(act) + KINDS.index(kind)) % 3]
+        for shape in ((5, 72, 8, 8), (4, 70, 7, 9)):
+            assert_rule(
+                draws(shape, dtype, layout, act, kind, training),
+                lambda case: run(emulation, case, plan),
+            )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "shape", [(16, 64, 28, 28), (2, 3, 65, 67), (300, 33, 1, 1), (4, 1, 40, 40), (8, 264, 8, 8)]
+)
+def test_real_sizes(emulation, shape, layout):
+    for training in (True, False):
+        case = Case(shape, torch.float32, layout, "relu", "norm", training)
+        assert_rule([case], lambda case: run(emulation, case))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_affine(emulation, layout):
+    cases = draws((4, 24, 7, 9), torch.float32, layout, "relu", "norm", True, affine=False)
+    assert_rule(cases, lambda case: run(emulation, case))
+
+
+def norm_of(channels, training=True, momentum=0.1):
+    w, b = torch.rand(channels) + 0.5, torch.randn(channels)
+    return Norm(torch.zeros(channels), torch.ones(channels), w, b, training, momentum)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("plan", ["whole", "split"])
+def test_statistics_do_not_cancel(emulation, layout, plan):
+    """mean >> std, an outlier first, an image unlike the others: E[x^2] - E[x]^2 fails on each."""
+    emulation.plan = plan
+    for change in ("offset", "outlier", "image"):
+        x = torch.randn(16, 20, 12, 12)
+        if change == "offset":
+            x += 10000
+        elif change == "outlier":
+            x[0, :, 0, 0] = 1e5
+        else:
+            x[0] = 0
+            x[1:] += 3000
+        norm = norm_of(20, momentum=1.0)
+        emulation.forward(x.contiguous(memory_format=LAYOUTS[layout]), norm)
+        exact = x.double().transpose(0, 1).flatten(1)
+        torch.testing.assert_close(
+            norm.running_mean.double(), exact.mean(1), rtol=3e-7, atol=1e-5, msg=change
+        )
+        torch.testing.assert_close(
+            norm.running_var.double(), exact.var(1), rtol=3e-6, atol=0, msg=change
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("plan", ["whole", "split"])
+def test_bitwise_the_same_for_any_order_of_threads(emulation, layout, plan):
+    for shape in ((8, 48, 16, 16), (5, 37, 7, 7)):
+        case = Case(shape, torch.bfloat16, layout, "relu", "norm", True)
+        first, *others = (run(emulation, case, plan, seed=seed) for seed in range(4))
+        for other in others:
+            for name, a, b in zip(NAMES, first, other, strict=True):
+                assert torch.equal(a, b), name
+
+
+def check_mask(emulation, shape, layout, act):
+    x = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
+    residual = torch.randn_like(x)
+    norm = norm_of(shape[1])
+    y, mask, stats = emulation.forward(x, norm, residual, None, act)
+    assert stats.shape == (2, shape[1])
+    if act == "relu_before_add":  # y does not show where the ReLU was open
+        y, _, _ = emulation.forward(x, norm, None, None, "relu")
+    assert torch.equal(unpack_mask(mask, x), y > 0)
+    set_bits = sum(bin(v).count("1") for v in mask.flatten().tolist())
+    assert set_bits == (y > 0).sum()  # those past the end are zero
+
+
+@pytest.mark.parametrize("act", ["relu", "relu_before_add"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 7, 9), (2, 16, 4, 4), (2, 8, 1, 1), (3, 1, 5, 5), (2, 37, 3, 3)]
+)
+def test_mask_is_one_bit_an_element(emulation, layout, shape, act):
+    for emulation.plan in ("whole", "split"):
+        check_mask(emulation, shape, layout, act)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("plan", ["whole", "split"])
+@pytest.mark.parametrize("training", [True, False])
+def test_only_what_is_wanted(emulation, layout, plan, training):
+    """Each gradient is the same, bit by bit, whatever else is wanted."""
+    emulation.plan = plan
+    for second, act in ((True, "relu"), (True, "relu_before_add"), (False, "relu")):
+        x, residual, dy = (
+            torch.randn(3, 16, 9, 8).contiguous(memory_format=LAYOUTS[layout]) for _ in range(3)
+        )
+        norm = norm_of(16, training)
+        residual_norm = norm_of(16, not training) if second else None
+        y, mask, stats = emulation.forward(x, norm, residual, residual_norm, act)
+        unmasked = emulation.forward(x, norm._replace(training=False), act=act, save_mask=False)
+        assert unmasked[1] is None and y.isfinite().all()
+        arguments = (dy, x, norm, residual, residual_norm, stats, mask, act)
+        everything = emulation.backward(*arguments)
+        for wanted in range(8):
+            need = [bool(wanted >> i & 1) for i in range(3)]
+            got = emulation.backward(*arguments, *need)
+            for name, a, b, asked in zip(
+                got._fields, got, everything, [*need[:2], *need[2:] * 4], strict=True
+            ):
+                assert (a is not None) == (asked and b is not None), name
+                assert a is None or torch.equal(a, b), name
+
+
+def test_half_precision_and_strided_parameters(emulation):
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(8, 16, 6, 6).to(dtype)
+        norm = norm_of(16)
+        narrow = Norm(*(t.to(dtype).repeat_interleave(3)[::3] for t in norm[:4]), True)
+        wide = Norm(*(t.float() for t in narrow[:4]), True)
+        y, mask, stats = emulation.forward(x, narrow)
+        expected, _, _ = emulation.forward(x, wide)
+        assert torch.equal(y, expected)
+        for a, b in zip(narrow[:4], wide[:4], strict=True):
+            assert torch.equal(a, b.to(dtype))
+        g, h = (emulation.backward(x, x, n, None, None, stats, mask, "relu", need_residual=False)
+                for n in (narrow, wide))  # fmt: skip
+        assert torch.equal(g.dx, h.dx) and torch.equal(g.dweight, h.dweight.to(dtype))
+
+
+def test_not_finite_values_pass_as_in_pytorch(emulation):
+    for training in (True, False):
+        x = torch.randn(2, 3, 4, 4)
+        x[0, 0, 0, 0], x[0, 1, 0, 0], x[0, 2, 0, 0] = float("nan"), float("inf"), -float("inf")
+        norm = norm_of(3, training)
+        y, _, _ = emulation.forward(x, norm)
+        running = torch.zeros(3), torch.ones(3)
+        theirs = torch.nn.functional.batch_norm(x, *running, norm.weight, norm.bias, training)
+        torch.testing.assert_close(y, theirs.relu(), equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_as_planned(emulation, layout, dtype):
+    """Forward: x twice, the residual once, y and mask written; backward: dy, x and mask twice."""
+    # large enough for long chunks: their sums are what a smaller tensor has more of
+    shape = (64, 64, 56, 56) if layout == "channels_last" else (32, 64, 28, 28)
+    case = Case(shape, dtype, layout, "relu", "tensor", True)
+    tensor, mask = case.x.numel() * dtype.itemsize, case.x.numel() // 8
+    x, residual, dy = (t.to(dtype) for t in (case.x, case.residual, case.dy))
+    norm = norm_of(64)
+    emulation.plan = "split"
+    _, bits, stats = emulation.forward(x, norm, residual)
+    read = {"x": 2 * tensor, "residual": tensor}
+    check_bytes(emulation.counts(), read, {"y": tensor, "mask": mask})
+    emulation.backward(dy, x, norm, residual, None, stats, bits, "relu")
+    read = {"dy": 2 * tensor, "x": 2 * tensor, "mask": 2 * mask}
+    check_bytes(emulation.counts(), read, {"dx": tensor, "dresidual": tensor})
+
+
+def check_bytes(counts, read, written):
+    for name in {*read, *written}:
+        rows = [row for (_, tensor), row in counts.items() if tensor == name]
+        r, w = map(sum, zip(*rows, strict=True))
+        planned = read.get(name, 0)
+        assert planned <= r <= 1.02 * planned, (name, r, planned)
+        assert w == written.get(name, 0), (name, w)
+    # The sums of chunks cross memory once each way. What threads read of the tables and statistics
+    # does not: a block's threads read the same few lines.
+    total = sum(read.values()) + sum(written.values())
+    sums = sum(w for (_, name), (_, w) in counts.items() if name in ("scratch", "stats"))
+    assert 2 * sums < 0.02 * total, (sums, total)
+
+
+def test_addresses_past_two_billion(emulation):
+    """Too large to run; where the kernels would go is arithmetic."""
+    for images, channels, pixels in ((2, 3, 3 * 2**31), (2**20, 4099, 9), (3 * 2**31, 8, 1)):
+        rows = images * pixels
+        last = channels - 1
+        assert emulation.place(Shape(images, channels, pixels, True), last // 8, rows - 1) == [
+            (rows - 1) * channels + last // 8 * 8,
+            (rows - 1) * -(-channels // 8) + last // 8,
+            last % 8 + 1,
+        ]
+        eights = -(-pixels // 8)
+        assert emulation.place(
+            Shape(images, channels, pixels, False), last, images * eights - 1
+        ) == [
+            (images * channels - 1) * pixels + (eights - 1) * 8,
+            images * channels * eights - 1,
+            (pixels - 1) % 8 + 1,
+        ]
+        for channels_last in (True, False):
+            shape = Shape(images, channels, pixels, channels_last)
+            items = rows if channels_last else images * eights
+            blocks = emulation.part(shape, 0)[3]
+            assert emulation.part(shape, 0)[::2] == [0, 0]
+            first, end, column, _ = emulation.part(shape, blocks - 1)
+            assert end == items and end > first
+            assert column < (-(-channels // 8) if channels_last else channels)
+
+
+# --- faults, planted
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    def build(fault):
+        return Emulation(tmp_path_factory.mktemp(fault), COMPILER, (f"-DPLANT_{fault}",))
+
+    return build
+
+
+def test_a_missing_barrier_is_caught(planted):
+    broken = planted("MISSING_SYNC")
+    case = Case((8, 48, 16, 16), torch.float32, "channels_last", "relu", "norm", True)
+    with pytest.raises(AssertionError):
+        assert_rule([case], lambda case: run(broken, case, "split"))
+
+
+def test_a_wrong_mask_bit_is_caught(planted):
+    broken = planted("WRONG_MASK_BIT")
+    for layout in LAYOUTS:
+        with pytest.raises(AssertionError):
+            check_mask(broken, (3, 16, 8, 8), layout, "relu")
+
+
+def test_a_store_out_of_bounds_is_caught(planted):
+    broken = planted("OUT_OF_BOUNDS")
+    for layout in LAYOUTS:
+        x = torch.randn(3, 5, 7, 9).contiguous(memory_format=LAYOUTS[layout])
+        with pytest.raises(EmulationError, match=r"bn_act_fwd_\w+: store out of bounds at 0x"):
+            broken.forward(x, norm_of(5))
+        x = torch.randn(3, 8, 8, 8).contiguous(memory_format=LAYOUTS[layout])
+        with pytest.raises(EmulationError, match=r"bn_act_fwd_\w+: misaligned store at 0x"):
+            broken.forward(x, norm_of(8))
