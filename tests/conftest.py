@@ -1,11 +1,15 @@
-import os
-
 import pytest
 import torch
 
-# Without a GPU Triton's kernels run in its interpreter, which reads this when they are imported.
+# Without a GPU Triton's kernels run in its interpreter: so says this variable where they are
+# imported. The processes that tests start are not to inherit it.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import fused_res
+
+        if fused_res.backends.STATUS["triton"] is None:
+            import fused_res.kernels.bn_act
 
 
 def pytest_collection_modifyitems(items):

@@ -3,7 +3,6 @@ bounds, bytes; and that these checks catch planted faults."""
 
 import importlib.util
 import itertools
-import os
 import sys
 from pathlib import Path
 
@@ -13,19 +12,23 @@ from bn_act_cases import LAYOUTS, Case, assert_rule, draws, on_triton
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from fused_res import FusedResBlock, Norm, backend, backends, reference
+from fused_res.ops.bn_act import bn_act, unpack_mask
+from fused_res.reference import ACTS
+
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run on a GPU here: make gpu"
-)
+if not backends.INTERPRETED:
+    pytest.skip("the kernels run on a GPU here: make gpu", allow_module_level=True)
 
-import triton_traffic  # noqa: E402
-from fused_res.kernels import bn_act as kernels  # noqa: E402
-from triton.runtime.errors import InterpreterError  # noqa: E402
-from triton_traffic import Traffic  # noqa: E402
+import triton_traffic
+from fused_res.kernels import bn_act as kernels
+from triton.runtime.errors import InterpreterError
+from triton_traffic import Traffic
 
-from fused_res import FusedResBlock, Norm, backend, reference  # noqa: E402
-from fused_res.ops.bn_act import bn_act, unpack_mask  # noqa: E402
-from fused_res.reference import ACTS  # noqa: E402
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(params=["one launch", "chunks"])

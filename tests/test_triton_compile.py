@@ -21,7 +21,7 @@ def python(code: str) -> str:
         [sys.executable, "-c", f"import json\nimport kernels_report as report\n{code}"],
         capture_output=True,
         text=True,
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT / "benchmarks")},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")},
     )
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout
