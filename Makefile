@@ -2,6 +2,8 @@
 #   make run    the demo        make test     all tests     make bench   CPU benchmarks
 #   make lint   style checks    make wheel    dist/*.whl    make sanitize  ASan + UBSan
 #   make kernels-report   what the compilers make of the GPU kernels
+#   make gpu    build, test and time on the GPU that is there, with the Python that has its torch:
+#               make gpu GPU_PY=python3; without a GPU a dry run
 PYTHON ?= python3
 VENV ?= .venv
 # PyTorch for a CPU; on a GPU machine: make TORCH="torch==2.13.0 --index-url ..." or bring your own venv
@@ -9,7 +11,7 @@ TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: run test lint bench wheel sanitize kernels-report clean
+.PHONY: run test lint bench wheel sanitize kernels-report gpu clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +52,14 @@ wheel: $(VENV)/.made
 
 kernels-report: $(VENV)/.tests
 	$(PY) benchmarks/kernels_report.py
+
+ifdef GPU_PY
+gpu:
+	$(GPU_PY) benchmarks/gpu.py
+else
+gpu: $(VENV)/.tests
+	$(PY) benchmarks/gpu.py
+endif
 
 # The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 sanitize: $(VENV)/.tests

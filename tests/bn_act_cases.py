@@ -16,24 +16,25 @@ def parameter_dtype(dtype):
 class Case:
     """Fresh inputs of one call, in fp64 but exactly representable in ``dtype``."""
 
-    def __init__(self, shape, dtype, layout, act, kind, training, mean=0.0, affine=True):
+    def __init__(
+        self, shape, dtype, layout, act, kind, training, mean=0.0, affine=True, device="cpu"
+    ):
         self.dtype, self.act, self.kind, self.training = dtype, act, kind, training
         c = shape[1]
 
         def tensor(scale=1.0, offset=0.0):
-            t = (torch.randn(shape) * scale + offset).to(dtype).double()
+            t = (torch.randn(shape, device=device) * scale + offset).to(dtype).double()
             return t.contiguous(memory_format=LAYOUTS[layout])
 
+        def positive():
+            return torch.rand(c, device=device) + 0.5
+
+        def signed():
+            return torch.randn(c, device=device)
+
         self.x, self.residual, self.dy = tensor(2.0, mean), tensor(), tensor()
-        self.channels = [torch.rand(c) + 0.5, torch.randn(c), torch.rand(c) + 0.5, torch.randn(c)]
-        if not affine:
-            self.channels = [None] * 4
-        self.running = [
-            torch.randn(c) * 0.1,
-            torch.rand(c) + 0.5,
-            torch.randn(c) * 0.1,
-            torch.rand(c) + 0.5,
-        ]
+        self.channels = [positive(), signed(), positive(), signed()] if affine else [None] * 4
+        self.running = [signed() * 0.1, positive(), signed() * 0.1, positive()]
         self._spare_ties()
 
     def _spare_ties(self):
@@ -81,6 +82,10 @@ def on_cpu(case):
 
 def on_triton(case):
     return case.run(case.dtype, "triton")
+
+
+def on_cuda(case):
+    return case.run(case.dtype, "cuda")
 
 
 def assert_rule(cases, ours=on_cpu):
