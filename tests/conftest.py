@@ -1,15 +1,16 @@
+import importlib
+import importlib.util
+
 import pytest
 import torch
 
 # Without a GPU Triton's kernels run in its interpreter: so says this variable where they are
-# imported. The processes that tests start are not to inherit it.
-if not torch.cuda.is_available():
+# imported. It is set for that and in tests/test_triton.py; to other tests there is no Triton.
+importlib.import_module("fused_res")
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        import fused_res
-
-        if fused_res.backends.STATUS["triton"] is None:
-            import fused_res.kernels.bn_act
+        importlib.import_module("fused_res.kernels.bn_act")
 
 
 def pytest_collection_modifyitems(items):
