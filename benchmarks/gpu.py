@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -48,25 +47,25 @@ def _sanitizer() -> list[list[str]]:
             for tool in ("memcheck", "racecheck")]  # fmt: skip
 
 
-def _suite(name: str, out: Path) -> list[list[str]]:
+def _suite(name: str, rows: Path) -> list[list[str]]:
     options = ["--rounds", "7", "--no-max-autotune"] if HAS_GPU else ["--quick"]
-    run = [sys.executable, "benchmarks/run.py", "--suite", name, "--out", str(out), *options]
+    run = [sys.executable, "benchmarks/run.py", "--suite", name, "--out", str(rows), *options]
     return [run]
 
 
 LIMITS = {"build": 200, "tests": 300, "sanitizer": 120, "ops": 150, "blocks": 200}  # seconds
 
 
-def commands(part: str, out: Path) -> list[list[str]]:
+def commands(part: str, rows: Path) -> list[list[str]]:
     parts = {"build": _build, "tests": _tests, "sanitizer": _sanitizer}
-    return parts[part]() if part in parts else _suite(part, out)
+    return parts[part]() if part in parts else _suite(part, rows)
 
 
-def run(part: str, out: Path) -> bool:
+def run(part: str, out: Path, rows: Path) -> bool:
     """Runs one part, its output on the screen and in a log; whether it passed."""
     begin, passed = time.monotonic(), True
     with open(out / f"{part}.log", "w") as log:
-        for command in commands(part, out):
+        for command in commands(part, rows):
             left = LIMITS[part] - (time.monotonic() - begin)
             limited = ["timeout", "--kill-after=5", f"{max(left, 1):.0f}", *command]
             process = subprocess.Popen(
@@ -86,29 +85,29 @@ def main() -> int:
         "--out",
         type=Path,
         default=os.environ.get("OUT"),
-        help="folder for logs and rows; default $OUT, else benchmarks/results (a GPU's rows) or a "
-        "temporary place (without one)",
+        help="folder for logs and rows; default $OUT, else build/gpu for the logs and "
+        "benchmarks/results for the rows of a GPU",
     )
     args = parser.parse_args()
     unknown = set(args.part) - set(LIMITS)
     if unknown:
         parser.error(f"part must be of {', '.join(LIMITS)}; got {', '.join(sorted(unknown))}")
+    out = Path(args.out or ROOT / "build" / "gpu").resolve()
+    rows = out
     if HAS_GPU:
         print(f"GPU: {torch.cuda.get_device_name()}, torch {torch.__version__}")
-        slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-        out = Path(args.out) if args.out else ROOT / "benchmarks" / "results" / slug
+        rows = out if args.out else ROOT / "benchmarks" / "results"
     else:
         print("no GPU: a dry run, of what can run without one; its figures mean nothing")
-        out = Path(args.out) if args.out else ROOT / "build" / "gpu-dry-run"
     out.mkdir(parents=True, exist_ok=True)
     results = {}
     for part in args.part or LIMITS:
         print(f"--- {part}", flush=True)
         begin = time.monotonic()
-        results[part] = run(part, out), time.monotonic() - begin
+        results[part] = run(part, out, rows), time.monotonic() - begin
     for part, (passed, seconds) in results.items():
         print(f"{part:10} {'passed' if passed else 'FAILED':7} {seconds:6.1f} s")
-    print(f"logs and rows: {out}")
+    print(f"logs: {out}; rows: {rows}")
     return 0 if all(passed for passed, _ in results.values()) else 1
 
 

@@ -8,8 +8,8 @@ FUSED_RES_CPU_ISA       best plain avx2 avx512      at most this instruction set
 FUSED_RES_LOG           off dispatch                ``dispatch``: say on stderr what ran and why
 ======================  ==========================  =============================================
 
-They are read once, when ``fused_res`` is imported. Build-time variables:
-``setup.py``.
+They are read once, when ``fused_res`` is imported. Build-time
+variables are in ``setup.py``.
 """
 
 from __future__ import annotations

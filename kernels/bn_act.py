@@ -212,6 +212,24 @@ def _load3(p, c, ok, channels):
     )
 
 
+@triton.jit
+def _tile(runs, channels, inner, CHANNELS_LAST: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
+    """A program's tile in a pass over the elements: runs [R, 1, 1] and whether they exist, first
+    element, channels and whether they exist. Grid (blocks of R runs * blocks of 8*G elements): one
+    axis, because the others end at 65535."""
+    per_run = tl.cdiv(inner, 8 * G)
+    run = (tl.program_id(0) // per_run).to(tl.int64) * R + tl.arange(0, R)[:, None, None]
+    row_ok = run < runs
+    i0 = tl.program_id(0) % per_run * (8 * G)
+    if CHANNELS_LAST:
+        c = i0 + _columns(G)
+        in_table = c < channels
+    else:
+        c = (run % channels).to(tl.int32)
+        in_table = row_ok
+    return run, row_ok, i0, c, in_table
+
+
 # --- forward
 
 
@@ -221,18 +239,18 @@ def forward_stats(x, residual, partial, rows, chunk, channels, inner, first_norm
                   UNROLL: tl.constexpr):  # fmt: skip
     """partial[norm, chunk] = mean, m2 of chunk rows; norm 0 is of x, 1 of the residual.
 
-    Grid (chunks, blocks of channels, norms).
+    Grid (blocks of channels, chunks, norms).
     """
-    k = tl.program_id(0)
+    block = tl.program_id(0)
+    k = tl.program_id(1)
     norm = first_norm + tl.program_id(2)
     lo = k * chunk
     hi = tl.minimum(lo + chunk, rows)
-    block = tl.program_id(1)
     if norm == 0:
         mean, m2 = _stats(x, lo, hi, block, channels, inner, CHANNELS_LAST, R, G, UNROLL)
     else:
         mean, m2 = _stats(residual, lo, hi, block, channels, inner, CHANNELS_LAST, R, G, UNROLL)
-    row = (norm * tl.num_programs(0) + k).to(tl.int64)
+    row = (norm * tl.num_programs(1) + k).to(tl.int64)
     out = partial + row * 2 * channels
     c = _block_channels(block, CHANNELS_LAST, G)
     tl.store(out + c, mean, mask=c < channels)
@@ -304,16 +322,8 @@ def forward_finish(partial, chunks, chunk_values, values, weight, bias, running_
 def forward_apply(x, residual, y, mask, affine, runs, channels, inner,
                   CHANNELS_LAST: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
                   R: tl.constexpr, G: tl.constexpr):  # fmt: skip
-    """y and mask. Grid (blocks of R runs, blocks of 8*G elements)."""
-    run = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None, None]
-    row_ok = run < runs
-    i0 = tl.program_id(1) * (8 * G)
-    if CHANNELS_LAST:
-        c = i0 + _columns(G)
-        in_table = c < channels
-    else:
-        c = (run % channels).to(tl.int32)
-        in_table = row_ok
+    """y and mask. Grid as _tile."""
+    run, row_ok, i0, c, in_table = _tile(runs, channels, inner, CHANNELS_LAST, R, G)
     center, scale, shift = _load3(affine, c, in_table, channels)
     center2, scale2, shift2 = center, scale, shift
     if RESIDUAL == 2:
@@ -325,7 +335,7 @@ def forward_apply(x, residual, y, mask, affine, runs, channels, inner,
 @triton.jit(do_not_specialize=COUNTS)
 def forward_small(x, residual, y, mask, weight, bias, running_mean, running_var, momentum, eps,
                   weight2, bias2, running_mean2, running_var2, momentum2, eps2, stats, rows,
-                  channels, inner, CHANNELS_LAST: tl.constexpr, TRAINING: tl.constexpr,
+                  values, channels, inner, CHANNELS_LAST: tl.constexpr, TRAINING: tl.constexpr,
                   TRAINING2: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
                   R: tl.constexpr, G: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
     """All of the forward pass for one block of channels. Grid (blocks of channels)."""
@@ -333,7 +343,6 @@ def forward_small(x, residual, y, mask, weight, bias, running_mean, running_var,
     lo = tl.zeros([], tl.int32)
     hi = lo + rows
     c = _block_channels(block, CHANNELS_LAST, G)
-    values = rows if CHANNELS_LAST else rows * inner
     known = c < channels
     count = values.to(tl.float64)
     mean = tl.zeros(c.shape, tl.float64)
@@ -492,8 +501,8 @@ def backward_sums(dy, x, residual, mask, stats, partial, rows, chunk, channels, 
                   CHANNELS_LAST: tl.constexpr, SECOND: tl.constexpr, ACT: tl.constexpr,
                   R: tl.constexpr, G: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
     """partial[chunk] = sums of g, g*(x-mean), and of the second norm's. Grid as forward_stats."""
-    k = tl.program_id(0)
-    block = tl.program_id(1)
+    block = tl.program_id(0)
+    k = tl.program_id(1)
     lo = k * chunk
     hi = tl.minimum(lo + chunk, rows)
     c = _block_channels(block, CHANNELS_LAST, G)
@@ -570,16 +579,8 @@ def backward_dx(dy, x, residual, mask, dx, dresidual, table, runs, channels, inn
                 CHANNELS_LAST: tl.constexpr, TRAINING: tl.constexpr, TRAINING2: tl.constexpr,
                 SECOND: tl.constexpr, ACT: tl.constexpr, R: tl.constexpr,
                 G: tl.constexpr):  # fmt: skip
-    """dx and dresidual. Grid (blocks of R runs, blocks of 8*G elements)."""
-    run = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None, None]
-    row_ok = run < runs
-    i0 = tl.program_id(1) * (8 * G)
-    if CHANNELS_LAST:
-        c = i0 + _columns(G)
-        in_table = c < channels
-    else:
-        c = (run % channels).to(tl.int32)
-        in_table = row_ok
+    """dx and dresidual. Grid as _tile."""
+    run, row_ok, i0, c, in_table = _tile(runs, channels, inner, CHANNELS_LAST, R, G)
     center, scale, slope, offset = _load_table(table, c, in_table, channels)
     center2, scale2, slope2, offset2 = center, scale, slope, offset
     if SECOND:
@@ -591,7 +592,7 @@ def backward_dx(dy, x, residual, mask, dx, dresidual, table, runs, channels, inn
 
 @triton.jit(do_not_specialize=COUNTS)
 def backward_small(dy, x, residual, mask, dx, dresidual, weight, weight2, stats, dweight, dbias,
-                   dweight2, dbias2, rows, channels, inner, CHANNELS_LAST: tl.constexpr,
+                   dweight2, dbias2, rows, values, channels, inner, CHANNELS_LAST: tl.constexpr,
                    TRAINING: tl.constexpr, TRAINING2: tl.constexpr, SECOND: tl.constexpr,
                    ACT: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
                    UNROLL: tl.constexpr):  # fmt: skip
@@ -600,7 +601,6 @@ def backward_small(dy, x, residual, mask, dx, dresidual, weight, weight2, stats,
     lo = tl.zeros([], tl.int32)
     hi = lo + rows
     c = _block_channels(block, CHANNELS_LAST, G)
-    values = rows if CHANNELS_LAST else rows * inner
     known = c < channels
     count = values.to(tl.float64)
     mean = tl.load(stats + c, mask=known, other=0)
@@ -704,6 +704,10 @@ class Geometry(NamedTuple):
             tile["UNROLL"] = config.unroll if self.channels_last else min(config.unroll, widths)
         return tile
 
+    def tiles(self, tile: dict[str, int]) -> tuple[int]:
+        """Of a pass over the elements: its grid."""
+        return (_ceil_div(self.runs, tile["R"]) * _ceil_div(self.inner, 8 * tile["G"]),)
+
     def blocks(self, g: int) -> int:
         """Of channels, as the sums take them."""
         return _ceil_div(self.channels, 8 * g) if self.channels_last else self.channels
@@ -774,8 +778,8 @@ def forward(x, weight, bias, running_mean, running_var, training, momentum, eps,
             tile = g.tile(config, 1 if g.channels_last else 128)
             _launch(
                 forward_small, (g.blocks(tile["G"]),), x, residual, y, out, *norm, *second, stats,
-                g.rows, g.channels, g.inner, warps=config.warps,
-                TRAINING=trains, TRAINING2=trains2, **modes, **tile,
+                g.rows, g.values, g.channels, g.inner, warps=config.warps, TRAINING=trains,
+                TRAINING2=trains2, **modes, **tile,
             )  # fmt: skip
         else:
             partial, chunk, chunks = None, 0, 0
@@ -786,7 +790,7 @@ def forward(x, weight, bias, running_mean, running_var, training, momentum, eps,
                 chunk, chunks = g.chunks(tile, blocks)
                 partial = x.new_empty((2, chunks, 2, g.channels), dtype=torch.float64)
                 _launch(
-                    forward_stats, (chunks, blocks, trains + trains2), x, residual, partial, g.rows,
+                    forward_stats, (blocks, chunks, trains + trains2), x, residual, partial, g.rows,
                     chunk, g.channels, g.inner, 0 if trains else 1, warps=config.warps,
                     CHANNELS_LAST=g.channels_last, **tile,
                 )  # fmt: skip
@@ -799,10 +803,9 @@ def forward(x, weight, bias, running_mean, running_var, training, momentum, eps,
             )  # fmt: skip
             config = CONFIGS["forward_apply"]
             tile = g.tile(config, 128)
-            grid = _ceil_div(g.runs, tile["R"]), _ceil_div(g.inner, 8 * tile["G"])
             _launch(
-                forward_apply, grid, x, residual, y, out, affine, g.runs, g.channels, g.inner,
-                warps=config.warps, **modes, **tile,
+                forward_apply, g.tiles(tile), x, residual, y, out, affine, g.runs, g.channels,
+                g.inner, warps=config.warps, **modes, **tile,
             )  # fmt: skip
     written = trains, trains, trains2, trains2
     for given, used, new in zip(running, (rm, rv, rm2, rv2), written, strict=True):
@@ -839,8 +842,8 @@ def backward(dy, x, weight, training, residual, residual_norm, residual_weight, 
             tile = g.tile(config, 1 if g.channels_last else 128)
             _launch(
                 backward_small, (g.blocks(tile["G"]),), dy, x, residual, bits, dx, dresidual,
-                weight, weight2, stats, dweight, dbias, dweight2, dbias2, g.rows, g.channels,
-                g.inner, warps=config.warps, **trainings, **modes, **tile,
+                weight, weight2, stats, dweight, dbias, dweight2, dbias2, g.rows, g.values,
+                g.channels, g.inner, warps=config.warps, **trainings, **modes, **tile,
             )  # fmt: skip
         else:
             config = CONFIGS["backward_sums"]
@@ -851,7 +854,7 @@ def backward(dy, x, weight, training, residual, residual_norm, residual_weight, 
             partial = x.new_empty((chunks, per_chunk, g.channels), dtype=torch.float64)
             if sums:
                 _launch(
-                    backward_sums, (chunks, blocks), dy, x, residual, bits, stats, partial, g.rows,
+                    backward_sums, (blocks, chunks), dy, x, residual, bits, stats, partial, g.rows,
                     chunk, g.channels, g.inner, warps=config.warps, **modes, **tile,
                 )  # fmt: skip
             table = x.new_empty((8 if residual_norm else 4, g.channels), dtype=torch.float32)
@@ -863,9 +866,8 @@ def backward(dy, x, weight, training, residual, residual_norm, residual_weight, 
             if need_x or need_residual:
                 config = CONFIGS["backward_dx"]
                 tile = g.tile(config, 128)
-                grid = _ceil_div(g.runs, tile["R"]), _ceil_div(g.inner, 8 * tile["G"])
                 _launch(
-                    backward_dx, grid, dy, x, residual, bits, dx, dresidual, table, g.runs,
+                    backward_dx, g.tiles(tile), dy, x, residual, bits, dx, dresidual, table, g.runs,
                     g.channels, g.inner, warps=config.warps, **trainings, **modes, **tile,
                 )  # fmt: skip
     results = (dx, dweight, dbias, dresidual, dweight2, dbias2)

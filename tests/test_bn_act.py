@@ -121,7 +121,9 @@ def test_statistics_do_not_cancel(layout, isa):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(16, 48, 14, 14), (1, 64, 40, 40), (33, 5, 23, 21)])
+@pytest.mark.parametrize(
+    "shape", [(16, 48, 14, 14), (1, 64, 40, 40), (33, 5, 23, 21), (8, 64, 48, 48)]
+)
 def test_bitwise_the_same_for_any_number_of_threads(layout, shape):
     case = Case(shape, torch.float32, layout, "relu", "norm", True)
     before = torch.get_num_threads()

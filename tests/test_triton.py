@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fused_res import FusedResBlock, Norm, backend, backends, reference
-from fused_res.ops.bn_act import bn_act, unpack_mask
+from fused_res.ops.bn_act import bn_act, bn_act_norms, unpack_mask
 from fused_res.reference import ACTS
 
 pytest.importorskip("triton")
@@ -178,6 +178,57 @@ def test_running_statistics_that_are_not_contiguous():
     torch.nn.functional.batch_norm(x, *expected, training=True)
     torch.testing.assert_close((rm, rv), expected)
     assert torch.equal(table[:, ::2], torch.ones(10, 2))
+
+
+@pytest.mark.parametrize("trains", [(True, False), (False, True)])
+def test_one_of_two_norms_frozen(plan, trains):
+    x, r, dy = (torch.randn(3, 10, 6, 5) for _ in range(3))
+    results = []
+    for name in ("triton", "eager"):
+        leaves = [t.clone().requires_grad_() for t in (x, r)]
+        running = [torch.full((10,), value) for value in (0.1, 1.2, -0.2, 0.8)]
+        norm = Norm(*running[:2], None, None, trains[0], 0.1, 1e-5)
+        second = Norm(*running[2:], None, None, trains[1], 0.1, 1e-5)
+        y = bn_act_norms(leaves[0], norm, leaves[1], second, backend=name)
+        results.append((y.detach(), *torch.autograd.grad(y, leaves, dy), *running))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_errors_come_before_anything_is_done():
+    x = torch.randn(2, 5, 4, 3)
+    rm, rv, w = torch.zeros(5), torch.ones(5), torch.ones(5)
+    with pytest.raises(ValueError, match=r"weight must have shape \(5,\)"):
+        bn_act(x, rm, rv, torch.ones(3), torch.ones(3), True, backend="triton")
+    with pytest.raises(ValueError, match="residual must have x's shape"):
+        bn_act(x, rm, rv, training=True, residual=x[:1], backend="triton")
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        bn_act(x[:1, :, :1, :1], rm, rv, training=True, backend="triton")
+    with pytest.raises(TypeError, match="got torch.float64"):
+        call(x.double(), None, affine=False, running=False)
+    _, mask, stats, *_ = call(x, None)
+    backward = torch.ops.fused_res.bn_act_bwd_triton
+    rest = (1, True, False, True)
+    for wrong in ((stats[:1], mask), (stats, mask[:, :1])):
+        with pytest.raises(ValueError, match="stats and mask must be what bn_act_fwd returned"):
+            backward(x, x, w, True, None, False, None, False, *wrong, *rest)
+    with pytest.raises(ValueError, match="dy must have x's shape"):
+        backward(x[:1], x, w, True, None, False, None, False, stats, mask, *rest)
+    assert torch.equal(rm, torch.zeros(5)) and torch.equal(rv, torch.ones(5))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 70000, 8, 8), (1, 1, 2**14, 2**13), (2, 2**20, 2, 2)])
+def test_grids_are_within_cudas_limits(monkeypatch, shape, layout):
+    grids = []
+    monkeypatch.setattr(kernels, "_launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    x = torch.empty(shape, device="meta").to(memory_format=LAYOUTS[layout])
+    w = torch.empty(shape[1], device="meta")
+    _, mask, stats = kernels.forward(
+        x, w, w, w, w, True, 0.1, 1e-5, x, True, w, w, w, w, True, 0.1, 1e-5, 1, True)  # fmt: skip
+    kernels.backward(x, x, w, True, x, True, w, True, stats, mask, 1, True, True, True)
+    assert len(grids) == 6
+    for first, *others in grids:
+        assert first < 2**31 and all(n <= 65535 for n in others)
 
 
 def test_opcheck():

@@ -25,7 +25,8 @@ const BnActKernels& kernels_for(ScalarType dtype) {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t padded(int64_t channels) { return ceil_div(channels, kMaxLanes) * kMaxLanes; }
 
-// A pass reads and writes three or four tensors; last-level caches hold 16 to 64 MB.
+// Bytes from which a tensor counts as large. A pass moves three or four of them; last-level caches
+// hold 16 to 64 MB.
 constexpr int64_t kLarge = 4 << 20;
 
 Geometry geometry_of(const Tensor& x) {
@@ -35,7 +36,7 @@ Geometry geometry_of(const Tensor& x) {
   return channels_last ? Geometry{n * hw, c, c, true, large} : Geometry{n * c, hw, c, false, large};
 }
 
-constexpr int64_t kMerged = 64;
+constexpr int64_t kMerged = 64;  // channels whose chunks are merged at a time
 
 // How a tensor is cut up: in chunks of rows (channels_last) or of images (NCHW), and these in
 // blocks of channels. Sums are taken chunk by chunk and merged in their order, which depends on the

@@ -7,7 +7,7 @@ namespace fused_res::FUSED_RES_ISA {
 namespace {
 
 // Rows summed in the accumulation type before they are added to a double: bounds the rounding of a
-// float sum, and small enough (with 2 vectors of columns) to stay in L1.
+// float sum.
 constexpr int64_t kTileRows = 32;
 // With few rows nothing averages a float sum's rounding away, so less is summed in float.
 inline int64_t rows_of_tile(const Geometry& g) { return g.runs <= 512 ? 4 : kTileRows; }
@@ -76,8 +76,8 @@ inline int64_t rows_of_group(const Geometry& g, int64_t row_bytes) {
   return row_bytes < 512 ? 512 / row_bytes : 1;
 }
 
-// Calls body(run, i, lanes) for the elements of columns [0, columns) of rows [lo, hi) a group at a
-// time, between begin(i), which fetches running sums of columns i.., and end(i, sums, lanes).
+// Calls body(run, i, sums, lanes) for columns [0, columns) of rows [lo, hi), a group of rows at a
+// time, between sums = begin(i), which fetches those of columns i.., and end(i, sums).
 template <class Begin, class Body, class End>
 inline __attribute__((always_inline)) void over_columns(int64_t columns, int64_t lo, int64_t hi,
                                                         int64_t group, const Begin& begin,
@@ -176,19 +176,12 @@ inline __attribute__((always_inline)) void over_segment(int64_t length, const St
   over_run(length - i, [&](int64_t j, auto lanes) { step(0, i + j, lanes); });
 }
 
-template <class A>
-inline double take(Vec<A> (&accumulator)[4]) {
-  const Vec<A> total = (accumulator[0] + accumulator[1]) + (accumulator[2] + accumulator[3]);
-  for (int v = 0; v < 4; v++) accumulator[v] = Vec<A>{};
-  return sum<A>(total);
-}
-
 template <class T>
 inline double mean_of_segment(const T* x, int64_t length) {
   using A = AccOf<T>;
   Vec<A> s[4] = {};
   over_segment(length, [&](int v, int64_t i, auto lanes) { s[v] += load(x + i, lanes); });
-  return take<A>(s) / length;
+  return sum<A>((s[0] + s[1]) + (s[2] + s[3])) / length;
 }
 
 // A tile of an NCHW tensor: (part of) one run of a channel, or its runs in several images where

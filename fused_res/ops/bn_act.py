@@ -17,9 +17,8 @@ from ..reference import ACTS, Act, Norm
 from . import library
 
 # mask: uint8 of (runs, ceil(run / 8)), a run being the C channels of a pixel where x is
-# channels_last
-# and the H*W pixels of a channel where it is NCHW; bit i % 8 of byte i // 8 is set where element i
-# passed the ReLU. Empty where it is not wanted or there is no ReLU.
+# channels_last and the H*W pixels of a channel where it is NCHW; bit i % 8 of byte i // 8 is set
+# where element i passed the ReLU. Empty where it is not wanted or there is no ReLU.
 # stats: float32 (float64 where x is) of (2, C), mean and invstd; (4, C) with a residual_norm.
 _FWD = (
     "(Tensor x, Tensor? weight, Tensor? bias, "
@@ -48,6 +47,11 @@ for _suffix in ("", "_triton"):
 def _(*args):
     from ..kernels import bn_act as kernels
 
+    x, weight, bias, *running, training, momentum, eps, residual, residual_norm = args[:10]
+    second = Norm(*args[12:14], *args[10:12], *args[14:17]) if residual_norm else None
+    _check(x, Norm(*running, weight, bias, training, momentum, eps), residual, second,
+           ACTS[args[17]])  # fmt: skip
+    _check_triton(x)
     return kernels.forward(*args)
 
 
@@ -55,7 +59,25 @@ def _(*args):
 def _(*args):
     from ..kernels import bn_act as kernels
 
+    dy, x, weight, _, residual, residual_norm, residual_weight, _, stats, mask, act = args[:11]
+    _check_triton(x)
+    _check_like("dy", dy, x)
+    if residual_norm:
+        _check_like("residual", residual, x)
+    runs, length = _runs(_dense_like(x))
+    if stats.shape != (4 if residual_norm else 2, x.size(1)) or (
+        ACTS[act] != "none" and mask.shape != (runs, (length + 7) // 8)
+    ):
+        raise ValueError("stats and mask must be what bn_act_fwd returned for x")
+    for name, w in (("weight", weight), ("residual_weight", residual_weight)):
+        if w is not None and w.shape != x.shape[1:2]:
+            raise ValueError(f"{name} must have shape ({x.size(1)},), got {tuple(w.shape)}")
     return kernels.backward(*args)
+
+
+def _check_triton(x: Tensor) -> None:
+    if x.dtype == torch.float64:
+        raise TypeError("x must be float32, bfloat16 or float16 in Triton, got torch.float64")
 
 
 def _dense_like(x: Tensor) -> Tensor:
@@ -279,6 +301,15 @@ def _check_norm(name: str, norm: Norm, x: Tensor) -> None:
         raise ValueError(f"{prefix}running_mean and running_var must be given when training=False")
 
 
+def _check_like(name: str, t: Tensor, x: Tensor) -> None:
+    if t.shape != x.shape:
+        raise ValueError(f"{name} must have x's shape {tuple(x.shape)}, got {tuple(t.shape)}")
+    if t.dtype != x.dtype:
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on x's device, {x.device}, got {t.device}")
+
+
 def _check(x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm | None, act: str):
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}")
@@ -288,14 +319,7 @@ def _check(x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm |
         raise ValueError(f"act={act!r} must be one of: {', '.join(ACTS)}")
     _check_norm("", norm, x)
     if residual is not None:
-        if residual.shape != x.shape:
-            raise ValueError(
-                f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}"
-            )
-        if residual.dtype != x.dtype:
-            raise TypeError(f"residual must have x's dtype {x.dtype}, got {residual.dtype}")
-        if residual.device != x.device:
-            raise ValueError(f"residual must be on x's device, {x.device}, got {residual.device}")
+        _check_like("residual", residual, x)
     if residual_norm is not None:
         if residual is None:
             raise ValueError("residual must be given with residual_norm, got None")
