@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from bn_act_cases import LAYOUTS, NAMES, Case, assert_rule, draws, parameter_dtype
-from cuda_emulation import ELEMENTS, Emulation, EmulationError, Shape, at_offset
+from cuda_emulation import ELEMENTS, PLANS, Device, Emulation, EmulationError, Shape, at_offset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,7 +68,7 @@ def run(emulation, case, plan="automatic", offset=0, seed=0):
     kind=st.sampled_from(KINDS),
     training=st.booleans(),
     mean=st.sampled_from([0.0, 3.0, 50.0]),
-    plan=st.sampled_from(["automatic", "whole", "split"]),
+    plan=st.sampled_from(PLANS),
     offset=st.sampled_from([0, 0, 1, 4]),
     whole_eights=st.booleans(),
 )
@@ -87,7 +87,7 @@ def test_error_is_within_the_rule(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("plan", ["whole", "split"])
+@pytest.mark.parametrize("plan", PLANS[1:])
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_mode(emulation, layout, plan, act, kind):
@@ -110,6 +110,24 @@ def test_real_sizes(emulation, shape, layout):
         assert_rule([case], lambda case: run(emulation, case))
 
 
+# A device on whose multiprocessors the tensors of the tests below fit, and one where none does.
+ROOMY, TIGHT = Device(24, 228 << 10), Device(24, 2 * (1024 + (17 << 10)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cooperative_launches(emulation, monkeypatch, layout, dtype, kind):
+    emulation.plan = "cooperative"
+    for device, act in ((ROOMY, "relu"), (TIGHT, "relu_before_add")):
+        monkeypatch.setattr(emulation, "device", device)
+        assert_rule(
+            draws((4, 16, 64, 64), dtype, layout, act, kind, True),
+            lambda case: run(emulation, case, "cooperative"),
+        )
+        assert {kernel for kernel, _ in emulation.counts()} == {"bn_act_bwd_cooperative"}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_affine(emulation, layout):
     cases = draws((4, 24, 7, 9), torch.float32, layout, "relu", "norm", True, affine=False)
@@ -122,7 +140,7 @@ def norm_of(channels, training=True, momentum=0.1):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("plan", ["whole", "split"])
+@pytest.mark.parametrize("plan", PLANS[1:])
 def test_statistics_do_not_cancel(emulation, layout, plan):
     """mean >> std, an outlier first, an image unlike the others: E[x^2] - E[x]^2 fails on each."""
     emulation.plan = plan
@@ -147,7 +165,7 @@ def test_statistics_do_not_cancel(emulation, layout, plan):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("plan", ["whole", "split"])
+@pytest.mark.parametrize("plan", PLANS[1:])
 def test_bitwise_the_same_for_any_order_of_threads(emulation, layout, plan):
     for shape in ((8, 48, 16, 16), (5, 37, 7, 7)):
         case = Case(shape, torch.bfloat16, layout, "relu", "norm", True)
@@ -176,12 +194,12 @@ def check_mask(emulation, shape, layout, act):
     "shape", [(3, 5, 7, 9), (2, 16, 4, 4), (2, 8, 1, 1), (3, 1, 5, 5), (2, 37, 3, 3)]
 )
 def test_mask_is_one_bit_an_element(emulation, layout, shape, act):
-    for emulation.plan in ("whole", "split"):
+    for emulation.plan in PLANS[1:]:
         check_mask(emulation, shape, layout, act)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("plan", ["whole", "split"])
+@pytest.mark.parametrize("plan", PLANS[1:])
 @pytest.mark.parametrize("training", [True, False])
 def test_only_what_is_wanted(emulation, layout, plan, training):
     """Each gradient is the same, bit by bit, whatever else is wanted."""
@@ -253,6 +271,47 @@ def test_bytes_are_as_planned(emulation, layout, dtype):
     check_bytes(emulation.counts(), read, {"dx": tensor, "dresidual": tensor})
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["tensor", "norm"])
+def test_a_tensor_that_fits_on_chip_is_read_once(emulation, monkeypatch, layout, dtype, kind):
+    monkeypatch.setattr(emulation, "device", ROOMY)
+    emulation.plan = "automatic"
+    case = Case((5, 8, 96, 96), dtype, layout, "relu", kind, True)
+    tensor, mask = case.x.numel() * dtype.itemsize, case.x.numel() // 8
+    x, residual, dy = (t.to(dtype) for t in (case.x, case.residual, case.dy))
+    norm = norm_of(8)
+    second = norm_of(8) if kind == "norm" else None
+    _, bits, stats = emulation.forward(x, norm, residual, second)
+    counts = emulation.counts()
+    assert {kernel for kernel, _ in counts} == {"bn_act_fwd_cooperative"}
+    assert counts["bn_act_fwd_cooperative", "x"] == (pytest.approx(tensor, rel=0.02), 0)
+    assert counts["bn_act_fwd_cooperative", "residual"] == (pytest.approx(tensor, rel=0.02), 0)
+    assert counts["bn_act_fwd_cooperative", "y"] == (0, tensor)
+    assert counts["bn_act_fwd_cooperative", "mask"] == (0, mask)
+    emulation.backward(dy, x, norm, residual, second, stats, bits, "relu")
+    counts = emulation.counts()
+    assert {kernel for kernel, _ in counts} == {"bn_act_bwd_cooperative"}
+    for name in ("dy", "x", *(["residual"] if second else [])):
+        assert counts["bn_act_bwd_cooperative", name] == (tensor, 0), name
+    assert counts["bn_act_bwd_cooperative", "dx"] == (0, tensor)
+    assert counts["bn_act_bwd_cooperative", "dresidual"] == (0, tensor)
+
+
+def test_the_plan_follows_the_size(emulation, monkeypatch):
+    monkeypatch.setattr(emulation, "device", ROOMY)
+    emulation.plan = "automatic"
+    plans = {(2, 64, 4, 4): "whole", (6, 64, 20, 20): "cooperative", (60, 64, 30, 30): "statistics",
+             (7, 63, 20, 20): "statistics"}  # fmt: skip
+    for shape, plan in plans.items():
+        x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        emulation.forward(x, norm_of(shape[1]))
+        assert f"bn_act_fwd_{plan}" in {kernel for kernel, _ in emulation.counts()}, shape
+    emulation.forward(torch.randn(6, 64, 20, 20).contiguous(memory_format=torch.channels_last),
+                      norm_of(64, training=False))  # fmt: skip
+    assert "bn_act_fwd_apply" in {kernel for kernel, _ in emulation.counts()}
+
+
 def check_bytes(counts, read, written):
     for name in {*read, *written}:
         rows = [row for (_, tensor), row in counts.items() if tensor == name]
@@ -311,6 +370,15 @@ def test_a_missing_barrier_is_caught(planted):
     case = Case((8, 48, 16, 16), torch.float32, "channels_last", "relu", "norm", True)
     with pytest.raises(AssertionError):
         assert_rule([case], lambda case: run(broken, case, "split"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_missing_barrier_of_the_grid_is_caught(planted, layout):
+    broken = planted("MISSING_GRID_BARRIER")
+    broken.device = ROOMY
+    case = Case((8, 8, 64, 64), torch.float32, layout, "relu", "norm", True)
+    with pytest.raises(AssertionError):
+        assert_rule([case], lambda case: run(broken, case, "cooperative"))
 
 
 def test_a_wrong_mask_bit_is_caught(planted):

@@ -41,6 +41,35 @@ def test_error_is_within_the_rule(name, shape, layout, dtype, kind):
             assert_rule(cases, on(name))
 
 
+@pytest.fixture(params=["whole", "cooperative", "split"])
+def plan(request):
+    reason = backends.why_not("bn_act", "cuda", "cuda", torch.float32)
+    if reason:
+        pytest.skip(reason)
+    torch.ops.fused_res.cuda_plan(
+        ["automatic", "whole", "cooperative", "split"].index(request.param)
+    )
+    yield request.param
+    torch.ops.fused_res.cuda_plan(0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(32, 64, 28, 28), (128, 64, 56, 56), (16, 24, 64, 64)])
+def test_every_plan_of_the_cuda_kernels(plan, shape, layout):
+    """Those that `automatic` would not take too; the second shape is more than a chip holds."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in ("tensor", "norm"):
+            cases = [Case(shape, dtype, layout, "relu", kind, True, device="cuda")
+                     for _ in range(4)]  # fmt: skip
+            assert_rule(cases, on_cuda)
+    x, r = (torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+            .contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))  # fmt: skip
+    first = step(x, r, "cuda")
+    for _ in range(20):  # a race between blocks would show in some
+        again = step(x, r, "cuda")
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def step(x, r, name, act="relu"):
     """Output, gradients, running statistics of one training step, all from fresh leaves."""
     c = x.size(1)
@@ -95,7 +124,7 @@ def test_more_than_2_to_the_31_elements(name, layout):
     torch.testing.assert_close(y[-1:].float(), last, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("shape", [(32, 64, 56, 56), (64, 32, 8, 8)])
+@pytest.mark.parametrize("shape", [(32, 64, 56, 56), (64, 32, 8, 8), (8, 64, 28, 28)])
 def test_a_training_step_in_a_cuda_graph(name, shape):
     block = fused_res.FusedResBlock(shape[1], shape[1], backend=name).cuda()
     block = block.to(memory_format=torch.channels_last)

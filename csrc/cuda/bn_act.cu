@@ -5,6 +5,10 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <atomic>
+#include <map>
+#include <mutex>
+
 #include "bn_act_kernels.cuh"
 
 namespace fused_res {
@@ -22,7 +26,7 @@ cuda::Shape shape_of(const Tensor& x) {  // x is dense
 }
 
 // Uninitialised tensors on one device.
-struct Device {
+struct Allocator {
   int32_t index;
 
   Tensor empty_strided(int64_t dim, const int64_t* size, const int64_t* stride,
@@ -49,6 +53,23 @@ struct Device {
     return (cuda::Stream)stream;
   }
 };
+
+cuda::Device resources_of(int device) {
+  static std::mutex mutex;
+  static std::map<int, cuda::Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, fresh] = known.insert({device, {}});
+  cuda::Device& d = found->second;
+  if (fresh) {
+    STD_CUDA_CHECK(
+        cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&d.shared_bytes,
+                                          cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  }
+  return d;
+}
+
+std::atomic<cuda::Plan> plan = cuda::Plan::automatic;
 
 const void* data(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
@@ -141,19 +162,20 @@ BnActForward bn_act_fwd_cuda(const Tensor& x_, const OptTensor& weight, const Op
   if (residual_norm) check_norm("residual_", residual_bn, x_);
   check_residual(residual_, residual_norm, x_);
 
-  const Device device{x_.get_device_index()};
+  const Allocator device{x_.get_device_index()};
   torch::stable::accelerator::DeviceGuard guard(device.index);
   const Tensor x = dense(x_);
   OptTensor residual;
   if (residual_) residual = dense_like(*residual_, x);
   const cuda::Shape shape = shape_of(x);
+  const cuda::Device resources = resources_of(device.index);
   const int64_t run = shape.channels_last ? shape.channels : shape.pixels;
   const bool masked = act != 0 && save_mask;
   Tensor y = device.empty_like(x);
   Tensor mask =
       device.empty(masked ? x.numel() / run : 0, cuda::ceil_div(run, 8), ScalarType::Byte);
   Tensor stats = device.empty(residual_norm ? 4 : 2, shape.channels, ScalarType::Float);
-  Tensor scratch = device.empty(cuda::scratch_bytes(shape), ScalarType::Byte);
+  Tensor scratch = device.empty(cuda::scratch_bytes(shape, resources), ScalarType::Byte);
   cuda::bn_act_forward({element_of(x),
                         shape,
                         (cuda::Act)act,
@@ -166,7 +188,8 @@ BnActForward bn_act_fwd_cuda(const Tensor& x_, const OptTensor& weight, const Op
                         (float*)stats.mutable_data_ptr(),
                         {norm_of(bn), residual_norm ? norm_of(residual_bn) : cuda::ForwardNorm{}},
                         scratch.mutable_data_ptr(),
-                        cuda::Plan::automatic},
+                        plan,
+                        resources},
                        device.stream());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {y, mask, stats};
@@ -187,10 +210,11 @@ BnActBackward bn_act_bwd_cuda(const Tensor& dy_, const Tensor& x_, const OptTens
                       stats.scalar_type() == ScalarType::Float && same_device(stats, x_),
                   "stats is not what bn_act_fwd returned for x");
 
-  const Device device{x_.get_device_index()};
+  const Allocator device{x_.get_device_index()};
   torch::stable::accelerator::DeviceGuard guard(device.index);
   const Tensor x = dense(x_), dy = dense_like(dy_, x);
   const cuda::Shape shape = shape_of(x);
+  const cuda::Device resources = resources_of(device.index);
   const int64_t run = shape.channels_last ? shape.channels : shape.pixels;
   STD_TORCH_CHECK(act == 0 || (mask.numel() == x.numel() / run * cuda::ceil_div(run, 8) &&
                                mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
@@ -208,7 +232,7 @@ BnActBackward bn_act_bwd_cuda(const Tensor& dy_, const Tensor& x_, const OptTens
   Tensor dweight = like_weight(weight, true), dbias = like_weight(weight, true);
   Tensor dresidual_weight = like_weight(residual_weight, residual_norm);
   Tensor dresidual_bias = like_weight(residual_weight, residual_norm);
-  Tensor scratch = device.empty(cuda::scratch_bytes(shape), ScalarType::Byte);
+  Tensor scratch = device.empty(cuda::scratch_bytes(shape, resources), ScalarType::Byte);
   const auto written = [](const Tensor& t) {
     return t.numel() ? channels_of(t, true) : cuda::Channels{};
   };
@@ -230,10 +254,17 @@ BnActBackward bn_act_bwd_cuda(const Tensor& dy_, const Tensor& x_, const OptTens
          residual_training}},
        need_parameters || (need_x && training) || (need_residual && second_trains),
        scratch.mutable_data_ptr(),
-       cuda::Plan::automatic},
+       plan,
+       resources},
       device.stream());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias};
+}
+
+int64_t cuda_plan(int64_t wanted) {
+  STD_TORCH_CHECK(-1 <= wanted && wanted <= (int64_t)cuda::Plan::split, "plan must be -1 to 3");
+  if (wanted >= 0) plan = (cuda::Plan)wanted;
+  return (int64_t)plan.load();
 }
 
 }  // namespace fused_res
@@ -241,4 +272,8 @@ BnActBackward bn_act_bwd_cuda(const Tensor& dy_, const Tensor& x_, const OptTens
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CUDA, m) {
   m.impl("bn_act_fwd", TORCH_BOX(&fused_res::bn_act_fwd_cuda));
   m.impl("bn_act_bwd", TORCH_BOX(&fused_res::bn_act_bwd_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) {
+  m.impl("cuda_plan", TORCH_BOX(&fused_res::cuda_plan));
 }

@@ -13,9 +13,17 @@ namespace fused_res::cuda {
 enum class Act : int { none, relu, relu_before_add };
 enum class Residual : int { none, tensor, norm };
 enum class Element : int { f32, bf16, f16 };
-// How a call is launched: all in one kernel, where each block has all values of its channels, or in
-// three: sums of chunks, their merge, and the pass over the elements.
-enum class Plan : int { automatic, whole, split };
+// How a call is launched. whole: one kernel, each block has all values of its channels.
+// cooperative: one kernel that keeps its elements in shared memory while the blocks, all on the
+// device at once, exchange their sums. split: three kernels: sums of chunks, their merge, and the
+// pass over the elements.
+enum class Plan : int { automatic, whole, cooperative, split };
+
+// What a cooperative launch has to know of a device.
+struct Device {
+  int multiprocessors;
+  int shared_bytes;  // of a multiprocessor
+};
 
 struct Shape {
   int64_t images, channels, pixels;
@@ -45,8 +53,9 @@ struct ForwardArgs {
   uint8_t* mask;  // null: not wanted
   float* stats;   // mean and invstd of each BatchNorm, (2 or 4, C)
   ForwardNorm norm[2];
-  void* scratch;  // scratch_bytes(shape), 16-byte aligned
+  void* scratch;  // scratch_bytes(shape, device), 16-byte aligned
   Plan plan;
+  Device device;
 };
 
 struct BackwardNorm {
@@ -67,9 +76,10 @@ struct BackwardArgs {
   bool sums;  // whether anything that is wanted needs the sums
   void* scratch;
   Plan plan;
+  Device device;
 };
 
-// --- how the work is cut up: by the shape alone, so that every sum has one order
+// --- how the work is cut up: by the shape and the device alone, so that every sum has one order
 
 constexpr int kThreads = 256;
 constexpr int kMaxWidth = 16;      // eights of a row a block takes: 256 bytes of 16-bit elements
@@ -79,6 +89,7 @@ constexpr int kLeastItems = 4;     // fewer a thread, and a block costs more tha
 constexpr int64_t kBlocks = 1024;  // enough for any device, few enough for their sums to be cheap
 constexpr int kSums = 4;           // doubles per channel and chunk: two of each BatchNorm
 constexpr int kTable = 4;          // floats per channel and BatchNorm for the pass over elements
+constexpr int kStaticShared = 17 << 10;  // bytes, of every kernel: the arrays of reduce, statistics
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -91,25 +102,27 @@ struct Walk {
   int64_t run, run_eights, columns, column_blocks, items, chunk, chunks;
   int width, lanes;
 
-  Walk(const Shape& s, bool whole) : shape(s) {
+  // about `blocks` blocks; 0: one chunk
+  Walk(const Shape& s, int most_width, int64_t blocks) : shape(s) {
     run = s.channels_last ? s.channels : s.pixels;
     run_eights = ceil_div(run, 8);
     columns = s.channels_last ? run_eights : s.channels;
     items = s.channels_last ? s.images * s.pixels : s.images * run_eights;
-    const int most = whole ? kWholeWidth : kMaxWidth;
-    for (width = 1; s.channels_last && width < most && width < columns;) width *= 2;
+    for (width = 1; s.channels_last && width < most_width && width < columns;) width *= 2;
     lanes = kThreads / width;
     column_blocks = ceil_div(columns, width);
     chunk = items;
-    if (!whole) {
-      const int64_t wanted = kBlocks / column_blocks, most_chunks = items / (lanes * kLeastItems);
-      const int64_t n = smaller(wanted, most_chunks);
+    if (blocks) {
+      const int64_t n = smaller(blocks / column_blocks, items / (lanes * kLeastItems));
       chunk = ceil_div(ceil_div(items, n < 1 ? 1 : n), lanes) * lanes;
     }
     chunks = ceil_div(items, chunk);
   }
 
   unsigned blocks() const { return column_blocks * chunks; }
+  __host__ __device__ int channels_of_block() const {
+    return width * (shape.channels_last ? 8 : 1);
+  }
   __host__ __device__ int64_t padded() const { return ceil_div(shape.channels, 8) * 8; }
   __host__ __device__ double count() const { return (double)shape.images * shape.pixels; }
 
@@ -122,19 +135,58 @@ struct Walk {
   }
 };
 
+inline Walk whole_walk(const Shape& s) { return Walk(s, kWholeWidth, 0); }
+inline Walk split_walk(const Shape& s) { return Walk(s, kMaxWidth, kBlocks); }
+
+// Blocks of a cooperative launch that a multiprocessor has at once: registers for two, or for one
+// where there are two BatchNorms.
+constexpr int blocks_together(bool second) { return second ? 1 : 2; }
+
+inline Walk cooperative_walk(const Shape& s, const Device& d, bool second) {
+  return Walk(s, kMaxWidth, (int64_t)d.multiprocessors * blocks_together(second));
+}
+
+// Shared memory a cooperative launch's block may keep elements in. A block has 1 KB reserved.
+inline int kept_bytes(const Device& d, bool second) {
+  const int bytes = d.shared_bytes / blocks_together(second) - 1024 - kStaticShared;
+  return bytes < 0 ? 0 : bytes;
+}
+
 // The scratch buffer: sums (double, [chunk][kSums][padded]), then tables (float,
-// [BatchNorm][kTable][padded]).
-inline int64_t scratch_bytes(const Shape& shape) {
-  const Walk split(shape, false), whole(shape, true);
-  const int64_t chunks = split.chunks > whole.chunks ? split.chunks : whole.chunks;
-  return split.padded() * (chunks * kSums * 8 + 2 * kTable * 4);
+// [BatchNorm][kTable] [padded]; where each block merges for itself,
+// [block][BatchNorm][kTable][channels of a block]).
+inline int64_t scratch_bytes(const Shape& shape, const Device& device) {
+  int64_t most = 0;
+  for (const Walk& w :
+       {whole_walk(shape), split_walk(shape), cooperative_walk(shape, device, false),
+        cooperative_walk(shape, device, true)}) {
+    const int64_t of_blocks = (int64_t)w.blocks() * w.channels_of_block();
+    const int64_t tables = of_blocks > w.padded() ? of_blocks : w.padded();
+    const int64_t bytes = w.chunks * kSums * w.padded() * 8 + tables * 2 * kTable * 4;
+    if (bytes > most) most = bytes;
+  }
+  return most;
 }
 
 __device__ inline double* sums_of(const Walk& w, void* scratch, int64_t chunk, int which) {
   return (double*)scratch + (chunk * kSums + which) * w.padded();
 }
-__device__ inline float* table_of(const Walk& w, void* scratch, int norm, int which) {
-  return (float*)sums_of(w, scratch, w.chunks, 0) + (norm * kTable + which) * w.padded();
+
+// A row per BatchNorm and entry, a column per channel.
+struct Tables {
+  float* data;
+  int64_t stride;
+  __device__ float* row(int norm, int which) const {
+    return data + (norm * kTable + which) * stride;
+  }
+};
+__device__ inline Tables tables_of_all(const Walk& w, void* scratch) {
+  return {(float*)sums_of(w, scratch, w.chunks, 0), w.padded()};
+}
+__device__ inline Tables tables_of_block(const Walk& w, void* scratch) {
+  const int64_t channels = w.channels_of_block();
+  float* own = tables_of_all(w, scratch).data + blockIdx.x * 2 * kTable * channels;
+  return {own - blockIdx.x % w.column_blocks * channels, channels};
 }
 
 // What a thread works on: every `lanes`-th item of [first, end) of one column.
@@ -191,12 +243,12 @@ struct Cursor {
 template <class T, bool kShort>
 constexpr int kBatchOf = (kShort ? 4 : 8) / sizeof(T);
 
-// body(places) for a thread's eights, kBatch at a time
+// body(places, i) for a thread's eights, kBatch at a time; the first is its i-th
 template <int kBatch, bool kChannelsLast, bool kVector, class Body>
 __device__ __forceinline__ void each_batch(const Walk& w, const Part& part, const Body& body) {
   int64_t item = part.first + part.lane;
   Cursor<kChannelsLast, kVector> cursor(w, part.column, item, w.lanes);
-  while (item < part.end) {
+  for (int i = 0; item < part.end; i += kBatch) {
     Place places[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; u++) {
@@ -205,7 +257,7 @@ __device__ __forceinline__ void each_batch(const Walk& w, const Part& part, cons
       cursor.next();
       item += w.lanes;
     }
-    body(places);
+    body(places, i);
   }
 }
 
@@ -261,6 +313,59 @@ __device__ __forceinline__ void store_eight(void* tensor, const Place& place, co
   }
 }
 
+// Eights that stay in shared memory from one pass to the next: the first `slots` of each thread, of
+// `count` tensors. A thread reads back what it wrote itself, so there is nothing to wait for, and
+// neighbours are 16 bytes apart, so no two meet in a bank.
+template <class T>
+struct Kept {
+  static constexpr bool kKeeps = true;
+  static constexpr int kWords = sizeof(T) / 2;  // of 16 bytes, an eight has
+  int slots, tensors;                           // bit i: tensor i is kept
+
+  __host__ __device__ Kept(int bytes, int count, int tensors)
+      : slots(bytes / (kThreads * 16 * kWords * count)), tensors(tensors) {}
+  __host__ __device__ int bytes(int count) const { return slots * kThreads * 16 * kWords * count; }
+
+  __device__ bool has(int tensor, int i) const { return i < slots && tensors >> tensor & 1; }
+  __device__ int index(int tensor, int i, int word) const {
+    return ((tensor * slots + i) * kWords + word) * kThreads + threadIdx.x;
+  }
+  __device__ void put(int tensor, int i, const Eight<T>& e) const {
+    DYNAMIC_SHARED(uint4, words);
+    if (!has(tensor, i)) return;
+#pragma unroll
+    for (int k = 0; k < kWords; k++) {
+      uint4 word;
+      memcpy(&word, (const char*)e.v + 16 * k, 16);
+      words[index(tensor, i, k)] = word;
+    }
+  }
+  __device__ Eight<T> get(int tensor, int i) const {
+    DYNAMIC_SHARED(uint4, words);
+    Eight<T> e;
+#pragma unroll
+    for (int k = 0; k < kWords; k++) {
+      const uint4 word = words[index(tensor, i, k)];
+      memcpy((char*)e.v + 16 * k, &word, 16);
+    }
+    return e;
+  }
+};
+template <class T>
+struct NotKept {
+  static constexpr bool kKeeps = false;
+  __device__ bool has(int, int) const { return false; }
+  __device__ void put(int, int, const Eight<T>&) const {}
+  __device__ Eight<T> get(int, int) const { return {}; }
+};
+
+template <bool kVector, class T, class Keep>
+__device__ __forceinline__ Eight<T> load_kept(const Keep& kept, int tensor, int i, const void* data,
+                                              const Place& place) {
+  if (kept.has(tensor, i)) return kept.get(tensor, i);
+  return load_eight<kVector, T>(data, place);
+}
+
 // Channels of a column: eight in channels_last, one in NCHW.
 template <bool kChannelsLast>
 constexpr int kChannelsOf = kChannelsLast ? 8 : 1;
@@ -297,13 +402,19 @@ __device__ inline void store_channel(const Channels& a, int64_t c, double value)
 
 // --- sums over a block
 
+constexpr int kReduced = 8;         // values a thread adds up at a time
+__device__ inline auto reduced() {  // one array for all instances of reduce
+  SHARED(double, sums, kReduced* kThreads);
+  return sums;
+}
+
 // Adds up `values` of the `lanes` threads of each column, thread t being lane t / width of column
 // t % width, in a fixed order. Every thread gets its column's totals.
 template <int kValues>
 __device__ inline void reduce(double (&values)[kValues], int width) {
-  constexpr int kAtOnce = kValues < 8 ? kValues : 8;
+  constexpr int kAtOnce = kValues < kReduced ? kValues : kReduced;
   static_assert(kValues % kAtOnce == 0);
-  SHARED(double, sums, kAtOnce* kThreads);
+  const auto sums = reduced();
   const int t = threadIdx.x;
 #pragma unroll
   for (int first = 0; first < kValues; first += kAtOnce) {
@@ -330,9 +441,9 @@ __device__ inline float median(float a, float b, float c) {
 // Mean and sum of squared deviations of a part's channels: done(channel, mean, m2) in one thread
 // each. Sums are of x less a shift, the median of three of its values, which an outlier does not
 // move; in float over a few values, then in double.
-template <class T, bool kChannelsLast, bool kVector, class Done>
+template <class T, bool kChannelsLast, bool kVector, class Keep, class Done>
 __device__ __forceinline__ void statistics(const void* x, const Walk& w, const Part& part,
-                                           const Done& done) {
+                                           const Keep& kept, int tensor, const Done& done) {
   constexpr int kChannels = kChannelsOf<kChannelsLast>, kBatch = kBatchOf<T, false>;
   SHARED(float, shifts, kMaxWidth * 8);
   __syncthreads();  // an earlier call's shifts have been read
@@ -358,10 +469,13 @@ __device__ __forceinline__ void statistics(const void* x, const Walk& w, const P
     shift[k] = part.in_range ? shifts[part.column_of_block * kChannels + k] : 0.f;
 
   double sums[2 * kChannels] = {};  // of x - shift, and of its square
-  each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch]) {
+  each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch], int i) {
     Eight<T> eights[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; u++) eights[u] = load_eight<kVector, T>(x, places[u]);
+#pragma unroll
+    for (int u = 0; u < kBatch; u++)
+      if (places[u].valid) kept.put(tensor, i + u, eights[u]);
     float s[kChannels] = {}, q[kChannels] = {};
 #pragma unroll
     for (int u = 0; u < kBatch; u++) {
@@ -394,45 +508,48 @@ __device__ __forceinline__ void statistics(const void* x, const Walk& w, const P
 
 // --- forward
 
-// All statistics of channel c of one BatchNorm are known: running statistics, what backward wants,
-// and the table {centre, scale, shift} of y = (x - centre) * scale + shift.
+// All statistics of channel c of one BatchNorm are known: the table {centre, scale, shift} of
+// y = (x - centre) * scale + shift; and, if `first`, running statistics and what backward wants.
 template <class T>
-__device__ inline void finish_forward(const ForwardArgs& a, const Walk& w, int which, int64_t c,
-                                      double mean, double m2) {
+__device__ inline void finish_forward(const ForwardArgs& a, const Walk& w, const Tables& tables,
+                                      bool first, int which, int64_t c, double mean, double m2) {
   const ForwardNorm& n = a.norm[which];
   double var = m2 / w.count();
-  const double running_mean = load_channel<T>(n.running_mean, c, 0);
-  const double running_var = load_channel<T>(n.running_var, c, 1);
-  if (n.training) {
+  if (!n.training) {
+    mean = load_channel<T>(n.running_mean, c, 0);
+    var = load_channel<T>(n.running_var, c, 1);
+  } else if (first) {
     const double unbiased = m2 / (w.count() - 1), momentum = n.momentum;
+    const double running_mean = load_channel<T>(n.running_mean, c, 0);
+    const double running_var = load_channel<T>(n.running_var, c, 1);
     store_channel<T>(n.running_mean, c, (1 - momentum) * running_mean + momentum * mean);
     store_channel<T>(n.running_var, c, (1 - momentum) * running_var + momentum * unbiased);
-  } else {
-    mean = running_mean;
-    var = running_var;
   }
   const double invstd = 1 / sqrt(var + n.eps);
   const double scale = load_channel<T>(n.weight, c, 1) * invstd;
   const float rounded = (float)mean;
-  store(a.stats + 2 * which * w.shape.channels + c, rounded);
-  store(a.stats + (2 * which + 1) * w.shape.channels + c, (float)invstd);
+  if (first) {
+    store(a.stats + 2 * which * w.shape.channels + c, rounded);
+    store(a.stats + (2 * which + 1) * w.shape.channels + c, (float)invstd);
+  }
   // A mean under a standard deviation goes into the shift, which rounds once less than x - mean;
   // a larger one is subtracted first, and the shift takes what rounding it lost.
   const float centre = fabs(mean) * invstd < 1 ? 0.f : rounded;
   const double bias = load_channel<T>(n.bias, c, 0);
   const float shift = (float)(bias + ((double)centre - mean) * scale);
-  store(table_of(w, a.scratch, which, 0) + c, centre);
-  store(table_of(w, a.scratch, which, 1) + c, (float)scale);
-  store(table_of(w, a.scratch, which, 2) + c, shift);
+  store(tables.row(which, 0) + c, centre);
+  store(tables.row(which, 1) + c, (float)scale);
+  store(tables.row(which, 2) + c, shift);
   if (which == 1 && a.act != Act::relu_before_add) {  // one shift for both, added after both
-    float* main = table_of(w, a.scratch, 0, 2) + c;
+    float* main = tables.row(0, 2) + c;
     store(main, load(main) + shift);
   }
 }
 
 // y and mask of a part
-template <class T, bool kChannelsLast, bool kVector, bool kSecond>
-__device__ __forceinline__ void apply(const ForwardArgs& a, const Walk& w, const Part& part) {
+template <class T, bool kChannelsLast, bool kVector, bool kSecond, class Keep>
+__device__ __forceinline__ void apply(const ForwardArgs& a, const Walk& w, const Tables& tables,
+                                      const Part& part, const Keep& kept) {
   constexpr int kChannels = kChannelsOf<kChannelsLast>;
   constexpr int kBatch = kBatchOf < T, kChannelsLast && kSecond > ;
   if (part.first + part.lane >= part.end) return;
@@ -441,18 +558,18 @@ __device__ __forceinline__ void apply(const ForwardArgs& a, const Walk& w, const
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     if (i == 1 && !second) break;
-    load_channels<kChannelsLast>(table_of(w, a.scratch, i, 0), w, part, centre[i]);
-    load_channels<kChannelsLast>(table_of(w, a.scratch, i, 1), w, part, scale[i]);
-    load_channels<kChannelsLast>(table_of(w, a.scratch, i, 2), w, part, shift[i]);
+    load_channels<kChannelsLast>(tables.row(i, 0), w, part, centre[i]);
+    load_channels<kChannelsLast>(tables.row(i, 1), w, part, scale[i]);
+    load_channels<kChannelsLast>(tables.row(i, 2), w, part, shift[i]);
   }
   const bool before_add = a.act == Act::relu_before_add;
-  each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch]) {
+  each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch], int i) {
     Eight<T> xs[kBatch], residuals[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; u++) {
-      xs[u] = load_eight<kVector, T>(a.x, places[u]);
+      xs[u] = load_kept<kVector, T>(kept, 0, i + u, a.x, places[u]);
       if (a.residual_kind != Residual::none)
-        residuals[u] = load_eight<kVector, T>(a.residual, places[u]);
+        residuals[u] = load_kept<kVector, T>(kept, 1, i + u, a.residual, places[u]);
     }
 #pragma unroll
     for (int u = 0; u < kBatch; u++) {
@@ -484,29 +601,13 @@ __device__ __forceinline__ void apply(const ForwardArgs& a, const Walk& w, const
   });
 }
 
-template <class T, bool kChannelsLast, bool kVector>
-__global__ void __launch_bounds__(kThreads, 2)
-    statistics_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Walk w) {
-  const int which = blockIdx.y == 1 || !a.norm[0].training;
-  const Part part(w, false);
-  double* sums = sums_of(w, a.scratch, part.chunk, 2 * which);
-  statistics<T, kChannelsLast, kVector>(which ? a.residual : a.x, w, part,
-                                        [&](int64_t c, double mean, double m2) {
-                                          store(sums + c, mean);
-                                          store(sums + w.padded() + c, m2);
-                                        });
-}
-
-constexpr int kMergeChannels = 8;  // of a block of the merge kernels: 64 bytes of doubles
-
 // The chunks' means and squared deviations become the batch's: first all means, then the squares
-// about it (Chan, Golub and LeVeque 1979).
+// about it (Chan, Golub and LeVeque 1979). The block's threads share `channels` channels, one of
+// them c; its sums are complete in lane 0.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
-    merge_forward_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Walk w) {
-  constexpr int kLanes = kThreads / kMergeChannels;
-  const int64_t c = (int64_t)blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels;
-  const int lane = threadIdx.x / kMergeChannels;
+__device__ inline void merge_forward(const ForwardArgs& a, const Walk& w, const Tables& tables,
+                                     bool first, int64_t c, int channels) {
+  const int lane = threadIdx.x / channels, lanes = kThreads / channels;
   const bool in_range = c < w.shape.channels;
   const int64_t chunks = in_range ? w.chunks : 0;
 #pragma unroll
@@ -514,24 +615,53 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (which == 1 && a.residual_kind != Residual::norm) break;
     double mean[1] = {}, m2[1] = {};
     if (a.norm[which].training) {
-      for (int64_t k = lane; k < chunks; k += kLanes)
+      for (int64_t k = lane; k < chunks; k += lanes)
         mean[0] += w.values(k) * load(sums_of(w, a.scratch, k, 2 * which) + c);
-      reduce(mean, kMergeChannels);
+      reduce(mean, channels);
       mean[0] /= w.count();
-      for (int64_t k = lane; k < chunks; k += kLanes) {
+      for (int64_t k = lane; k < chunks; k += lanes) {
         const double delta = load(sums_of(w, a.scratch, k, 2 * which) + c) - mean[0];
         m2[0] += load(sums_of(w, a.scratch, k, 2 * which + 1) + c) + w.values(k) * delta * delta;
       }
-      reduce(m2, kMergeChannels);
+      reduce(m2, channels);
     }
-    if (in_range && lane == 0) finish_forward<T>(a, w, which, c, mean[0], m2[0]);
+    if (in_range && lane == 0) finish_forward<T>(a, w, tables, first, which, c, mean[0], m2[0]);
   }
+}
+
+// where a part's statistics wait for their merge
+__device__ inline auto kept_sums(const ForwardArgs& a, const Walk& w, const Part& part, int which) {
+  double* sums = sums_of(w, a.scratch, part.chunk, 2 * which);
+  const int64_t padded = w.padded();
+  return [=](int64_t c, double mean, double m2) {
+    store(sums + c, mean);
+    store(sums + padded + c, m2);
+  };
+}
+
+template <class T, bool kChannelsLast, bool kVector>
+__global__ void __launch_bounds__(kThreads, 2)
+    statistics_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Walk w) {
+  const int which = blockIdx.y == 1 || !a.norm[0].training;
+  const Part part(w, false);
+  statistics<T, kChannelsLast, kVector>(which ? a.residual : a.x, w, part, NotKept<T>{}, which,
+                                        kept_sums(a, w, part, which));
+}
+
+constexpr int kMergeChannels = 8;  // of a block of the merge kernels: 64 bytes of doubles
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    merge_forward_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Walk w) {
+  const int64_t c = (int64_t)blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels;
+  merge_forward<T>(a, w, tables_of_all(w, a.scratch), true, c, kMergeChannels);
 }
 
 template <class T, bool kChannelsLast, bool kVector, bool kSecond>
 __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1)
     apply_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Walk w) {
-  apply<T, kChannelsLast, kVector, kSecond>(a, w, Part(w, true));
+  apply<T, kChannelsLast, kVector, kSecond>(a, w, tables_of_all(w, a.scratch), Part(w, true),
+                                            NotKept<T>{});
 }
 
 // one chunk: a block has all values of its channels
@@ -539,12 +669,14 @@ template <class T, bool kChannelsLast, bool kVector>
 __global__ void __launch_bounds__(kThreads, 1)
     whole_forward_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Walk w) {
   const Part part(w, false);
+  const Tables tables = tables_of_all(w, a.scratch);
   for (int which = 0; which < (a.residual_kind == Residual::norm ? 2 : 1); which++) {
     const auto finish = [&](int64_t c, double mean, double m2) {
-      finish_forward<T>(a, w, which, c, mean, m2);
+      finish_forward<T>(a, w, tables, true, which, c, mean, m2);
     };
     if (a.norm[which].training)
-      statistics<T, kChannelsLast, kVector>(which ? a.residual : a.x, w, part, finish);
+      statistics<T, kChannelsLast, kVector>(which ? a.residual : a.x, w, part, NotKept<T>{}, which,
+                                            finish);
     else if (part.lane == 0 && part.in_range)
       for (int k = 0; k < kChannelsOf<kChannelsLast>; k++) {
         const int64_t c = channel_of<kChannelsLast>(part.column) + k;
@@ -552,16 +684,39 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
   }
   __syncthreads();
-  apply<T, kChannelsLast, kVector, true>(a, w, part);
+  apply<T, kChannelsLast, kVector, true>(a, w, tables, part, NotKept<T>{});
+}
+
+// All blocks at once: each keeps what it reads for the statistics, merges those of all blocks for
+// its own channels, and goes on from what it kept. The blocks of the first chunk write what there
+// is one of.
+template <class T, bool kChannelsLast, bool kSecond>
+__global__ void __launch_bounds__(kThreads, blocks_together(kSecond))
+    cooperative_forward_kernel(const __grid_constant__ ForwardArgs a,
+                               const __grid_constant__ Walk w,
+                               const __grid_constant__ Kept<T> kept) {
+  const Part part(w, false);
+  if (a.norm[0].training)
+    statistics<T, kChannelsLast, true>(a.x, w, part, kept, 0, kept_sums(a, w, part, 0));
+  if (kSecond && a.norm[1].training)
+    statistics<T, kChannelsLast, true>(a.residual, w, part, kept, 1, kept_sums(a, w, part, 1));
+  BARRIER_BEFORE_MERGE();
+  const int channels = w.channels_of_block();
+  const int64_t c = blockIdx.x % w.column_blocks * channels + threadIdx.x % channels;
+  const Tables tables = tables_of_block(w, a.scratch);
+  merge_forward<T>(a, w, tables, part.chunk == 0, c, channels);
+  __syncthreads();
+  apply<T, kChannelsLast, true, kSecond>(a, w, tables, part, kept);
 }
 
 // --- backward
 
 // Sums of g and g * (x - mean) of a part's channels, and of the residual's BatchNorm: done(channel,
 // sums) in one thread each.
-template <class T, bool kChannelsLast, bool kVector, bool kSecond, class Done>
+template <class T, bool kChannelsLast, bool kVector, bool kSecond, class Keep, class Done>
 __device__ __forceinline__ void gradient_sums(const BackwardArgs& a, const Walk& w,
-                                              const Part& part, const Done& done) {
+                                              const Part& part, const Keep& kept,
+                                              const Done& done) {
   constexpr int kChannels = kChannelsOf<kChannelsLast>;
   constexpr int kBatch = kBatchOf < T, kChannelsLast || kSecond > ;
   const bool second = kSecond && a.residual_norm;
@@ -571,7 +726,7 @@ __device__ __forceinline__ void gradient_sums(const BackwardArgs& a, const Walk&
     load_channels<kChannelsLast>(a.stats + 2 * w.shape.channels, w, part, mean[1]);
   constexpr int kWanted = kSecond ? kSums : 2;
   double sums[kWanted * kChannels] = {};
-  each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch]) {
+  each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch], int i) {
     Eight<T> dys[kBatch], xs[kBatch], residuals[kBatch];
     uint32_t bits[kBatch];
 #pragma unroll
@@ -581,6 +736,13 @@ __device__ __forceinline__ void gradient_sums(const BackwardArgs& a, const Walk&
       if (second) residuals[u] = load_eight<kVector, T>(a.residual, places[u]);
       bits[u] = 0xff;
       if (a.act != Act::none && places[u].valid) bits[u] = load(a.mask + places[u].mask);
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; u++) {
+      if (places[u].valid == 0) continue;
+      kept.put(0, i + u, dys[u]);
+      kept.put(1, i + u, xs[u]);
+      if (second) kept.put(2, i + u, residuals[u]);
     }
     float s[kWanted][kChannels] = {};
 #pragma unroll
@@ -619,28 +781,33 @@ __device__ __forceinline__ void gradient_sums(const BackwardArgs& a, const Walk&
   }
 }
 
-// All sums of channel c are known: its parameters' gradients, and the table {mean, scale, slope,
-// offset} of dx = scale * (g - offset - slope * (x - mean)).
+// All sums of channel c are known: the table {mean, scale, slope, offset} of
+// dx = scale * (g - offset - slope * (x - mean)); and, if `first`, its parameters' gradients.
 template <class T>
-__device__ inline void finish_backward(const BackwardArgs& a, const Walk& w, int which, int64_t c,
-                                       double sum_g, double sum_gx) {
+__device__ inline void finish_backward(const BackwardArgs& a, const Walk& w, const Tables& tables,
+                                       bool first, int which, int64_t c, double sum_g,
+                                       double sum_gx) {
   const BackwardNorm& n = a.norm[which];
   const float mean = load(a.stats + 2 * which * w.shape.channels + c);
   const double invstd = load(a.stats + (2 * which + 1) * w.shape.channels + c);
   const double dweight = sum_gx * invstd;
-  store_channel<T>(n.dweight, c, dweight);
-  store_channel<T>(n.dbias, c, sum_g);
-  store(table_of(w, a.scratch, which, 0) + c, mean);
-  store(table_of(w, a.scratch, which, 1) + c, (float)(load_channel<T>(n.weight, c, 1) * invstd));
-  store(table_of(w, a.scratch, which, 2) + c, (float)(invstd * dweight / w.count()));
-  store(table_of(w, a.scratch, which, 3) + c, (float)(sum_g / w.count()));
+  if (first) {
+    store_channel<T>(n.dweight, c, dweight);
+    store_channel<T>(n.dbias, c, sum_g);
+  }
+  store(tables.row(which, 0) + c, mean);
+  store(tables.row(which, 1) + c, (float)(load_channel<T>(n.weight, c, 1) * invstd));
+  store(tables.row(which, 2) + c, (float)(invstd * dweight / w.count()));
+  store(tables.row(which, 3) + c, (float)(sum_g / w.count()));
 }
 
 // dx and dresidual of a part
-template <class T, bool kChannelsLast, bool kVector, bool kSecond>
-__device__ __forceinline__ void gradients(const BackwardArgs& a, const Walk& w, const Part& part) {
+template <class T, bool kChannelsLast, bool kVector, bool kSecond, class Keep>
+__device__ __forceinline__ void gradients(const BackwardArgs& a, const Walk& w,
+                                          const Tables& tables, const Part& part,
+                                          const Keep& kept) {
   constexpr int kChannels = kChannelsOf<kChannelsLast>;
-  constexpr int kBatch = kBatchOf<T, kSecond>;
+  constexpr int kBatch = kBatchOf < T, kSecond || Keep::kKeeps > ;  // shared memory is near
   if (part.first + part.lane >= part.end) return;
   const bool second = kSecond && a.residual_norm && a.dresidual;
   const bool reads_x = a.dx && a.norm[0].training;
@@ -649,19 +816,20 @@ __device__ __forceinline__ void gradients(const BackwardArgs& a, const Walk& w, 
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     if (i == 1 && !second) break;
-    load_channels<kChannelsLast>(table_of(w, a.scratch, i, 0), w, part, mean[i]);
-    load_channels<kChannelsLast>(table_of(w, a.scratch, i, 1), w, part, scale[i]);
-    load_channels<kChannelsLast>(table_of(w, a.scratch, i, 2), w, part, slope[i]);
-    load_channels<kChannelsLast>(table_of(w, a.scratch, i, 3), w, part, offset[i]);
+    load_channels<kChannelsLast>(tables.row(i, 0), w, part, mean[i]);
+    load_channels<kChannelsLast>(tables.row(i, 1), w, part, scale[i]);
+    load_channels<kChannelsLast>(tables.row(i, 2), w, part, slope[i]);
+    load_channels<kChannelsLast>(tables.row(i, 3), w, part, offset[i]);
   }
-  each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch]) {
+  each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch], int i) {
     Eight<T> dys[kBatch], xs[kBatch], residuals[kBatch];
     uint32_t bits[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; u++) {
-      dys[u] = load_eight<kVector, T>(a.dy, places[u]);
-      if (reads_x) xs[u] = load_eight<kVector, T>(a.x, places[u]);
-      if (reads_residual) residuals[u] = load_eight<kVector, T>(a.residual, places[u]);
+      dys[u] = load_kept<kVector, T>(kept, 0, i + u, a.dy, places[u]);
+      if (reads_x) xs[u] = load_kept<kVector, T>(kept, 1, i + u, a.x, places[u]);
+      if (reads_residual)
+        residuals[u] = load_kept<kVector, T>(kept, 2, i + u, a.residual, places[u]);
       bits[u] = 0xff;
       if (a.act != Act::none && places[u].valid) bits[u] = load(a.mask + places[u].mask);
     }
@@ -688,62 +856,93 @@ __device__ __forceinline__ void gradients(const BackwardArgs& a, const Walk& w, 
   });
 }
 
-template <class T, bool kChannelsLast, bool kVector, bool kSecond>
-__global__ void __launch_bounds__(kThreads, kVector && !kSecond ? 2 : 1)
-    gradient_sums_kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ Walk w) {
-  const Part part(w, false);
-  gradient_sums<T, kChannelsLast, kVector, kSecond>(
-      a, w, part, [&](int64_t c, const double (&sums)[kSums]) {
-#pragma unroll
-        for (int i = 0; i < (kSecond ? kSums : 2); i++)
-          store(sums_of(w, a.scratch, part.chunk, i) + c, sums[i]);
-      });
-}
-
+// as merge_forward
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
-    merge_backward_kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ Walk w) {
-  constexpr int kLanes = kThreads / kMergeChannels;
-  const int64_t c = (int64_t)blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels;
-  const int lane = threadIdx.x / kMergeChannels;
+__device__ inline void merge_backward(const BackwardArgs& a, const Walk& w, const Tables& tables,
+                                      bool first, int64_t c, int channels) {
+  const int lane = threadIdx.x / channels, lanes = kThreads / channels;
   const bool in_range = c < w.shape.channels;
   const int64_t chunks = in_range && a.sums ? w.chunks : 0;
 #pragma unroll
   for (int which = 0; which < 2; which++) {
     if (which == 1 && !a.residual_norm) break;
     double sums[2] = {};
-    for (int64_t k = lane; k < chunks; k += kLanes)
+    for (int64_t k = lane; k < chunks; k += lanes)
 #pragma unroll
       for (int i = 0; i < 2; i++) sums[i] += load(sums_of(w, a.scratch, k, 2 * which + i) + c);
-    if (a.sums) reduce(sums, kMergeChannels);
-    if (in_range && lane == 0) finish_backward<T>(a, w, which, c, sums[0], sums[1]);
+    if (a.sums) reduce(sums, channels);
+    if (in_range && lane == 0) finish_backward<T>(a, w, tables, first, which, c, sums[0], sums[1]);
   }
+}
+
+template <bool kSecond>
+__device__ inline auto kept_sums(const BackwardArgs& a, const Walk& w, const Part& part) {
+  double* sums = sums_of(w, a.scratch, part.chunk, 0);
+  const int64_t padded = w.padded();
+  return [=](int64_t c, const double (&of_channel)[kSums]) {
+#pragma unroll
+    for (int i = 0; i < (kSecond ? kSums : 2); i++) store(sums + i * padded + c, of_channel[i]);
+  };
+}
+
+template <class T, bool kChannelsLast, bool kVector, bool kSecond>
+__global__ void __launch_bounds__(kThreads, kVector && !kSecond ? 2 : 1)
+    gradient_sums_kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ Walk w) {
+  const Part part(w, false);
+  gradient_sums<T, kChannelsLast, kVector, kSecond>(a, w, part, NotKept<T>{},
+                                                    kept_sums<kSecond>(a, w, part));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    merge_backward_kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ Walk w) {
+  const int64_t c = (int64_t)blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels;
+  merge_backward<T>(a, w, tables_of_all(w, a.scratch), true, c, kMergeChannels);
 }
 
 template <class T, bool kChannelsLast, bool kVector, bool kSecond>
 __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1)
     gradients_kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ Walk w) {
-  gradients<T, kChannelsLast, kVector, kSecond>(a, w, Part(w, true));
+  gradients<T, kChannelsLast, kVector, kSecond>(a, w, tables_of_all(w, a.scratch), Part(w, true),
+                                                NotKept<T>{});
 }
 
 template <class T, bool kChannelsLast, bool kVector>
 __global__ void __launch_bounds__(kThreads, 1)
     whole_backward_kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ Walk w) {
   const Part part(w, false);
+  const Tables tables = tables_of_all(w, a.scratch);
   const auto finish = [&](int64_t c, const double (&sums)[kSums]) {
-    finish_backward<T>(a, w, 0, c, sums[0], sums[1]);
-    if (a.residual_norm) finish_backward<T>(a, w, 1, c, sums[2], sums[3]);
+    finish_backward<T>(a, w, tables, true, 0, c, sums[0], sums[1]);
+    if (a.residual_norm) finish_backward<T>(a, w, tables, true, 1, c, sums[2], sums[3]);
   };
   const double none[kSums] = {};
   if (a.sums)
-    gradient_sums<T, kChannelsLast, kVector, true>(a, w, part, finish);
+    gradient_sums<T, kChannelsLast, kVector, true>(a, w, part, NotKept<T>{}, finish);
   else if (part.lane == 0 && part.in_range)
     for (int k = 0; k < kChannelsOf<kChannelsLast>; k++) {
       const int64_t c = channel_of<kChannelsLast>(part.column) + k;
       if (c < w.shape.channels) finish(c, none);
     }
   __syncthreads();
-  if (a.dx || a.dresidual) gradients<T, kChannelsLast, kVector, true>(a, w, part);
+  if (a.dx || a.dresidual)
+    gradients<T, kChannelsLast, kVector, true>(a, w, tables, part, NotKept<T>{});
+}
+
+template <class T, bool kChannelsLast, bool kSecond>
+__global__ void __launch_bounds__(kThreads, blocks_together(kSecond))
+    cooperative_backward_kernel(const __grid_constant__ BackwardArgs a,
+                                const __grid_constant__ Walk w,
+                                const __grid_constant__ Kept<T> kept) {
+  const Part part(w, false);
+  gradient_sums<T, kChannelsLast, true, kSecond>(a, w, part, kept, kept_sums<kSecond>(a, w, part));
+  BARRIER_BEFORE_MERGE();
+  const int channels = w.channels_of_block();
+  const int64_t c = blockIdx.x % w.column_blocks * channels + threadIdx.x % channels;
+  const Tables tables = tables_of_block(w, a.scratch);
+  merge_backward<T>(a, w, tables, part.chunk == 0, c, channels);
+  __syncthreads();
+  if (a.dx || a.dresidual) gradients<T, kChannelsLast, true, kSecond>(a, w, tables, part, kept);
 }
 
 // --- launches
@@ -755,9 +954,21 @@ struct Flag {
 
 inline bool aligned(const void* p) { return (uintptr_t)p % 16 == 0; }  // null is
 
-inline bool takes_whole(const Walk& whole, Plan plan) {
-  if (plan != Plan::automatic) return plan == Plan::whole;
-  return whole.items <= (int64_t)whole.lanes * kWholeItems;
+inline int bytes_of(Element e) { return e == Element::f32 ? 4 : 2; }
+
+// The plan of a call that reads `tensors` tensors twice, one of two BatchNorms if `second`.
+inline Plan plan_of(Plan asked, const Shape& shape, Element element, const Device& device,
+                    bool second, int tensors, bool vector) {
+  if (asked == Plan::whole || asked == Plan::split) return asked;
+  const Walk whole = whole_walk(shape), together = cooperative_walk(shape, device, second);
+  const bool can = vector && tensors &&
+                   together.blocks() <= (int64_t)device.multiprocessors * blocks_together(second);
+  if (asked == Plan::cooperative) return can ? Plan::cooperative : Plan::split;
+  if (whole.items <= (int64_t)whole.lanes * kWholeItems) return Plan::whole;
+  // worth it where every eight is kept and the sums of few chunks are merged by every block
+  const int64_t of_thread = ceil_div(together.chunk, together.lanes);
+  const int64_t kept = of_thread * kThreads * 8 * bytes_of(element) * tensors;
+  return can && kept <= kept_bytes(device, second) ? Plan::cooperative : Plan::split;
 }
 
 // call(element, channels_last, vector) with the types and flags that a call's kernels are made for
@@ -775,17 +986,32 @@ inline void with_kernels(Element element, const Shape& shape, bool vector, const
 }
 
 inline void bn_act_forward(const ForwardArgs& a, Stream stream) {
-  const Walk split(a.shape, false), whole(a.shape, true);
+  const Walk split = split_walk(a.shape);
   const bool vector = split.run % 8 == 0 && aligned(a.x) && aligned(a.residual) && aligned(a.y);
+  const bool second = a.residual_kind == Residual::norm;
+  const int trained = a.norm[0].training + (second && a.norm[1].training);
+  const Plan plan =
+      plan_of(a.plan, a.shape, a.element, a.device, second, trained ? 1 + second : 0, vector);
   with_kernels(a.element, a.shape, vector, [&](auto t, auto channels_last, auto vector) {
     using T = decltype(t);
     constexpr bool kChannelsLast = decltype(channels_last)::value;
     constexpr bool kVector = decltype(vector)::value;
-    if (takes_whole(whole, a.plan))
+    if (plan == Plan::whole) {
+      const Walk whole = whole_walk(a.shape);
       return launch("bn_act_fwd_whole", whole_forward_kernel<T, kChannelsLast, kVector>,
                     dim3(whole.blocks()), kThreads, stream, a, whole);
-    const bool second = a.residual_kind == Residual::norm;
-    const int trained = a.norm[0].training + (second && a.norm[1].training);
+    }
+    if constexpr (kVector) {
+      if (plan == Plan::cooperative) {
+        const Walk together = cooperative_walk(a.shape, a.device, second);
+        const Kept<T> kept(kept_bytes(a.device, second), 1 + second,
+                           a.norm[0].training + 2 * a.norm[1].training);
+        const auto kernel = second ? cooperative_forward_kernel<T, kChannelsLast, true>
+                                   : cooperative_forward_kernel<T, kChannelsLast, false>;
+        return launch_together("bn_act_fwd_cooperative", kernel, together.blocks(), kThreads,
+                               kept.bytes(1 + second), stream, a, together, kept);
+      }
+    }
     if (trained)
       launch("bn_act_fwd_statistics", statistics_kernel<T, kChannelsLast, kVector>,
              dim3(split.blocks(), trained), kThreads, stream, a, split);
@@ -800,16 +1026,31 @@ inline void bn_act_forward(const ForwardArgs& a, Stream stream) {
 
 inline void bn_act_backward(const BackwardArgs& a, Stream stream) {
   if (!a.sums && !a.dx && !a.dresidual) return;
-  const Walk split(a.shape, false), whole(a.shape, true);
+  const Walk split = split_walk(a.shape);
   const bool vector = split.run % 8 == 0 && aligned(a.dy) && aligned(a.x) && aligned(a.residual) &&
                       aligned(a.dx) && aligned(a.dresidual);
+  const int tensors = 2 + a.residual_norm;
+  const Plan plan =
+      plan_of(a.plan, a.shape, a.element, a.device, a.residual_norm, a.sums ? tensors : 0, vector);
   with_kernels(a.element, a.shape, vector, [&](auto t, auto channels_last, auto vector) {
     using T = decltype(t);
     constexpr bool kChannelsLast = decltype(channels_last)::value;
     constexpr bool kVector = decltype(vector)::value;
-    if (takes_whole(whole, a.plan))
+    if (plan == Plan::whole) {
+      const Walk whole = whole_walk(a.shape);
       return launch("bn_act_bwd_whole", whole_backward_kernel<T, kChannelsLast, kVector>,
                     dim3(whole.blocks()), kThreads, stream, a, whole);
+    }
+    if constexpr (kVector) {
+      if (plan == Plan::cooperative) {
+        const Walk together = cooperative_walk(a.shape, a.device, a.residual_norm);
+        const Kept<T> kept(kept_bytes(a.device, a.residual_norm), tensors, 7);
+        const auto kernel = a.residual_norm ? cooperative_backward_kernel<T, kChannelsLast, true>
+                                            : cooperative_backward_kernel<T, kChannelsLast, false>;
+        return launch_together("bn_act_bwd_cooperative", kernel, together.blocks(), kThreads,
+                               kept.bytes(tensors), stream, a, together, kept);
+      }
+    }
     const bool second = a.residual_norm || !kVector;
     if (a.sums) {
       const auto sums = second ? gradient_sums_kernel<T, kChannelsLast, kVector, true>

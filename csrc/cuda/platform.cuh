@@ -8,6 +8,7 @@
 #ifdef FUSED_RES_EMULATION
 #include "emulator.h"
 #else
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -16,14 +17,28 @@ namespace fused_res::cuda {
 
 using Stream = cudaStream_t;
 
-// An array of a block's shared memory.
+// An array of a block's shared memory; and the one whose size a cooperative launch sets.
 #define SHARED(type, name, count) __shared__ type name[count]
+#define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+
+// Every block of a cooperative launch gets here, and sees what the others wrote before.
+__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 // The name is for the emulation's messages and counts.
 template <class... Parameters, class... Arguments>
 inline void launch(const char*, void (*kernel)(Parameters...), dim3 grid, int threads,
                    Stream stream, const Arguments&... arguments) {
   kernel<<<grid, threads, 0, stream>>>(arguments...);
+}
+
+// All blocks on the device at once; fails, as any launch, where they do not fit. The error is left
+// for the caller to read (cudaGetLastError).
+template <class... Parameters>
+inline void launch_together(const char*, void (*kernel)(Parameters...), unsigned blocks,
+                            int threads, int shared_bytes, Stream stream, Parameters... arguments) {
+  void* pointers[] = {&arguments...};
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), pointers, shared_bytes, stream);
 }
 
 // Every access to global memory goes through these two.
@@ -59,6 +74,11 @@ namespace fused_res::cuda {
 #define SYNC_BEFORE_REDUCTION()
 #else
 #define SYNC_BEFORE_REDUCTION() __syncthreads()
+#endif
+#ifdef PLANT_MISSING_GRID_BARRIER
+#define BARRIER_BEFORE_MERGE() __syncthreads()
+#else
+#define BARRIER_BEFORE_MERGE() grid_barrier()
 #endif
 #ifdef PLANT_WRONG_MASK_BIT
 constexpr int kPlantedBit = 1;

@@ -16,7 +16,7 @@ from fused_res.reference import ACTS
 
 SOURCE = Path(__file__).with_name("bn_act_emulated.cpp")
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
-PLANS = ("automatic", "whole", "split")
+PLANS = ("automatic", "whole", "cooperative", "split")
 
 
 # The structures of csrc/cuda/bn_act_kernels.cuh.
@@ -27,6 +27,10 @@ class Shape(Structure):
         ("pixels", c_int64),
         ("channels_last", c_bool),
     ]
+
+
+class Device(Structure):
+    _fields_ = [("multiprocessors", c_int), ("shared_bytes", c_int)]
 
 
 class Channels(Structure):
@@ -59,6 +63,7 @@ class ForwardArgs(Structure):
         ("norm", ForwardNorm * 2),
         ("scratch", c_void_p),
         ("plan", c_int),
+        ("device", Device),
     ]
 
 
@@ -88,7 +93,12 @@ class BackwardArgs(Structure):
         ("sums", c_bool),
         ("scratch", c_void_p),
         ("plan", c_int),
+        ("device", Device),
     ]
+
+
+# Bytes of shared memory that keep an eight of 16-bit elements of one tensor for every thread.
+SLOT = 256 * 16
 
 
 class EmulationError(RuntimeError):
@@ -138,6 +148,7 @@ class Emulation:
         assert self.library.size_of_forward_args() == ctypes.sizeof(ForwardArgs)
         assert self.library.size_of_backward_args() == ctypes.sizeof(BackwardArgs)
         self.plan, self.seed, self._kept = "automatic", 0, []
+        self.device = Device(3, 2 * (1024 + (17 << 10)) + 2 * SLOT)
 
     def _start(self):
         self.library.clear_regions()
@@ -159,7 +170,7 @@ class Emulation:
         return Channels(pointer, t.stride(0), t.dtype == torch.float32)
 
     def _scratch(self, shape: Shape) -> int:
-        size = self.library.size_of_scratch(ctypes.byref(shape))
+        size = self.library.size_of_scratch(ctypes.byref(shape), ctypes.byref(self.device))
         scratch = torch.full((size // 4,), float("nan"))
         return self._pointer("scratch", scratch, True)
 
@@ -228,6 +239,7 @@ class Emulation:
             (forward_norm(norm), forward_norm(residual_norm)),
             self._scratch(shape),
             PLANS.index(self.plan),
+            self.device,
         )
         self._finish(self.library.forward(ctypes.byref(args), self.seed))
         return y, mask, stats
@@ -274,6 +286,7 @@ class Emulation:
             need_parameters or (need_x and norm.training) or (need_residual and second_trains),
             self._scratch(shape),
             PLANS.index(self.plan),
+            self.device,
         )
         self._finish(self.library.backward(ctypes.byref(args), self.seed))
         return Gradients(dx, dresidual, *parameters)

@@ -23,11 +23,13 @@ extern "C" {
 
 int64_t size_of_forward_args() { return sizeof(ForwardArgs); }
 int64_t size_of_backward_args() { return sizeof(BackwardArgs); }
-int64_t size_of_scratch(const Shape* shape) { return scratch_bytes(*shape); }
+int64_t size_of_scratch(const Shape* shape, const Device* device) {
+  return scratch_bytes(*shape, *device);
+}
 
 // first element, mask byte and length of an eight
 void place_of(const Shape* shape, int64_t column, int64_t item, int64_t* out) {
-  const Walk w(*shape, false);
+  const Walk w = split_walk(*shape);
   const Place p = shape->channels_last ? Cursor<true, false>(w, column, item, 1).place()
                                        : Cursor<false, false>(w, column, item, 1).place();
   out[0] = p.element, out[1] = p.mask, out[2] = p.valid;
@@ -36,7 +38,7 @@ void place_of(const Shape* shape, int64_t column, int64_t item, int64_t* out) {
 // the items [first, end) and the column of thread 0 of block b
 void part_of(const Shape* shape, int64_t b, int64_t* out) {
   blockIdx = dim3((unsigned)b), threadIdx = dim3(0);
-  const Walk w(*shape, false);
+  const Walk w = split_walk(*shape);
   const Part p(w, false);
   out[0] = p.first, out[1] = p.end, out[2] = p.column, out[3] = w.blocks();
 }

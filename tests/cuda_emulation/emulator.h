@@ -1,7 +1,8 @@
 // Runs CUDA kernels on a CPU, to prove them where there is no GPU: what csrc/cuda/platform.cuh is
 // to nvcc. A block's threads are fibers that run, in an order shuffled by a seed, from one barrier
-// to the next; so do the blocks of a grid. Shared memory is full of NaN before each block. Every
-// access to global memory is checked against the allocations that were registered, and counted.
+// to the next; so do the blocks of a grid, one after the other, or from one barrier of the grid to
+// the next in a cooperative launch. Shared memory is full of NaN before each block. Every access to
+// global memory is checked against the allocations that were registered, and counted.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -38,7 +39,8 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 
 constexpr size_t kStack = 128 << 10;
-constexpr size_t kMaxShared = 48 << 10;  // of a block, without asking for more
+constexpr size_t kMaxShared = 48 << 10;  // arrays of a block
+constexpr size_t kMaxDynamic = 227 << 10;
 
 struct Count {
   int64_t read = 0, written = 0;
@@ -57,7 +59,17 @@ struct Fiber {
   ucontext_t context;
   jmp_buf here;
   std::unique_ptr<char[]> stack;
-  bool started = false, finished = false;
+  bool started = false;
+};
+
+// What a thread stops at, or all of a block's threads.
+enum class Stop { block_barrier, grid_barrier, end };
+
+struct Block {
+  size_t first_fiber = 0;
+  int64_t index = 0;
+  std::unique_ptr<char[]> shared_memory;  // arrays, then the dynamic one
+  Stop stop = Stop::block_barrier;
 };
 
 struct Machine {
@@ -68,11 +80,13 @@ struct Machine {
   std::string kernel, error;
   std::function<void()> body;
   std::vector<Fiber> fibers;
+  std::vector<Block> blocks;  // that are on the device
   jmp_buf scheduler;
   Fiber* running = nullptr;
-  std::map<const void*, std::pair<char*, size_t>> shared;  // by declaration
-  size_t shared_used = 0;
-  alignas(16) char shared_memory[kMaxShared];
+  Stop stop = Stop::end;                 // of the thread that ran last
+  char* shared_memory = nullptr;         // of the running block
+  std::map<const void*, size_t> shared;  // offsets, by declaration
+  size_t shared_used = 0, dynamic_bytes = 0;
 
   uint64_t draw() {  // xorshift
     random ^= random << 13, random ^= random >> 7, random ^= random << 17;
@@ -111,8 +125,10 @@ inline Count& access(const void* p, size_t bytes, bool write) {
   return region.count;
 }
 
-inline void barrier() {  // back to the scheduler until it resumes this fiber
-  if (_setjmp(machine.running->here) == 0) _longjmp(machine.scheduler, 1);
+inline void stop(Stop at) {  // back to the scheduler until it resumes this fiber
+  Fiber& fiber = *machine.running;
+  machine.stop = at;
+  if (_setjmp(fiber.here) == 0) _longjmp(machine.scheduler, 1);
 }
 
 inline void resume(Fiber& fiber) {
@@ -130,8 +146,7 @@ inline void fiber_main() {
     } catch (const std::exception& e) {  // must not leave this stack
       if (machine.error.empty()) machine.error = e.what();
     }
-    machine.running->finished = true;
-    barrier();
+    stop(Stop::end);
   }
 }
 
@@ -154,44 +169,78 @@ inline std::vector<int64_t> numbers(int64_t n) {
   return order;
 }
 
-inline void run_block(std::vector<int64_t>& order) {
-  memset(machine.shared_memory, 0xff, kMaxShared);
-  for (Fiber& f : machine.fibers) f.finished = false;
-  for (size_t finished = 0; finished < order.size();) {
+inline void start(Block& block, int64_t index) {
+  if (!block.shared_memory) block.shared_memory.reset(new char[kMaxShared + kMaxDynamic]);
+  memset(block.shared_memory.get(), 0xff, kMaxShared + machine.dynamic_bytes);
+  block.index = index;
+}
+
+// to the next barrier of the grid, or the end
+inline void run(Block& block, std::vector<int64_t>& order) {
+  blockIdx.x = block.index % gridDim.x, blockIdx.y = block.index / gridDim.x;
+  machine.shared_memory = block.shared_memory.get();
+  do {
     machine.shuffle(order);
-    finished = 0;
-    for (const int64_t i : order) {
-      threadIdx.x = i;
-      resume(machine.fibers[i]);
-      finished += machine.running->finished;
+    for (size_t i = 0; i < order.size(); i++) {
+      threadIdx.x = order[i];
+      resume(machine.fibers[block.first_fiber + order[i]]);
       if (!machine.error.empty()) return;
+      if (i > 0 && machine.stop != block.stop) {
+        machine.error = machine.kernel + ": threads of a block do not meet at the same barrier";
+        return;
+      }
+      block.stop = machine.stop;
     }
-    if (finished != 0 && finished != order.size()) {
-      machine.error = machine.kernel + ": some threads of a block ended before a barrier of others";
-      return;
-    }
+  } while (block.stop == Stop::block_barrier);
+}
+
+// Runs `blocks` of the grid as if alone on the device, from barrier to barrier.
+inline void run_together(std::vector<int64_t> indices, int threads) {
+  auto order = numbers(threads);
+  std::vector<Block>& blocks = machine.blocks;
+  if (blocks.size() < indices.size()) blocks.resize(indices.size());
+  if (machine.fibers.size() < indices.size() * threads) make_fibers(indices.size() * threads);
+  for (size_t i = 0; i < indices.size(); i++) {
+    blocks[i].first_fiber = i * threads;
+    start(blocks[i], indices[i]);
   }
+  auto turns = numbers(indices.size());
+  do {
+    machine.shuffle(turns);
+    for (const int64_t i : turns) {
+      run(blocks[i], order);
+      if (machine.error.empty() && blocks[i].stop != blocks[turns[0]].stop)
+        machine.error = machine.kernel + ": blocks do not meet at the same barrier of the grid";
+      if (machine.error.empty()) continue;
+      make_fibers(machine.fibers.size());  // some are in the middle of a kernel
+      throw std::runtime_error(machine.error);
+    }
+  } while (blocks[turns[0]].stop == Stop::grid_barrier);
 }
 
 // Runs a grid of one-dimensional blocks; throws std::runtime_error with what went wrong.
-inline void launch(const char* name, dim3 grid, int threads, const std::function<void()>& body) {
+inline void launch(const char* name, dim3 grid, int threads, bool together, size_t dynamic_bytes,
+                   const std::function<void()>& body) {
   machine.kernel = name;
   machine.error.clear();
   machine.body = body;
   machine.shared.clear();
   machine.shared_used = 0;
+  machine.dynamic_bytes = dynamic_bytes;
   gridDim = grid, blockDim = dim3(threads);
-  if (machine.fibers.size() != (size_t)threads) make_fibers(threads);
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535) fail("no such grid");
-  auto blocks = numbers((int64_t)grid.x * grid.y), order = numbers(threads);
+  if (dynamic_bytes > kMaxDynamic) fail("too much dynamic shared memory");
+  auto blocks = numbers((int64_t)grid.x * grid.y);
   machine.shuffle(blocks);
-  for (const int64_t b : blocks) {
-    blockIdx.x = b % grid.x, blockIdx.y = b / grid.x;
-    run_block(order);
-    if (machine.error.empty()) continue;
-    make_fibers(threads);  // some are in the middle of a kernel
-    throw std::runtime_error(machine.error);
-  }
+  if (together)
+    run_together(blocks, threads);
+  else
+    for (const int64_t b : blocks) {
+      run_together({b}, threads);
+      if (machine.blocks[0].stop == Stop::end) continue;
+      make_fibers(machine.fibers.size());
+      fail("a barrier of the grid in a launch that has none");
+    }
   for (Region& r : machine.regions) {
     Count& total = machine.counts[{name, r.name}];
     total.read += r.count.read, total.written += r.count.written;
@@ -211,23 +260,25 @@ struct Shared {
 
 template <class T>
 inline Shared<T> shared(const void* declaration, int count) {
-  auto& [data, bytes] = machine.shared[declaration];
-  if (!data) {
-    data = machine.shared_memory + machine.shared_used;
-    bytes = count * sizeof(T);
-    machine.shared_used += (bytes + 15) / 16 * 16;
-    if (machine.shared_used > kMaxShared) fail("too much shared memory");
-  }
-  return {(T*)data, count};
+  const auto [found, fresh] = machine.shared.insert({declaration, machine.shared_used});
+  if (fresh) machine.shared_used += (count * sizeof(T) + 15) / 16 * 16;
+  if (machine.shared_used > kMaxShared) fail("too much shared memory");
+  return {(T*)(machine.shared_memory + found->second), count};
+}
+
+template <class T>
+inline Shared<T> dynamic_shared() {
+  return {(T*)(machine.shared_memory + kMaxShared), (int)(machine.dynamic_bytes / sizeof(T))};
 }
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::barrier(); }
+inline void __syncthreads() { emulator::stop(emulator::Stop::block_barrier); }
 
 #define SHARED(type, name, count) \
   static char name##_declaration; \
   const auto name = emulator::shared<type>(&name##_declaration, count)
+#define DYNAMIC_SHARED(type, name) const auto name = emulator::dynamic_shared<type>()
 
 namespace fused_res::cuda {
 
@@ -236,8 +287,16 @@ struct Stream {};
 template <class... Parameters, class... Arguments>
 inline void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, Stream,
                    const Arguments&... arguments) {
-  emulator::launch(name, grid, threads, [&] { kernel(arguments...); });
+  emulator::launch(name, grid, threads, false, 0, [&] { kernel(arguments...); });
 }
+
+template <class... Parameters>
+inline void launch_together(const char* name, void (*kernel)(Parameters...), unsigned blocks,
+                            int threads, int shared_bytes, Stream, const Parameters&... arguments) {
+  emulator::launch(name, blocks, threads, true, shared_bytes, [&] { kernel(arguments...); });
+}
+
+inline void grid_barrier() { emulator::stop(emulator::Stop::grid_barrier); }
 
 template <class V>
 inline V load(const V* p) {
