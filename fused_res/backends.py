@@ -173,6 +173,13 @@ def why_not_tensors(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+def _preferred(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    for candidate, dtypes in PREFERRED[op].items():
+        if dtype in dtypes and why_not(op, candidate, device_type, dtype) is None:
+            return candidate
+    return None
+
+
 def choose(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str:
     """The backend that runs ``op`` on ``tensors`` (the first one decides device and dtype).
 
@@ -191,9 +198,9 @@ def choose(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str
             raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
         return name
     if reason is None:
-        for candidate, dtypes in PREFERRED[op].items():
-            if x.dtype in dtypes and why_not(op, candidate, x.device.type, x.dtype) is None:
-                return candidate
+        candidate = _preferred(op, x.device.type, x.dtype)
+        if candidate is not None:
+            return candidate
         reason = f"no fused kernel is preferred for {x.dtype} on {x.device.type!r}"
     if not torch.compiler.is_compiling() and (op, reason) not in _logged:
         _logged.add((op, reason))

@@ -58,6 +58,42 @@ def bn_act(
     return F.relu(y) if act == "relu" else y
 
 
+class ConvNorm(NamedTuple):
+    """The arguments of one ``F.conv2d`` beside its input, sizes as pairs, and a BatchNorm of its
+    output."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    norm: Norm
+
+
+def res_block(
+    x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None = None, act: Act = "relu"
+) -> Tensor:
+    """A residual block (He et al., 2016) as PyTorch's own ops.
+
+    Args:
+        x: (N, C, H, W).
+        branch: stages; a ReLU follows each but the last.
+        shortcut: a stage from ``x`` to what is added; None: ``x`` itself.
+        act: ``relu`` after the add, ``relu_before_add``, or ``none``.
+    """
+
+    def convolve(stage: ConvNorm, x: Tensor) -> Tensor:
+        return F.conv2d(x, *stage[:-1])
+
+    z = x
+    for stage in branch[:-1]:
+        z = bn_act(convolve(stage, z), stage.norm)
+    residual = x if shortcut is None else convolve(shortcut, x)
+    norm = None if shortcut is None else shortcut.norm
+    return bn_act(convolve(branch[-1], z), branch[-1].norm, residual, norm, act)
+
+
 def batch_norm_bwd(
     g: Tensor,
     x: Tensor,

@@ -1,8 +1,10 @@
 // bn_act on a CUDA device: tensors in, tensors out. Nothing here waits for the device, and every
 // launch and allocation can be captured in a CUDA graph. Kernels: bn_act_kernels.cuh.
 #include "../cpu/bn_act.h"
+#include "../res_block.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <atomic>
@@ -261,6 +263,31 @@ BnActBackward bn_act_bwd_cuda(const Tensor& dy_, const Tensor& x_, const OptTens
   return {dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias};
 }
 
+// --- what a block is made of
+
+constexpr int kCounters = 32;
+struct Counters {
+  int64_t* counters[kCounters];
+};
+__global__ void count_kernel(const Counters counters) { ++*counters.counters[threadIdx.x]; }
+
+struct CudaLibrary {
+  static constexpr auto bn_act_fwd = bn_act_fwd_cuda;
+  static constexpr auto bn_act_bwd = bn_act_bwd_cuda;
+  static constexpr auto convolution = aoti_torch_cuda_convolution;
+  static constexpr auto convolution_backward = aoti_torch_cuda_convolution_backward;
+  static void count(const Tensors& tensors) {
+    STD_TORCH_CHECK(tensors.size() <= kCounters, "a block has at most 32 BatchNorms that train");
+    const Allocator device{tensors[0].get_device_index()};
+    torch::stable::accelerator::DeviceGuard guard(device.index);
+    Counters counters{};
+    for (size_t i = 0; i < tensors.size(); i++)
+      counters.counters[i] = (int64_t*)tensors[i].mutable_data_ptr();
+    count_kernel<<<1, (unsigned)tensors.size(), 0, device.stream()>>>(counters);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
 int64_t cuda_plan(int64_t wanted) {
   STD_TORCH_CHECK(-1 <= wanted && wanted <= (int64_t)cuda::Plan::split, "plan must be -1 to 3");
   if (wanted >= 0) plan = (cuda::Plan)wanted;
@@ -272,6 +299,8 @@ int64_t cuda_plan(int64_t wanted) {
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CUDA, m) {
   m.impl("bn_act_fwd", TORCH_BOX(&fused_res::bn_act_fwd_cuda));
   m.impl("bn_act_bwd", TORCH_BOX(&fused_res::bn_act_bwd_cuda));
+  m.impl("res_block_fwd", TORCH_BOX(&fused_res::res_block_fwd<fused_res::CudaLibrary>));
+  m.impl("res_block_bwd", TORCH_BOX(&fused_res::res_block_bwd<fused_res::CudaLibrary>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) {

@@ -376,13 +376,21 @@ __device__ inline int64_t channel_of(int64_t column) {
 }
 
 // a float per channel of a column; those past the last channel read as the last
-template <bool kChannelsLast>
+template <bool kChannelsLast, bool kVector>
 __device__ __forceinline__ void load_channels(const float* array, const Walk& w, const Part& part,
                                               float (&values)[kChannelsOf<kChannelsLast>]) {
+  const int64_t c = channel_of<kChannelsLast>(part.column);
+  if constexpr (kChannelsLast && kVector) {  // then rows of channels are multiples of 32 bytes
 #pragma unroll
-  for (int k = 0; k < kChannelsOf<kChannelsLast>; k++)
-    values[k] =
-        load(array + smaller(channel_of<kChannelsLast>(part.column) + k, w.shape.channels - 1));
+    for (int i = 0; i < 2; i++) {
+      const uint4 words = load((const uint4*)(array + c) + i);
+      memcpy(values + 4 * i, &words, 16);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kChannelsOf<kChannelsLast>; k++)
+      values[k] = load(array + smaller(c + k, w.shape.channels - 1));
+  }
 }
 
 template <class T>
@@ -558,9 +566,9 @@ __device__ __forceinline__ void apply(const ForwardArgs& a, const Walk& w, const
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     if (i == 1 && !second) break;
-    load_channels<kChannelsLast>(tables.row(i, 0), w, part, centre[i]);
-    load_channels<kChannelsLast>(tables.row(i, 1), w, part, scale[i]);
-    load_channels<kChannelsLast>(tables.row(i, 2), w, part, shift[i]);
+    load_channels<kChannelsLast, kVector>(tables.row(i, 0), w, part, centre[i]);
+    load_channels<kChannelsLast, kVector>(tables.row(i, 1), w, part, scale[i]);
+    load_channels<kChannelsLast, kVector>(tables.row(i, 2), w, part, shift[i]);
   }
   const bool before_add = a.act == Act::relu_before_add;
   each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch], int i) {
@@ -721,9 +729,9 @@ __device__ __forceinline__ void gradient_sums(const BackwardArgs& a, const Walk&
   constexpr int kBatch = kBatchOf < T, kChannelsLast || kSecond > ;
   const bool second = kSecond && a.residual_norm;
   float mean[2][kChannels] = {};
-  if (part.in_range) load_channels<kChannelsLast>(a.stats, w, part, mean[0]);
+  if (part.in_range) load_channels<kChannelsLast, kVector>(a.stats, w, part, mean[0]);
   if (part.in_range && second)
-    load_channels<kChannelsLast>(a.stats + 2 * w.shape.channels, w, part, mean[1]);
+    load_channels<kChannelsLast, kVector>(a.stats + 2 * w.shape.channels, w, part, mean[1]);
   constexpr int kWanted = kSecond ? kSums : 2;
   double sums[kWanted * kChannels] = {};
   each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch], int i) {
@@ -816,10 +824,10 @@ __device__ __forceinline__ void gradients(const BackwardArgs& a, const Walk& w,
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     if (i == 1 && !second) break;
-    load_channels<kChannelsLast>(tables.row(i, 0), w, part, mean[i]);
-    load_channels<kChannelsLast>(tables.row(i, 1), w, part, scale[i]);
-    load_channels<kChannelsLast>(tables.row(i, 2), w, part, slope[i]);
-    load_channels<kChannelsLast>(tables.row(i, 3), w, part, offset[i]);
+    load_channels<kChannelsLast, kVector>(tables.row(i, 0), w, part, mean[i]);
+    load_channels<kChannelsLast, kVector>(tables.row(i, 1), w, part, scale[i]);
+    load_channels<kChannelsLast, kVector>(tables.row(i, 2), w, part, slope[i]);
+    load_channels<kChannelsLast, kVector>(tables.row(i, 3), w, part, offset[i]);
   }
   each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch], int i) {
     Eight<T> dys[kBatch], xs[kBatch], residuals[kBatch];
@@ -1028,7 +1036,7 @@ inline void bn_act_backward(const BackwardArgs& a, Stream stream) {
   if (!a.sums && !a.dx && !a.dresidual) return;
   const Walk split = split_walk(a.shape);
   const bool vector = split.run % 8 == 0 && aligned(a.dy) && aligned(a.x) && aligned(a.residual) &&
-                      aligned(a.dx) && aligned(a.dresidual);
+                      aligned(a.dx) && aligned(a.dresidual) && aligned(a.stats);
   const int tensors = 2 + a.residual_norm;
   const Plan plan =
       plan_of(a.plan, a.shape, a.element, a.device, a.residual_norm, a.sums ? tensors : 0, vector);

@@ -50,6 +50,8 @@ template <class V>
 __device__ __forceinline__ void store(V* p, V value) {
   *p = value;
 }
+// nvcc splits a plain store of 16 bytes made of narrower values
+__device__ __forceinline__ void store(uint4* p, uint4 value) { __stwb(p, value); }
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(bf16 v) {

@@ -2,7 +2,8 @@
 makes.
 
 A block keeps ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` children under their own names. A
-``BlockPlan`` says in which order they act; ``run_block`` follows it with one op per normalisation.
+``BlockPlan`` says in which order they act; ``run_block`` follows it in one op where its children
+are nothing but convolutions and BatchNorms, else with one op per normalisation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import reference
 from ..env import BACKENDS
 from ..ops.bn_act import bn_act_norms
-from ..reference import Act, Norm
+from ..ops.res_block import whole
+from ..reference import Act, ConvNorm, Norm
 
 
 class Stage(NamedTuple):
@@ -68,6 +70,8 @@ def bypassed_children(block: nn.Module, branch: list[Stage], shortcut: Stage | N
 
 
 def child(module: nn.Module, path: str) -> nn.Module:
+    if path in module._modules:
+        return module._modules[path]
     for name in path.split(".") if path else ():
         module = getattr(module, name)
     return module
@@ -123,10 +127,78 @@ def _normalise(
     return bn_act_norms(x, norm, residual, residual_norm, act, block.backend)
 
 
+def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | None] | None:
+    """A stage as ``res_block`` takes it, and what counts its batches; None where that would not do
+    the same.
+
+    Looks into the modules' dictionaries: their attributes cost more than the kernels of a small
+    block.
+    """
+    if stage.before or stage.conv is None or stage.norm is None:
+        return None
+    conv, bn = child(block, stage.conv), child(block, stage.norm)
+    if (
+        type(conv) is not nn.Conv2d
+        or conv.padding_mode != "zeros"
+        or type(conv.padding) is str
+        or "forward" in conv.__dict__
+        or has_hooks(conv)
+        or bn.momentum is None  # the average depends on a count that is on the device
+    ):
+        return None
+    kernel, affine, state = conv._parameters, bn._parameters, bn._buffers
+    if not ("weight" in kernel and "weight" in affine and "running_mean" in state):
+        return None
+    training = bn.training or state["running_mean"] is None
+    norm = Norm(
+        state["running_mean"],
+        state["running_var"],
+        affine["weight"],
+        affine["bias"],
+        training,
+        bn.momentum,
+        bn.eps,
+    )
+    counter = state["num_batches_tracked"] if training else None
+    if training and (not bn.track_running_stats or counter is None):
+        return None
+    return ConvNorm(
+        kernel["weight"],
+        kernel["bias"],
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        norm,
+    ), counter
+
+
+def _run_whole(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor | None:
+    """``block.forward(x)`` in one op; None where it must be run stage by stage."""
+    if torch.compiler.is_compiling() or plan.skip == "concat":
+        return None
+    stages = []
+    for stage in plan.branch if plan.shortcut is None else (*plan.branch, plan.shortcut):
+        found = _stage_of_whole(block, stage)
+        if found is None:
+            return None
+        stages.append(found)
+    if not all(stage.relu for stage in plan.branch[:-1]):
+        return None
+    shortcut = None if plan.shortcut is None else stages[-1][0]
+    branch = [stage for stage, _ in stages[: len(plan.branch)]]
+    counters = [counter for _, counter in stages if counter is not None]
+    return whole(x, branch, shortcut, act, block.backend, counters)
+
+
 def run_block(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor:
-    """``block.forward(x)``, one fused op for each normalisation and what follows it."""
-    out = x
+    """``block.forward(x)``, its normalisations fused with what follows them."""
     last = plan.branch[-1]
+    act = "relu_before_add" if last.relu else "relu" if plan.relu else "none"
+    y = _run_whole(block, plan, act, x)
+    if y is not None:
+        return y
+    out = x
     for stage in plan.branch[:-1]:
         out = _normalise(block, stage, _convolve(block, stage, out))
     out = _convolve(block, last, out)
@@ -145,7 +217,6 @@ def run_block(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor:
             residual = bn_act_norms(residual, residual_norm, act="none", backend=block.backend)
         out = _normalise(block, last, out) + residual
         return F.relu(out) if plan.relu else out
-    act = "relu_before_add" if last.relu else "relu" if plan.relu else "none"
     return _normalise(block, last, out, residual, residual_norm, act)
 
 

@@ -1,0 +1,264 @@
+"""A whole residual block in one call each way: the op ``res_block``.
+
+Convolutions from the library, all the rest by ``bn_act``: the kernels are those of a block run
+stage by stage, without the host's work between them (several times a small kernel's own).
+``reference.res_block`` says what it computes; ``csrc/res_block.h`` walks the stages.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..backends import choose
+from ..reference import ACTS, Act, ConvNorm, Norm
+from . import library
+from .bn_act import bn_act_norms
+
+# Of each stage, the shortcut's last. parameters: the convolution's weight and bias, the BatchNorm's
+# weight and bias. running: mean and variance. counters: num_batches_tracked of each BatchNorm that
+# trains, or none. integers: the convolution's stride, padding and
+# dilation (2 each) and groups; whether the BatchNorm trains. numbers: momentum and eps.
+# act: of the end; a ReLU follows each stage before.
+# Returns y and, if `save`, what backward needs: the convolutions' outputs, the inner activations,
+# and of each bn_act mask and stats. Or nothing: the stages do not take x, or not as they are, and
+# nothing was done.
+_FWD = (
+    "(Tensor x, Tensor?[] parameters, Tensor(a!)[] running, Tensor(b!)[] counters, int[] integers, "
+    "float[] numbers, bool shortcut, int act, bool save) -> Tensor[]"
+)
+# needs: bit 0 for x, then three for each stage: the convolution's weight, its bias, the BatchNorm.
+# Returns the gradients asked for in that order; x's are two where the shortcut does not pass dy on
+# as it is, and the sum is the caller's.
+_BWD = (
+    "(Tensor dy, Tensor x, Tensor?[] parameters, Tensor[] saved, int[] integers, bool shortcut, "
+    "int act, int needs) -> Tensor[]"
+)
+PARAMETERS, INTEGERS = 4, 8
+library.define(f"res_block_fwd{_FWD}")
+library.define(f"res_block_bwd{_BWD}")
+_forward = torch.ops.fused_res.res_block_fwd.default
+_backward = torch.ops.fused_res.res_block_bwd.default
+
+
+@torch.library.register_fake("fused_res::res_block_fwd", lib=library)
+def _(x, parameters, running, counters, integers, numbers, shortcut, act, save):
+    def convolve(stage, x):
+        weight, bias = parameters[PARAMETERS * stage : PARAMETERS * stage + 2]
+        n = integers[INTEGERS * stage :]
+        return torch.convolution(x, weight, bias, n[:2], n[2:4], n[4:6], False, (0, 0), n[6])
+
+    outputs, activations, kept, z = [], [], [], x
+    branch = len(numbers) // 2 - shortcut
+    for stage in range(branch):
+        second = shortcut and stage + 1 == branch
+        outputs.append(convolve(stage, z))
+        z, mask, stats = torch.ops.fused_res.bn_act_fwd(
+            outputs[-1], None, None, None, None, True, 0.0, 1.0, None, False, None, None, None,
+            None, False, 0.0, 1.0, act if stage + 1 == branch else ACTS.index("relu"), save,
+        )  # fmt: skip
+        activations.append(z)
+        kept += [mask, torch.cat((stats, stats)) if second else stats]
+    if shortcut:
+        outputs.append(convolve(branch, x))
+    return [z, *outputs, *activations[:-1], *kept] if save else [z]
+
+
+@torch.library.register_fake("fused_res::res_block_bwd", lib=library)
+def _(dy, x, parameters, saved, integers, shortcut, act, needs):
+    gradients = []
+    if needs & 1:
+        gradients += [torch.empty_like(x)] * (2 if shortcut or act == ACTS.index("relu") else 1)
+    for stage in range(len(parameters) // PARAMETERS):
+        weight, bias, *norm = parameters[PARAMETERS * stage : PARAMETERS * (stage + 1)]
+        for bit, tensors in enumerate(([weight], [bias], norm)):
+            if needs >> (1 + 3 * stage + bit) & 1:
+                gradients += tensors
+    return [torch.empty_like(t) for t in gradients]
+
+
+class _Call(NamedTuple):
+    """What a call has beside the tensors that may want gradients."""
+
+    running: list[Tensor]
+    counters: list[Tensor]
+    integers: list[int]
+    numbers: list[float]
+    shortcut: bool
+    act: int
+
+
+def _flatten(branch, shortcut, act, counters) -> tuple[_Call, list[Tensor | None]]:
+    call = _Call([], counters, [], [], shortcut is not None, ACTS.index(act))
+    parameters = []
+    for conv_weight, conv_bias, stride, padding, dilation, groups, norm in (
+        (*branch, shortcut) if shortcut else branch
+    ):
+        running_mean, running_var, weight, bias, training, momentum, eps = norm
+        parameters += (conv_weight, conv_bias, weight, bias)
+        call.running.extend((running_mean, running_var))
+        call.integers.extend((*stride, *padding, *dilation, groups, training))
+        call.numbers.extend((momentum, eps))
+    return call, parameters
+
+
+def _stages(call: _Call, parameters) -> tuple[list[ConvNorm], ConvNorm | None]:
+    """The other way round, with running statistics only where they are read."""
+    stages = []
+    for i in range(len(call.numbers) // 2):
+        conv_weight, conv_bias, weight, bias = parameters[PARAMETERS * i : PARAMETERS * (i + 1)]
+        *sizes, groups, training = call.integers[INTEGERS * i : INTEGERS * (i + 1)]
+        running = (None, None) if training else call.running[2 * i : 2 * i + 2]
+        norm = Norm(*running, weight, bias, bool(training), *call.numbers[2 * i : 2 * i + 2])
+        stages.append(
+            ConvNorm(conv_weight, conv_bias, sizes[:2], sizes[2:4], sizes[4:], groups, norm)
+        )
+    return (stages[:-1], stages[-1]) if call.shortcut else (stages, None)
+
+
+def _run(x, parameters, call, save) -> list[Tensor]:
+    result = _forward(x, parameters, *call, save)
+    if not result:
+        raise _DoesNotFit
+    return result
+
+
+class _ResBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, x, *parameters):
+        y, *saved = _run(x, parameters, call, True)
+        ctx.save_for_backward(x, *parameters, *saved)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        call, (x, *rest) = ctx.call, ctx.saved_tensors
+        count = len(call.numbers) // 2 * PARAMETERS
+        parameters, saved = rest[:count], rest[count:]
+        wants_x, *wants = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():
+            tensors = [t for t, wanted in zip((x, *parameters), (wants_x, *wants), strict=True)
+                       if wanted]  # fmt: skip
+            y = reference.res_block(x, *_stages(call, parameters), ACTS[call.act])
+            grads = iter(torch.autograd.grad(y, tensors, dy, create_graph=True))
+            return None, *(next(grads) if wanted else None for wanted in (wants_x, *wants))
+
+        needs, bit = int(wants_x), 1
+        for i in range(0, count, PARAMETERS):
+            needs |= (wants[i] | wants[i + 1] << 1 | (wants[i + 2] or wants[i + 3]) << 2) << bit
+            bit += 3
+        grads = iter(
+            _backward(dy, x, parameters, saved, call.integers, call.shortcut, call.act, needs)
+        )
+        dx = None
+        if wants_x:
+            dx = next(grads)
+            passes = not call.shortcut and ACTS[call.act] != "relu"
+            dx += dy if passes else next(grads)
+        out = []
+        for i in range(0, count, PARAMETERS):
+            norm = wants[i + 2] or wants[i + 3]
+            for wanted in (wants[i], wants[i + 1], norm, norm):
+                out.append(next(grads) if wanted else None)
+        return None, dx, *out
+
+
+class _DoesNotFit(Exception):
+    pass
+
+
+def _runs_whole(x: Tensor, backend: str | None) -> bool:
+    """Whether the backend for ``x`` runs a block in one call here.
+
+    Raises:
+        BackendUnavailable: a backend was named and cannot run bn_act.
+    """
+    # the compiler, and modes that count or choose ops, want to see convolutions
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return choose("bn_act", backend, x) in ("cpu", "cuda")
+
+
+def _autocast(x: Tensor, branch, shortcut, dtype: torch.dtype):
+    """What autocast does to the convolutions' operands."""
+
+    def narrowed(stage: ConvNorm) -> ConvNorm:
+        bias = None if stage.bias is None else stage.bias.to(dtype)
+        return stage._replace(weight=stage.weight.to(dtype), bias=bias)
+
+    return x.to(dtype), [*map(narrowed, branch)], None if shortcut is None else narrowed(shortcut)
+
+
+def res_block(
+    x: Tensor,
+    branch: list[ConvNorm],
+    shortcut: ConvNorm | None = None,
+    act: Act = "relu",
+    backend: str | None = None,
+) -> Tensor:
+    """A residual block (He et al., 2016): convolutions with BatchNorms, the shortcut added.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64, NCHW or channels_last.
+        branch: its stages, one or more; a ReLU follows each but the last.
+        shortcut: a convolution and BatchNorm of ``x`` to add; None: ``x`` itself.
+        act: ``relu`` (after the add), ``relu_before_add``, or ``none``.
+        backend: auto, cpu, cuda, triton or eager; default: what ``fused_res.backend`` or
+            ``FUSED_RES_BACKEND`` says.
+
+    Returns:
+        (N, K, P, Q), as the convolutions make it.
+
+    Raises:
+        ValueError: a shape, device or value does not fit; training with one value per channel.
+        TypeError: a dtype does not fit.
+        RuntimeError: a convolution cannot take its input, in PyTorch's words.
+        BackendUnavailable: the backend was named and cannot run this.
+    """
+    if not branch:
+        raise ValueError("branch must have at least one stage, got none")
+    if act not in ACTS:
+        raise ValueError(f"act={act!r} must be one of: {', '.join(ACTS)}")
+    y = whole(x, branch, shortcut, act, backend, [])
+    if y is not None:
+        return y
+    z = x
+    for stage in branch[:-1]:
+        z = bn_act_norms(_convolve(stage, z), stage.norm, backend=backend)
+    residual = x if shortcut is None else _convolve(shortcut, x)
+    norm = None if shortcut is None else shortcut.norm
+    return bn_act_norms(
+        _convolve(branch[-1], z), branch[-1].norm, residual, norm, act, backend=backend
+    )
+
+
+def _convolve(stage: ConvNorm, x: Tensor) -> Tensor:
+    return F.conv2d(x, *stage[:-1])
+
+
+def whole(x, branch, shortcut, act, backend, counters) -> Tensor | None:
+    """``res_block`` in one call, which adds one to ``counters`` too: one of each BatchNorm that
+    trains, or none. None where it must be run stage by stage, and nothing is done."""
+    if not _runs_whole(x, backend):
+        return None
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if shortcut is None and x.dtype != dtype:
+            return None  # to PyTorch's promotion rules: the convolutions' output is of another type
+        x, branch, shortcut = _autocast(x, branch, shortcut, dtype)
+    call, parameters = _flatten(branch, shortcut, act, counters)
+    if any(t is None for t in call.running):
+        return None
+    try:
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(t is not None and t.requires_grad for t in parameters)
+        ):
+            return _ResBlock.apply(call, x, *parameters)
+        return _run(x, parameters, call, False)[0]
+    except _DoesNotFit:
+        return None

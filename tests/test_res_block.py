@@ -1,0 +1,359 @@
+"""The op res_block: a whole block in one call each way, against the reference."""
+
+import pytest
+import torch
+from errors import rule
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fused_res
+from fused_res import FusedResBlock, Norm, reference
+from fused_res.ops.res_block import _ResBlock, res_block
+from fused_res.reference import ACTS, ConvNorm
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# kernel sizes and strides of the branch; stride of the shortcut's convolution, or None
+PLANS = {
+    "single": ([(3, 1)], None),
+    "basic": ([(3, 1), (3, 1)], None),
+    "bottleneck": ([(1, 1), (3, 1), (1, 1)], None),
+    "projection": ([(3, 2), (3, 1)], 2),
+}
+
+
+class Case:
+    """A block's inputs in fp64, exactly representable in ``dtype``."""
+
+    def __init__(self, plan, dtype, shape=(6, 12, 7, 9), training=True, bias=False, groups=1):
+        convs, self.shortcut_stride = PLANS[plan]
+        self.dtype = dtype
+        n, c, h, w = shape
+        out = c if self.shortcut_stride is None else 16
+
+        def exact(*size, scale=1.0):
+            return (torch.randn(size) * scale).to(dtype).double()
+
+        def stage(c_in, c_out, kernel, stride):
+            g = groups if kernel == 3 else 1
+            fan = c_in // g * kernel * kernel
+            weight = exact(c_out, c_in // g, kernel, kernel, scale=(2 / fan) ** 0.5)
+            norm = Norm(
+                0.1 * torch.randn(c_out).double(),
+                torch.rand(c_out).double() + 0.5,
+                torch.rand(c_out).double() + 0.5,
+                torch.randn(c_out).double(),
+                training,
+            )
+            pad = (kernel // 2,) * 2
+            extra = exact(c_out) if bias else None
+            return ConvNorm(weight, extra, (stride,) * 2, pad, (1, 1), g, norm)
+
+        self.branch, c_in = [], c
+        for kernel, stride in convs:
+            self.branch.append(stage(c_in, out, kernel, stride))
+            c_in = out
+        self.shortcut = None
+        if self.shortcut_stride is not None:
+            self.shortcut = stage(c, out, 1, self.shortcut_stride)
+        self.x = exact(n, c, h, w)
+        like = reference.res_block(self.x, *self.stages(torch.float64)[0])
+        self.dy = torch.randn_like(like).to(dtype).double()
+
+    def stages(self, dtype):
+        """(branch, shortcut) with fresh leaves, the leaves, and the running statistics."""
+        leaves, running = [], []
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def leaf(t, dtype):
+            if t is None:
+                return None
+            leaves.append(t.detach().to(dtype).clone().requires_grad_())
+            return leaves[-1]
+
+        def state(t):
+            running.append(t.to(wide).clone())
+            return running[-1]
+
+        def fresh(stage):
+            norm = stage.norm
+            return stage._replace(
+                weight=leaf(stage.weight, dtype),
+                bias=leaf(stage.bias, dtype),
+                norm=norm._replace(
+                    running_mean=state(norm.running_mean),
+                    running_var=state(norm.running_var),
+                    weight=leaf(norm.weight, wide),
+                    bias=leaf(norm.bias, wide),
+                ),
+            )
+
+        branch = [fresh(stage) for stage in self.branch]
+        return (branch, self.shortcut and fresh(self.shortcut)), leaves, running
+
+    def run(self, call, dtype, act):
+        """Output, gradients and running statistics."""
+        stages, leaves, running = self.stages(dtype)
+        x = self.x.to(dtype).clone().requires_grad_()
+        y = call(x, *stages, act)
+        grads = torch.autograd.grad(y, [x, *leaves], self.dy.to(dtype))
+        return [y.detach(), *grads, *running]
+
+
+def in_one_call(*args):
+    y = res_block(*args, backend="cpu")
+    assert type(y.grad_fn).__name__ == f"{_ResBlock.__name__}Backward"
+    return y
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_error_is_within_the_rule(plan, dtype, act):
+    """Pooled over several draws and over all that is of one kind: a ReLU that rounds to the other
+    side of zero moves one value of a few by much."""
+    mine, other = [], []
+    for training in (True, False):
+        for bias, groups in ((False, 1), (True, 4)):
+            for _ in range(6):
+                case = Case(plan, dtype, training=training, bias=bias, groups=groups)
+                ours, theirs, exact = (
+                    case.run(call, d, act)
+                    for call, d in (
+                        (in_one_call, dtype),
+                        (reference.res_block, dtype),
+                        (reference.res_block, torch.float64),
+                    )
+                )
+                assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+                for row, found in ((mine, ours), (other, theirs)):
+                    row += [(f.double() - e).flatten() for f, e in zip(found, exact, strict=True)]
+    mine, other = torch.cat(mine), torch.cat(other)
+    assert mine.isfinite().all()
+    assert mine.square().mean() <= 1.5**2 * other.square().mean()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_without_a_relu_every_tensor_is_within_the_rule(plan):
+    """Inner ReLUs get large positive biases, so that no sign depends on rounding."""
+    cases = []
+    for _ in range(24):
+        case = Case(plan, torch.float32)
+        case.branch = [
+            s._replace(norm=s.norm._replace(bias=s.norm.bias.abs() + 8)) for s in case.branch
+        ]
+        cases.append(case)
+    rows = [
+        [case.run(call, d, "none")
+         for call, d in ((in_one_call, torch.float32), (reference.res_block, torch.float32),
+                         (reference.res_block, torch.float64))]
+        for case in cases
+    ]  # fmt: skip
+    for i in range(len(rows[0][0])):
+        ours, theirs, exact = (torch.cat([row[k][i].flatten() for row in rows]) for k in range(3))
+        rule(ours, theirs, exact, what=f"result {i}")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_only_what_is_wanted(plan):
+    """Every gradient is the same, bit by bit, whichever others are wanted."""
+    case = Case(plan, torch.float32, bias=True)
+    stages, leaves, _ = case.stages(torch.float32)
+    x = case.x.float().requires_grad_()
+    every = [x, *leaves]
+    dy = case.dy.float()
+    full = torch.autograd.grad(in_one_call(x, *stages, "relu"), every, dy)
+    generator = torch.Generator().manual_seed(0)
+    choices = torch.rand(12, len(every), generator=generator) < 0.4
+    choices = [*choices.tolist(), *torch.eye(len(every), dtype=torch.bool).tolist()]
+    for wanted in choices:
+        if not any(wanted):
+            continue
+        for t, flag in zip(every, wanted, strict=True):
+            t.requires_grad_(flag)
+        y = in_one_call(x, *stages, "relu")
+        grads = torch.autograd.grad(y, [t for t in every if t.requires_grad], dy)
+        kept = [g for g, flag in zip(full, wanted, strict=True) if flag]
+        for a, b in zip(grads, kept, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("training", [True, False])
+def test_gradgradcheck(plan, training):
+    case = Case(plan, torch.float64, shape=(2, 4, 4, 3), training=training, groups=2)
+    stages, leaves, _ = case.stages(torch.float64)
+    x = case.x.clone().requires_grad_()
+
+    def call(x, *_):
+        return in_one_call(x, *stages, "relu_before_add")
+
+    torch.autograd.gradcheck(call, (x, *leaves))
+    torch.autograd.gradgradcheck(call, (x, *leaves), atol=1e-4)
+
+
+def flat(case, dtype=torch.float32):
+    """The op's arguments."""
+    stages, _, _ = case.stages(dtype)
+    found = {}
+
+    def record(x, parameters, *rest):
+        found["args"] = (x.detach(), [None if t is None else t.detach() for t in parameters], *rest)
+        return torch.ops.fused_res.res_block_fwd(*found["args"])
+
+    module = fused_res.ops.res_block
+    before, module._forward = module._forward, record
+    try:
+        res_block(case.x.to(dtype), *stages, backend="cpu")
+    finally:
+        module._forward = before
+    return found["args"]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_opcheck(plan):
+    x, parameters, running, _, *rest, save = flat(Case(plan, torch.float32))
+    counters = [torch.zeros((), dtype=torch.long) for _ in range(len(running) // 2)]
+    forward = torch.ops.fused_res.res_block_fwd.default
+    # Not through AOTAutograd, which cannot functionalise an op that changes its inputs and returns
+    # a list: a compiled block is run stage by stage.
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (x, parameters, running, counters, *rest, save)
+    torch.library.opcheck(forward, arguments, test_utils=utils)
+    y, *saved = forward(x, parameters, running, counters, *rest, True)
+    integers, _, shortcut, act = rest
+    for needs in (1, 2**13 - 1 if shortcut else 2 ** (1 + 3 * (len(running) // 2)) - 1, 0b1000):
+        needs &= ~sum(2 << 3 * i + 1 for i in range(4))  # these convolutions have no bias
+        torch.library.opcheck(
+            torch.ops.fused_res.res_block_bwd.default,
+            (torch.randn_like(y), x, parameters, saved, integers, shortcut, act, needs),
+        )
+
+
+def test_counts_batches_and_updates_running_statistics():
+    block, twin = FusedResBlock(8, 12, 2), reference.ResBlock(8, 12, 2)
+    twin.load_state_dict(block.state_dict())
+    x = torch.randn(4, 8, 9, 9)
+    for train in (True, True, False):
+        for m in (block.train(train), twin.train(train)):
+            m(x)
+    for (name, a), b in zip(block.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    assert block.bn1.num_batches_tracked == 2
+
+
+def runs_whole(block, x):
+    y = block(x)
+    return type(y.grad_fn).__name__ == "_ResBlockBackward"
+
+
+def test_a_block_takes_one_call_where_nothing_is_in_the_way():
+    x = torch.randn(2, 8, 6, 6)
+    assert runs_whole(FusedResBlock(8, 8, backend="cpu"), x)
+    assert runs_whole(FusedResBlock(8, 16, 2, kind="bottleneck", backend="cpu").eval(), x)
+    assert not runs_whole(FusedResBlock(8, 8, backend="eager"), x)
+    assert not runs_whole(FusedResBlock(8, 8, dropout=0.5, backend="cpu"), x)
+    assert not runs_whole(FusedResBlock(8, 8, skip="concat", backend="cpu"), x)
+    assert not runs_whole(FusedResBlock(8, 8, momentum=None, backend="cpu"), x)
+    assert not runs_whole(FusedResBlock(8, 8, track_running_stats=False, backend="cpu"), x)
+
+
+@pytest.mark.parametrize(
+    "change", ["hook", "class", "padding", "same", "parametrization", "circular"]
+)
+def test_a_changed_convolution_is_called_as_a_module(change):
+    block, twin = FusedResBlock(8, 8, backend="cpu"), reference.ResBlock(8, 8)
+    twin.load_state_dict(block.state_dict())
+    seen = []
+    for m in (block, twin):
+        if change == "hook":
+            m.conv2.register_forward_hook(lambda *_: seen.append(1))
+        elif change == "class":
+            m.conv2.__class__ = type("Scaled", (nn.Conv2d,), {
+                "forward": lambda self, x: 2 * nn.Conv2d.forward(self, x)})  # fmt: skip
+        elif change == "padding":
+            m.conv1.padding, m.conv2.padding = (0, 0), (2, 2)
+        elif change == "same":
+            m.conv1.padding = "same"
+        elif change == "circular":
+            m.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False, padding_mode="circular")
+            m.conv1.weight.data = twin.conv2.weight.data.clone()
+        else:
+            torch.nn.utils.parametrizations.weight_norm(m.conv1)
+    x = torch.randn(2, 8, 6, 6)
+    assert runs_whole(block, x) == (change == "padding")
+    twin(x)
+    torch.testing.assert_close(block(x), twin(x))
+    assert len(seen) == (4 if change == "hook" else 0)
+
+
+def test_shapes_that_broadcast_follow_pytorch():
+    block, twin = FusedResBlock(8, 8, backend="cpu"), reference.ResBlock(8, 8)
+    twin.load_state_dict(block.state_dict())
+    for m in (block, twin):
+        m.conv1.stride = (6, 6)  # the branch ends in one pixel, which is added to every one of x
+    x = torch.randn(3, 8, 6, 6)
+    torch.testing.assert_close(block(x), twin(x))
+    torch.testing.assert_close(block.bn1.running_mean, twin.bn1.running_mean)
+    assert block.bn1.num_batches_tracked == 1
+
+
+def test_errors_are_pytorchs_and_nothing_is_done():
+    block = FusedResBlock(8, 8, backend="cpu")
+    state = {k: v.clone() for k, v in block.state_dict().items()}
+    with pytest.raises(RuntimeError, match="expected input.* to have 8 channels, but got 6"):
+        block(torch.randn(2, 6, 5, 5))
+    with pytest.raises(RuntimeError, match="expected scalar type Double but found Float"):
+        block(torch.randn(2, 8, 5, 5, dtype=torch.float64))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        block(torch.randn(1, 8, 1, 1))
+    for name, t in block.state_dict().items():
+        if "bn2" in name or not name.endswith("num_batches_tracked"):
+            assert torch.equal(t, state[name]), name
+    stage = Case("single", torch.float32).stages(torch.float32)[0][0][0]
+    with pytest.raises(ValueError, match="at least one stage"):
+        res_block(torch.randn(2, 12, 5, 5), [])
+    with pytest.raises(ValueError, match="act='gelu' must be one of"):
+        res_block(torch.randn(2, 12, 5, 5), [stage], act="gelu")
+    with pytest.raises(ValueError, match=r"weight must have shape \(12,\)"):
+        narrow = stage.norm._replace(weight=torch.ones(3), bias=torch.ones(3))
+        res_block(torch.randn(2, 12, 5, 5), [stage._replace(norm=narrow)], backend="cpu")
+
+
+def test_modes_that_count_operations_see_the_convolutions():
+    block, twin = FusedResBlock(8, 8, backend="cpu"), reference.ResBlock(8, 8)
+    x = torch.randn(2, 8, 6, 6)
+    counts = []
+    for m in (block, twin):
+        with FlopCounterMode(display=False) as counter:
+            m(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("plan", ["basic", "projection"])
+def test_autocast_as_in_pytorch(plan):
+    args = (8, 8) if plan == "basic" else (8, 16, 2)
+    block, twin = FusedResBlock(*args, backend="cpu"), reference.ResBlock(*args)
+    twin.load_state_dict(block.state_dict())
+    for x in (torch.randn(4, 8, 8, 8), torch.randn(4, 8, 8, 8).bfloat16()):
+        results = []
+        for m in (block, twin):
+            m.zero_grad()
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = m(leaf)
+            y.float().square().mean().backward()
+            results.append((y, leaf.grad, *(p.grad for p in m.parameters())))
+        for a, b in zip(*results, strict=True):
+            assert a.dtype == b.dtype
+            assert (a - b).float().norm() <= 0.05 * b.float().norm() + 1e-6
+
+
+def test_saved_tensors_that_change_are_noticed():
+    block = FusedResBlock(8, 8, backend="cpu")
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    y = block(x)
+    with torch.no_grad():
+        block.conv2.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
