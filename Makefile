@@ -51,7 +51,7 @@ wheel: $(VENV)/.made
 	$(PY) -m pip wheel . --no-deps -w dist
 
 kernels-report: $(VENV)/.tests
-	$(PY) benchmarks/kernels_report.py
+	$(PY) benchmarks/kernels_report.py --write benchmarks/kernels.md
 
 ifdef GPU_PY
 gpu:

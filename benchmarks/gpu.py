@@ -1,25 +1,36 @@
 """What a GPU is asked, in one command: ``make gpu``, or ``python benchmarks/gpu.py [PART ...]``.
 
 Builds the libraries for the GPU that is present, runs its tests, checks small shapes with
-compute-sanitizer, times the suites, and writes logs and rows. Each part is a process of its own
-with a time limit, and can be run singly. Without a GPU the same parts run on what there is: the
-libraries are built for the CPU, the tests skip, the suites time tiny tensors on the CPU.
+compute-sanitizer, times the suites, and writes a log, rows and a plot. Each part is a process of
+its own with a time limit, and can be run singly. Without a GPU the same parts run on what there is:
+the libraries are built for the CPU, the tests skip, the suites time tiny tensors on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_GPU = torch.cuda.is_available()
+
+# Seconds; 540 in all. What other parts leave, the suites share.
+LIMITS = {"build": 120, "tests": 130, "sanitizer": 50, "peaks": 20, "ops": 65, "blocks": 65,
+          "nets": 75, "plots": 15}  # fmt: skip
+SUITES = ("peaks", "ops", "blocks", "nets", "autotune")
+# run only when named: compiles for minutes
+NAMED = {"autotune": 500}
+# a suite begins nothing that would end later than this before its limit
+MARGIN = 12
 
 
 def _build() -> list[list[str]]:
@@ -34,64 +45,94 @@ def _build() -> list[list[str]]:
 
 
 def _tests() -> list[list[str]]:
-    return [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]]
+    # Triton compiles on the CPU, for longer than the kernels run
+    parallel = ["-n", "6"] if importlib.util.find_spec("xdist") else []
+    return [[sys.executable, "-m", "pytest", "-q", *parallel, "-m", "gpu", "tests/test_gpu.py"]]
 
 
 def _sanitizer() -> list[list[str]]:
+    cases = [sys.executable, "benchmarks/sanitizer_cases.py"]
     found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not HAS_GPU or not Path(found).exists():
-        return [["echo", "no GPU or no compute-sanitizer: nothing to check"]]
-    tests = ["-m", "pytest", "-q", "-x", "-m", "gpu", "tests/test_gpu.py", "-k",
-             "cuda and masks"]  # fmt: skip
-    return [[found, "--tool", tool, "--error-exitcode", "1", sys.executable, *tests]
-            for tool in ("memcheck", "racecheck")]  # fmt: skip
+        return [["echo", "no GPU or no compute-sanitizer: the cases run unchecked"], cases]
+    # PyTorch asks for features that a driver may refuse, and copes: kernels alone are checked
+    options = ["--error-exitcode", "1", "--report-api-errors", "no"]
+    return [[found, "--tool", tool, *options, *cases] for tool in ("memcheck", "racecheck")]
 
 
-def _suite(name: str, rows: Path) -> list[list[str]]:
-    options = ["--rounds", "7", "--no-max-autotune"] if HAS_GPU else ["--quick"]
-    run = [sys.executable, "benchmarks/run.py", "--suite", name, "--out", str(rows), *options]
-    return [run]
+def _suite(name: str, rows: Path, limit: float) -> list[list[str]]:
+    run = [sys.executable, "benchmarks/run.py", "--gpu", "--suite", name, "--out", str(rows)]
+    run += ["--seconds", f"{max(limit - MARGIN, limit / 2):.0f}"]
+    # one thread: others may be at work on a machine without a GPU
+    return [run + (["--rounds", "7"] if HAS_GPU else ["--quick", "--compile", "--threads", "1"])]
 
 
-LIMITS = {"build": 200, "tests": 300, "sanitizer": 120, "ops": 150, "blocks": 200}  # seconds
+def _plots(rows: Path) -> list[list[str]]:
+    folders = {path.parent for name in SUITES for path in rows.glob(f"*/{name}.json")}
+    wanted = sorted(f for f in folders if f.name.startswith("cpu-") != HAS_GPU)
+    return [[sys.executable, "benchmarks/plot.py", str(folder)] for folder in wanted]
 
 
-def commands(part: str, rows: Path) -> list[list[str]]:
-    parts = {"build": _build, "tests": _tests, "sanitizer": _sanitizer}
-    return parts[part]() if part in parts else _suite(part, rows)
+def commands(part: str, rows: Path, limit: float) -> list[list[str]]:
+    if part in SUITES:
+        return _suite(part, rows, limit)
+    if part == "plots":
+        return _plots(rows)
+    return {"build": _build, "tests": _tests, "sanitizer": _sanitizer}[part]()
 
 
-def run(part: str, out: Path, rows: Path) -> bool:
-    """Runs one part, its output on the screen and in a log; whether it passed."""
+def run(part: str, rows: Path, limit: float, log: TextIO) -> bool:
+    """Runs one part, its output on the screen and in the log; whether it passed."""
     begin, passed = time.monotonic(), True
-    with open(out / f"{part}.log", "w") as log:
-        for command in commands(part, rows):
-            left = LIMITS[part] - (time.monotonic() - begin)
-            limited = ["timeout", "--kill-after=5", f"{max(left, 1):.0f}", *command]
-            process = subprocess.Popen(
-                limited, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                log.write(line)
-            passed &= process.wait() == 0
+    for command in commands(part, rows, limit):
+        left = limit - (time.monotonic() - begin)
+        limited = ["timeout", "--kill-after=5", f"{max(left, 1):.0f}", *command]
+        process = subprocess.Popen(
+            limited, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            log.write(line)
+            log.flush()
+        passed &= process.wait() == 0
     return passed
+
+
+def limits_left(parts: list[str], total: float, elapsed: float) -> float:
+    """Seconds for the first of ``parts``: its limit; a suite's grows with what was not used."""
+    limit = LIMITS[parts[0]]
+    if parts[0] not in SUITES:
+        return limit
+    return (total - elapsed) * limit / sum(LIMITS[part] for part in parts)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="*", help=f"default: {' '.join(LIMITS)}")
+    parser.add_argument(
+        "part",
+        nargs="*",
+        help=f"default: {' '.join(LIMITS)}; only when named: {' '.join(NAMED)}",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help=f"of each part that is named; default {LIMITS | NAMED}",
+    )
     parser.add_argument(
         "--out",
         type=Path,
         default=os.environ.get("OUT"),
-        help="folder for logs and rows; default $OUT, else build/gpu for the logs and "
+        help="folder for log, rows and plot; default $OUT, else build/gpu for the log and "
         "benchmarks/results for the rows of a GPU",
     )
     args = parser.parse_args()
-    unknown = set(args.part) - set(LIMITS)
+    known = LIMITS | NAMED
+    unknown = set(args.part) - set(known)
     if unknown:
-        parser.error(f"part must be of {', '.join(LIMITS)}; got {', '.join(sorted(unknown))}")
+        parser.error(f"part must be of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    if args.limit is not None and not args.part:
+        parser.error("--limit is of the parts that are named, and none is")
     out = Path(args.out or ROOT / "build" / "gpu").resolve()
     rows = out
     if HAS_GPU:
@@ -100,14 +141,25 @@ def main() -> int:
     else:
         print("no GPU: a dry run, of what can run without one; its figures mean nothing")
     out.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for part in args.part or LIMITS:
-        print(f"--- {part}", flush=True)
-        begin = time.monotonic()
-        results[part] = run(part, out, rows), time.monotonic() - begin
-    for part, (passed, seconds) in results.items():
-        print(f"{part:10} {'passed' if passed else 'FAILED':7} {seconds:6.1f} s")
-    print(f"logs: {out}; rows: {rows}")
+    parts = args.part or list(LIMITS)
+    results, start = {}, time.monotonic()
+    with open(out / "gpu.log", "a" if args.part else "w") as log:
+        for i, part in enumerate(parts):
+            begin = time.monotonic()
+            limit = args.limit or NAMED.get(part)
+            if limit is None and args.part:
+                limit = LIMITS[part]
+            if limit is None:
+                limit = limits_left(parts[i:], sum(LIMITS.values()), begin - start)
+            title = f"--- {part}, at most {limit:.0f} s"
+            print(title, flush=True)
+            print(title, file=log, flush=True)
+            results[part] = run(part, rows, limit, log), time.monotonic() - begin
+        for part, (passed, seconds) in results.items():
+            line = f"{part:10} {'passed' if passed else 'FAILED':7} {seconds:6.1f} s"
+            print(line)
+            print(line, file=log)
+    print(f"log: {out / 'gpu.log'}; rows: {rows}")
     return 0 if all(passed for passed, _ in results.values()) else 1
 
 

@@ -1,9 +1,8 @@
-"""Compiles every Triton kernel for GPUs that need not be there, and says what the compiler made of
-it: ``python benchmarks/kernels_report.py`` (``make kernels-report``).
+"""Compiles every GPU kernel for GPUs that need not be there, and says what the compilers made of
+it: ``python benchmarks/kernels_report.py`` (``make kernels-report``). Exit 1 where one spills.
 
-The configurations are those that ``kernels/bn_act.py`` launches, recorded from calls with the
-shapes below. Registers, stack and shared memory are read from the binary, instructions from the
-assembly.
+CUDA C++: every instance in the library, as ``cuda_resources.py`` compiles them. Triton: the
+configurations that ``kernels/bn_act.py`` launches, recorded from calls with the shapes below.
 """
 
 from __future__ import annotations
@@ -11,13 +10,16 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import re
-import subprocess
+import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import cuda_resources as cuda
 import torch
 import triton
+from cuda_resources import Resources
 from fused_res.kernels import bn_act as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -29,10 +31,11 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # One large and one small tensor of each layout, in which rows are whole vectors, and one in which
-# they are not: 7x7 maps in NCHW.
+# they are not.
 SHAPES = {
     "channels_last": ((256, 64, 56, 56), (64, 32, 8, 8)),
-    "NCHW": ((256, 64, 56, 56), (64, 32, 8, 8), (256, 512, 7, 7)),
+    "NCHW": ((256, 64, 56, 56), (64, 32, 8, 8)),
+    "NCHW 7x7": ((256, 512, 7, 7),),
 }
 DTYPES = (torch.bfloat16, torch.float32)
 RESIDUALS = ("tensor", "norm")
@@ -41,12 +44,14 @@ _TYPES = {
     torch.uint8: "u8",
 }  # fmt: skip
 
+# --- Triton: what is compiled
+
 
 class Configuration(NamedTuple):
     """One compilation: a kernel, the types of its arguments and its constants."""
 
     kernel: str
-    dtype: str
+    dtype: str  # of these three the first that came; several calls may share a compilation
     layout: str
     residual: str
     signature: tuple[tuple[str, str], ...]
@@ -60,14 +65,6 @@ class Configuration(NamedTuple):
         if "R" not in c:
             return f"{c['K']}x{c['B']}"
         return f"{c['R']}x{8 * c['G']}" + (f" x{c['UNROLL']}" if "UNROLL" in c else "")
-
-
-class Resources(NamedTuple):
-    registers: int
-    spills: int  # instructions that read or write local memory
-    shared: int
-    loads: str  # instructions: of 16 bytes / of all
-    stores: str
 
 
 def _record(shape, dtype, layout: str, residual: str) -> list[Configuration]:
@@ -116,25 +113,51 @@ def _record(shape, dtype, layout: str, residual: str) -> list[Configuration]:
 
 
 def configurations() -> list[Configuration]:
-    """Every configuration that the shapes above launch, once."""
-    found = {}
+    """Every configuration that the shapes above launch, once; "any" where it does not depend on
+    the dtype, the layout or the residual."""
+    found: dict[Configuration, list[Configuration]] = {}
     for layout, shapes in SHAPES.items():
         for shape in shapes:
             for dtype in DTYPES:
                 for residual in RESIDUALS:
                     for c in _record(shape, dtype, layout, residual):
-                        same = c._replace(dtype="", layout="", residual="")
-                        found.setdefault(same, c)
-    return list(found.values())
+                        found.setdefault(c._replace(dtype="", layout="", residual=""), []).append(c)
+    every = {"dtype": len(DTYPES), "layout": len(SHAPES), "residual": len(RESIDUALS)}
+    merged = []
+    for calls in found.values():
+        words = {}
+        for field, most in every.items():
+            values = list(dict.fromkeys(getattr(c, field) for c in calls))
+            words[field] = "any" if len(values) == most else ", ".join(values)
+        merged.append(calls[0]._replace(**words))
+    return merged
 
 
-def _count(assembly: str, wide: str, every: str) -> str:
-    return f"{len(re.findall(wide, assembly))}/{len(re.findall(every, assembly))}"
+# --- Triton: what came of it
+
+# A pair of float32 in one instruction counts once. Scratch memory is where spills go.
+AMDGCN = {
+    "spills": r"scratch_(load|store)",
+    "loads": r"(global|buffer|flat)_load_",
+    "wide_loads": r"(global|buffer|flat)_load_(dwordx4|b128)",
+    "stores": r"(global|buffer|flat)_store_",
+    "wide_stores": r"(global|buffer|flat)_store_(dwordx4|b128)",
+    "shared_loads": r"ds_(read|load)",
+    "shared_stores": r"ds_(write|store)",
+    "fp32": r"v_(pk_)?(add|sub|subrev|mul|fma|fmac|mac|mad)_f32",
+    "fp64": r"v_(add|mul|fma|fmac)_f64",
+    "barriers": r"s_barrier",
+}
 
 
-def _cuobjdump(option: str, path: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+def read_amdgcn(text: str, shared: int) -> Resources:
+    mix = cuda.count(re.findall(r"^\s+([a-z]\w+)", text, re.M), AMDGCN)
+    field = {
+        name: int(re.search(rf"\.{name}: *(\d+)", text)[1])
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    }
+    mix["spills"] = max(mix["spills"], field["vgpr_spill_count"])  # accumulators take some
+    return Resources(field["vgpr_count"], shared, field["private_segment_fixed_size"], **mix)
 
 
 def compile_for(c: Configuration, target: str) -> Resources:
@@ -146,70 +169,157 @@ def compile_for(c: Configuration, target: str) -> Resources:
                     if t == "constexpr"},
         attrs={(i,): [["tt.divisibility", 16]] for i in c.divisible},
     )  # fmt: skip
-    built = triton.compile(source, target=TARGETS[target], options={"num_warps": c.warps})
-    shared = built.metadata.shared
+    gpu = TARGETS[target]
+    built = triton.compile(source, target=gpu, options=kernels.options(c.warps, gpu.warp_size))
     if target.startswith("gfx"):
-        text = built.asm["amdgcn"]
-        registers, spills = (
-            int(re.search(rf"\.{name}: *(\d+)", text)[1])
-            for name in ("vgpr_count", "vgpr_spill_count")
-        )
-        loads = _count(text, r"(?:global|buffer)_load_dwordx4", r"(?:global|buffer)_load_")
-        stores = _count(text, r"(?:global|buffer)_store_dwordx4", r"(?:global|buffer)_store_")
-        return Resources(registers, spills, shared, loads, stores)
+        return read_amdgcn(built.asm["amdgcn"], built.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage = _cuobjdump("--dump-resource-usage", file.name)
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", _cuobjdump("-sass", file.name)))
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
-    ptx = built.asm["ptx"]
-    loads = _count(ptx, r"ld\.global[\w:.]*\.v4\.b32", r"ld\.global")
-    stores = _count(ptx, r"st\.global[\w:.]*\.v4\.b32", r"st\.global")
-    return Resources(registers, spills, shared, loads, stores)
+        (resources,) = cuda.read_cubin(Path(file.name)).values()
+    return resources._replace(shared=built.metadata.shared)  # given at the launch
 
 
-def _row(job: tuple[Configuration, str]) -> tuple[Configuration, str, Resources]:
+def _compile(job: tuple[Configuration, str]) -> tuple[Configuration, str, Resources]:
     return *job, compile_for(*job)
 
 
 def report(targets=tuple(TARGETS), workers: int = 2) -> list[tuple[Configuration, str, Resources]]:
     jobs = [(c, target) for c in configurations() for target in targets]
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(_row, jobs, chunksize=4))
+        return list(pool.map(_compile, jobs, chunksize=4))
 
 
-def table(rows: list[tuple[Configuration, str, Resources]]) -> str:
-    """Markdown."""
-    targets = list(dict.fromkeys(target for _, target, _ in rows))
-    lines = [
-        "| kernel | tile | warps | dtype, layout, residual | " + " | ".join(targets) + " |",
-        "|---" * (4 + len(targets)) + "|",
+# --- tables
+
+
+class Row(NamedTuple):
+    kernel: str
+    what: tuple[str, ...]  # which compilation
+    dtype: str
+    found: tuple[Resources, ...]  # of each architecture
+
+
+COLUMNS = {
+    "registers": "registers", "shared": "shared", "stack": "stack", "spills": "spills",
+    "loads": "loads", "wide_loads": "16 B", "stores": "stores", "wide_stores": "16 B",
+    "shared_loads": "shared loads", "shared_stores": "shared stores", "fp32": "fp32",
+    "fp64": "fp64", "barriers": "barriers",
+}  # fmt: skip
+
+
+def header(labels: tuple[str, ...]) -> list[str]:
+    return [*labels, "dtype", *COLUMNS.values()]
+
+
+def _cell(values: list[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else "/".join(map(str, values))
+
+
+def tables(rows: list[Row], labels: tuple[str, ...]) -> str:
+    """Markdown: a table for each kernel, where dtypes with the same figures share a row."""
+    kernels_rows: dict[str, dict[tuple, list[str]]] = {}
+    for row in rows:
+        same = kernels_rows.setdefault(row.kernel, {})
+        same.setdefault((row.what, row.found), []).append(row.dtype)
+    parts = []
+    for kernel, merged in kernels_rows.items():
+        lines = [header(labels), ["---"] * (len(labels) + 1) + ["--:"] * len(COLUMNS)]
+        for (what, found), dtypes in merged.items():
+            figures = [_cell([getattr(r, field) for r in found]) for field in COLUMNS]
+            lines.append([*what, ", ".join(dtypes), *figures])
+        text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        parts.append(f"#### {kernel}\n\n{text}")
+    return "\n\n".join(parts)
+
+
+def _caption(compiler: str, targets: list[str], rows: list[Row]) -> str:
+    spilled = sum(any(r.spilled for r in row.found) for row in rows)
+    return (
+        f"{compiler}, {' / '.join(targets)}: {len(rows)} compilations, "
+        f"{spilled or 'none'} with a stack or spills."
+    )
+
+
+class Section(NamedTuple):
+    name: str
+    labels: tuple[str, ...]
+    targets: list[str]
+
+
+SECTIONS = (
+    Section("cuda", ("variant",), list(cuda.ARCHITECTURES)),
+    Section("triton-nvidia", ("tile", "warps", "layout", "residual"), list(TARGETS)[:3]),
+    Section("triton-amd", ("tile", "warps", "layout", "residual"), list(TARGETS)[3:]),
+)
+
+
+def cuda_rows(targets: list[str]) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        compiled = list(pool.map(partial(cuda.compile_kernels, folder=Path(folder)), targets))
+    rows = []
+    for instances in zip(*compiled, strict=True):
+        ((name, dtype, variant),) = {(k.name, k.dtype, k.variant) for k in instances}
+        rows.append(Row(name, (variant or "-",), dtype, tuple(k.resources for k in instances)))
+    return rows
+
+
+def triton_rows(targets: list[str]) -> list[Row]:
+    found: dict[Configuration, list[Resources]] = {}
+    for c, _, resources in report(tuple(targets)):
+        found.setdefault(c, []).append(resources)
+    order = list(dict.fromkeys(c.kernel for c in found))
+    return [
+        Row(c.kernel, (c.tile, str(c.warps), c.layout, c.residual), c.dtype, tuple(resources))
+        for c, resources in sorted(found.items(), key=lambda item: order.index(item[0].kernel))
     ]
-    grouped: dict[Configuration, dict[str, Resources]] = {}
-    for c, target, resources in rows:
-        grouped.setdefault(c, {})[target] = resources
-    for c, found in grouped.items():
-        cells = [
-            f"{r.registers}, {r.spills}, {r.shared}, {r.loads}, {r.stores}" for r in found.values()
-        ]
-        what = f"{c.dtype}, {c.layout}, {c.residual}"
-        lines.append(f"| {c.kernel} | {c.tile} | {c.warps} | {what} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
-def main() -> int:
+def markers(section: str) -> tuple[str, str]:
+    return f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
+
+
+def replaced(text: str, section: str, new: str) -> str:
+    """``text`` with ``new`` between the section's markers."""
+    begin, end = markers(section)
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{new}\n{end}{tail}"
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
-    args = parser.parse_args()
-    rows = report(tuple(args.target or TARGETS))
-    print(f"triton {triton.__version__}. Each cell: registers, spills, shared memory bytes, "
-          "loads and stores (16-byte ones / all).\n")  # fmt: skip
-    print(table(rows))
-    spilled = [(c, target) for c, target, r in rows if r.spills]
-    for c, target in spilled:
-        print(f"spills: {c.kernel} {c.tile} {c.dtype} {c.layout} on {target}")
-    return 1 if spilled else 0
+    every = list(dict.fromkeys(target for section in SECTIONS for target in section.targets))
+    parser.add_argument("--target", choices=every, action="append", help="default: all")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the tables in FILE")
+    args = parser.parse_args(argv)
+    if args.write and args.target:
+        parser.error("--write takes every target")
+    spilled = False
+    for section in SECTIONS:
+        targets = [t for t in section.targets if t in (args.target or every)]
+        if not targets:
+            continue
+        compiler, make = f"triton {triton.__version__}", triton_rows
+        if section.name == "cuda":
+            missing = cuda.missing(targets)
+            if missing:
+                print(f"CUDA C++ is left out: {missing}\n", file=sys.stderr)
+                continue
+            compiler, make = f"nvcc {cuda.version()}", cuda_rows
+        rows = make(targets)
+        text = f"{_caption(compiler, targets, rows)}\n\n{tables(rows, section.labels)}"
+        print(f"{text}\n")
+        if args.write:
+            args.write.write_text(replaced(args.write.read_text(), section.name, text))
+        for row in rows:
+            for target, r in zip(targets, row.found, strict=True):
+                if r.spilled:
+                    spilled = True
+                    words = (" ".join(pair) for pair in zip(section.labels, row.what, strict=True))
+                    what = f"{row.kernel}, {', '.join(words)}, {row.dtype} on {target}"
+                    print(f"spills: {what}: {r.stack} bytes, {r.spills} instructions")
+    return int(spilled)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,20 @@ from functools import lru_cache
 
 import pytest
 import torch
-from workloads import DIRECTIONS, SUITES, Workload, compile_modes, rivals, values
+from programs import values
+from rivals import compile_modes, rivals
+from workloads import Workload, suites
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODES = compile_modes(max_autotune=False)
+MODES = compile_modes("default")
 _values = lru_cache(maxsize=1)(values)  # a workload's cases follow one another
 
 
 def cases(suite: str) -> list:
     return [
         pytest.param(w, r.label, direction, id=f"{w.name}-{direction}-{r.label}".replace(" ", "_"))
-        for w in SUITES[suite]
-        for direction in DIRECTIONS
+        for w in suites(gpu=DEVICE == "cuda", quick=False)[suite]
+        for direction in w.directions
         for r in rivals(w, DEVICE, MODES)
     ]
 
@@ -27,8 +29,8 @@ def prepare(benchmark, workload: Workload, label: str, direction: str) -> Callab
     torch.compiler.reset()
     rival = next(r for r in rivals(workload, DEVICE, MODES) if r.label == label)
     program = rival.build(workload, _values(workload, DEVICE))
-    program.step()
-    call = program.forward if direction == "forward" else program.step
+    program.run()
+    call = program.calls[direction]
 
     def step() -> None:
         call()

@@ -5,60 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
+
+import gpu_tables
+from sheets import CL, OURS, STEP, Suite, caption, load, to_markdown
+
+from fused_res.env import BACKENDS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-OURS = "fused_res-"
-CL = "channels_last"
-STEP = "forward+backward"
-
-
-def load(results: Path) -> dict[str, dict[str, list[dict]]]:
-    """Rows by device and suite, in the order of their names."""
-    out: dict[str, dict[str, list[dict]]] = {}
-    for path in sorted(results.glob("*/*.json")):
-        out.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text())
-    return out
-
-
-def _unique(items: Iterable) -> list:
-    return list(dict.fromkeys(items))
-
-
-class Suite:
-    """The rows of one suite on one device, looked up by workload, direction and allocator."""
-
-    def __init__(self, rows: list[dict]) -> None:
-        self.rows = rows
-        self.workloads = _unique(row["workload"] for row in rows)
-        self.allocators = _unique(row["allocator"] for row in rows)
-        self.ours = _unique(row["rival"] for row in rows if row["rival"].startswith(OURS))
-
-    def row(self, workload: str, rival: str, direction: str, allocator: str) -> dict | None:
-        """The rival's row; of two layouts the channels_last one."""
-        found = [
-            row
-            for row in self.rows
-            if (row["workload"], row["rival"], row["direction"], row["allocator"])
-            == (workload, rival, direction, allocator)
-        ]
-        return max(found, key=lambda row: row["layout"] == CL, default=None)
-
-    def speedup(
-        self, workload: str, rival: str, direction: str, allocator: str, baselines: list[str]
-    ) -> float | None:
-        """Over the fastest of the baselines (``eager``, ``eager channels_last``, ...) that ran."""
-        row = self.row(workload, rival, direction, allocator)
-        if row is None:
-            return None
-        found = [
-            ratio
-            for base, ratio in row["speedup_over"].items()
-            if base in baselines or base.split()[0] in baselines
-        ]
-        return min(found, default=None)
 
 
 # --- the figures the project is held to on a CPU, 2 threads, float32
@@ -124,22 +79,6 @@ def _milliseconds(values: list[float | None]) -> str:
     return " / ".join("-" if x is None else f"{x:.3g}" for x in values)
 
 
-def _markdown(header: list[str], body: list[list[str]]) -> list[str]:
-    align = ["---"] + ["---:"] * (len(header) - 1)
-    return [f"| {' | '.join(cells)} |" for cells in (header, align, *body)]
-
-
-def caption(rows: list[dict]) -> str:
-    """Device, date, versions and commit of the rows, all of one run."""
-    row = rows[0]
-    d, v = row["device"], row["versions"]
-    versions = ", ".join(f"{name} {number}" for name, number in v.items() if number)
-    return (
-        f"*{d['name']} ({d['isa']}, {d['cores']} cores, {d['threads']} threads), {row['dtype']}, "
-        f"{row['date'][:10]}, {versions}, commit {row['commit']}.*"
-    )
-
-
 def _ops(suite: Suite, rival: str) -> list[str]:
     body = []
     for workload in suite.workloads:
@@ -161,7 +100,7 @@ def _ops(suite: Suite, rival: str) -> list[str]:
             ]
         )
     header = ["tensor", "forward", STEP, f"{STEP}, over torch.compile", f"{STEP}, ms", "% of copy"]
-    return _markdown(header, body)
+    return to_markdown(header, body)
 
 
 def _blocks(suite: Suite, rival: str) -> list[str]:
@@ -203,7 +142,7 @@ def _blocks(suite: Suite, rival: str) -> list[str]:
         "step, ms",
         "saved for backward, MiB",
     ]
-    return _markdown(header, body)
+    return to_markdown(header, body)
 
 
 INTRO = {
@@ -217,7 +156,10 @@ INTRO = {
 def markdown(results: Path) -> str:
     """Every committed suite as a table under a line that says where and when it was measured."""
     parts = []
-    for suites in load(results).values():
+    for device, suites in load(results).items():
+        if not device.startswith("cpu-"):
+            parts += gpu_tables.parts(suites)
+            continue
         for name, make in ("ops", _ops), ("blocks", _blocks):
             rows = suites.get(name)
             if not rows:
@@ -229,6 +171,32 @@ def markdown(results: Path) -> str:
                     text += f" Allocator: {' / '.join(suite.allocators)} (see `benchmarks/`)."
                 parts += [text, "\n".join(make(suite, rival)), caption(rows)]
     return "\n\n".join(parts) if parts else "No results yet."
+
+
+def dispatch(results: Path) -> str:
+    """JSON of what ``fused_res/measured.py`` reads: steps of bn_act on GPUs, by backend."""
+    found: dict[tuple, dict] = {}
+    for device, suites in load(results).items():
+        for row in suites.get("ops", []) if not device.startswith("cpu-") else []:
+            backend = row["rival"].removeprefix(OURS)
+            if row["direction"] != STEP or row["refused"] or backend not in BACKENDS:
+                continue
+            key = device, row["workload"]
+            measured = found.setdefault(
+                key,
+                {
+                    "device": row["device"]["name"],
+                    "isa": row["device"]["isa"],
+                    "op": "bn_act",
+                    "dtype": row["dtype"],
+                    "layout": row["layout"],
+                    "shape": row["shape"],
+                    "ms": {},
+                },
+            )
+            measured["ms"][backend] = row["median_ms"]
+    rows = [json.dumps(row) for row in found.values() if "eager" in row["ms"]]
+    return "[\n" + ",\n".join(rows) + "\n]\n" if rows else "[]\n"
 
 
 def replaced(text: str, table: str) -> str:
@@ -249,6 +217,9 @@ def main(argv: list[str] | None = None) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--write", type=Path, metavar="FILE", help="replace the table in FILE")
     mode.add_argument("--check", type=Path, metavar="FILE", help="exit 1 where FILE's is another")
+    mode.add_argument(
+        "--dispatch", type=Path, metavar="FILE", help="write what `auto` follows, measured.json"
+    )
     mode.add_argument("--targets", action="store_true", help="hold CPU results against the targets")
     args = parser.parse_args(argv)
     if args.targets:
@@ -261,6 +232,9 @@ def main(argv: list[str] | None = None) -> int:
         for met, what in lines:
             print(f"{'pass' if met else 'FAIL'}  {what}")
         return 0 if lines and all(met for met, _ in lines) else 1
+    if args.dispatch:
+        args.dispatch.write_text(dispatch(args.results))
+        return 0
     table = markdown(args.results)
     path = args.write or args.check
     if path is None:

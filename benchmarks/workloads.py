@@ -1,29 +1,25 @@
-"""What is timed: the workloads of each suite, and the rivals that run them.
-
-A rival is built into a ``Program``: a forward pass, the tensors to differentiate and a gradient to
-start from. All rivals of a workload get the same values, and those of one layout the same tensors.
-"""
+"""What is timed: the workloads of each suite, and the bytes that an ideal kernel moves in them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
-
-from fused_res import reference
-from fused_res.backends import BACKENDS, why_not
-from fused_res.ops.bn_act import bn_act
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-DIRECTIONS = ("forward", "forward+backward")
+CL = "channels_last"
+STEP = "forward+backward"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """``layout`` is that of x, or None where each rival has its own (``blocks``)."""
+    """``layout`` is that of x, or None where each rival has its own (``blocks``, ``nets``).
+
+    ``directions`` are the calls that are timed: ``forward`` and ``forward+backward`` in training,
+    ``eval`` (no gradients, BatchNorm by its running statistics), ``train`` (an optimizer's whole
+    step). The last one is checked. ``net`` names one of ``nets.NETS``.
+    """
 
     suite: str
     name: str
@@ -31,10 +27,27 @@ class Workload:
     layout: str | None = None
     kind: str = "basic"
     width: int | None = None
+    out_channels: int | None = None
+    stride: int = 1
+    net: str | None = None
+    dtype: torch.dtype = torch.float32
+    directions: tuple[str, ...] = ("forward", STEP)
 
-    def block_arguments(self) -> tuple[tuple[int, int], dict]:
-        channels = self.shape[1]
-        return (channels, channels), {"kind": self.kind, "width": self.width}
+    @property
+    def training(self) -> bool:
+        return "eval" not in self.directions
+
+    @property
+    def channels_out(self) -> int:
+        return self.out_channels or self.shape[1]
+
+    def shape_out(self) -> tuple[int, int, int, int]:
+        n, _, h, w = self.shape
+        return n, self.channels_out, -(-h // self.stride), -(-w // self.stride)
+
+    def block_arguments(self) -> tuple[tuple[int, int, int], dict]:
+        args = self.shape[1], self.channels_out, self.stride
+        return args, {"kind": self.kind, "width": self.width}
 
 
 def _op(shape: tuple[int, int, int, int], layout: str) -> Workload:
@@ -55,7 +68,7 @@ OP_SHAPES = (
     (64, 32, 16, 16),
     (64, 32, 8, 8),
 )
-SUITES = {
+CPU_SUITES = {
     "ops": [_op(shape, layout) for layout in FORMATS for shape in OP_SHAPES],
     "blocks": [
         _block("basic", (32, 64, 56, 56)),
@@ -66,264 +79,179 @@ SUITES = {
         _block("single", (64, 32, 8, 8)),
     ],
 }
-QUICK_SUITES = {
+CPU_QUICK = {
     "ops": [_op((8, 16, 12, 12), layout) for layout in FORMATS],
     "blocks": [_block("bottleneck", (4, 64, 12, 12), 16), _block("single", (8, 16, 9, 9))],
 }
+
+# --- on a GPU: the most important first, for a run that is out of time leaves out the rest
+
+
+def _gpu_op(shape: tuple[int, int, int, int], layout: str = CL, dtype: str = "bf16") -> Workload:
+    op = _op(shape, layout)
+    return replace(op, name=f"{op.name} {dtype}", dtype=DTYPES[dtype])
+
+
+def _gpu_block(
+    kind: str,
+    shape: tuple[int, int, int, int],
+    width: int | None = None,
+    out: int | None = None,
+    stride: int = 1,
+) -> list[Workload]:
+    """The block's training step, then the block in eval mode."""
+    block = _block(kind, shape, width)
+    name = block.name
+    if out:
+        name = name.replace(f"{width}ch", f"{width}-{out}ch")
+        name = name.replace(" batch", f" stride {stride} batch")
+    block = replace(block, name=name, out_channels=out, stride=stride, dtype=torch.bfloat16)
+    return [replace(block, directions=(STEP,)), replace(block, directions=("eval",))]
+
+
+def _net(net: str, batch: int, direction: str, pixels: int = 32) -> Workload:
+    shape = (batch, 3, pixels, pixels)
+    return Workload(
+        "nets",
+        f"{net} batch {batch}",
+        shape,
+        net=net,
+        dtype=torch.bfloat16,
+        directions=(direction,),
+    )
+
+
+GPU_SUITES = {
+    "ops": [
+        _gpu_op((128, 256, 56, 56)),
+        _gpu_op((256, 64, 56, 56)),
+        _gpu_op((64, 32, 16, 16)),
+        _gpu_op((512, 64, 32, 32)),
+        _gpu_op((256, 512, 7, 7)),
+        _gpu_op((128, 512, 28, 28)),
+        _gpu_op((256, 1024, 14, 14)),
+        _gpu_op((256, 2048, 7, 7)),
+        _gpu_op((128, 16, 32, 32)),
+        _gpu_op((256, 64, 56, 56), "NCHW"),
+        _gpu_op((256, 64, 56, 56), dtype="fp16"),
+        _gpu_op((128, 64, 56, 56), dtype="fp32"),
+        _gpu_op((1024, 16, 32, 32)),
+        _gpu_op((256, 128, 28, 28)),
+        _gpu_op((512, 64, 8, 8)),
+        _gpu_op((512, 512, 4, 4)),
+        _gpu_op((256, 32, 16, 16)),
+        _gpu_op((32, 64, 56, 56)),
+        _gpu_op((32, 2048, 7, 7)),
+        _gpu_op((256, 512, 7, 7), "NCHW"),
+        _gpu_op((128, 64, 32, 32), "NCHW", "fp32"),
+    ],
+    "blocks": [
+        *_gpu_block("bottleneck", (128, 256, 56, 56), 64),
+        *_gpu_block("single", (64, 32, 16, 16)),
+        *_gpu_block("basic", (256, 64, 32, 32)),
+        *_gpu_block("bottleneck", (128, 512, 28, 28), 128),
+        *_gpu_block("bottleneck", (256, 2048, 7, 7), 512),
+        *_gpu_block("basic", (128, 64, 56, 56)),
+        *_gpu_block("bottleneck", (256, 1024, 14, 14), 256),
+        *_gpu_block("bottleneck", (128, 256, 56, 56), 128, 512, 2),
+        *_gpu_block("basic", (256, 512, 7, 7)),
+    ],
+    "nets": [
+        _net("ResNet-50", 256, "train", 224),
+        _net("ResNet-20 CIFAR", 128, "train"),
+        _net("100 blocks", 64, "train"),
+        _net("ResNet-50", 256, "eval", 224),
+        _net("ResNet-18 CIFAR", 512, "train"),
+        _net("ResNet-20 CIFAR", 128, "eval"),
+        _net("100 blocks", 64, "eval"),
+        _net("ResNet-20 CIFAR", 1024, "train"),
+        _net("100 blocks", 256, "train"),
+        _net("ResNet-18 CIFAR", 512, "eval"),
+        _net("ResNet-20 CIFAR", 1024, "eval"),
+        _net("100 blocks", 256, "eval"),
+    ],
+}
+GPU_SUITES["autotune"] = [
+    *GPU_SUITES["blocks"][:6],
+    _net("ResNet-20 CIFAR", 128, "train"),
+    _net("ResNet-20 CIFAR", 128, "eval"),
+]
+GPU_QUICK = {
+    "ops": [
+        _gpu_op((8, 16, 12, 12)),
+        _gpu_op((8, 16, 12, 12), "NCHW", "fp32"),
+        _gpu_op((8, 24, 7, 7), dtype="fp16"),
+    ],
+    "blocks": [
+        *_gpu_block("single", (8, 16, 9, 9)),
+        *_gpu_block("bottleneck", (4, 32, 12, 12), 16, 64, 2),
+    ],
+    "nets": [
+        _net("3 blocks", 8, "train"),
+        _net("3 blocks", 8, "eval"),
+        _net("small ResNet", 8, "train"),
+        _net("small ResNet", 8, "eval"),
+        _net("narrow ResNet-18", 8, "eval"),
+    ],
+    "autotune": _gpu_block("single", (8, 16, 9, 9))[:1],
+}
+
+
+def suites(gpu: bool, quick: bool) -> dict[str, list[Workload]]:
+    """Workloads by suite: those of a GPU or of a CPU, in full or tiny ones."""
+    return [[CPU_SUITES, CPU_QUICK], [GPU_SUITES, GPU_QUICK]][gpu][quick]
+
+
+# --- bytes
+
+
+def _convolutions(workload: Workload) -> list[tuple[int, int, int, int, int]]:
+    """(channels in, channels out, size, pixels read, pixels written) of the branch's."""
+    n, c, h, w = workload.shape
+    out, inner, before = workload.channels_out, workload.width or c, n * h * w
+    _, _, h, w = workload.shape_out()
+    after = n * h * w
+    return {
+        "basic": [(c, inner, 3, before, after), (inner, out, 3, after, after)],
+        "bottleneck": [
+            (c, inner, 1, before, before),
+            (inner, inner, 3, before, after),
+            (inner, out, 1, after, after),
+        ],
+        "single": [(c, out, 3, before, after)],
+    }[workload.kind]
 
 
 def ideal_bytes(workload: Workload) -> dict[str, int]:
     """Bytes an ideal bn_act (the op, or every one of a block beside library convolutions) moves.
 
-    Statistics need a pass of their own, so x is read twice forward, x and dy twice backward.
+    Statistics need a pass of their own: in training x is read twice forward, x and dy backward.
     """
-    n, c, h, w = workload.shape
-    pixels = 4 * n * h * w
-    mask = n * c * h * w // 8
-    forward = 4 * pixels * c + mask  # x, x, residual -> y, mask
-    backward = 6 * pixels * c + 2 * mask  # dy, x, mask; dy, x, mask -> dx, dresidual
+    item = workload.dtype.itemsize
+    n, c, h, w = workload.shape_out()
+    size, mask = item * n * c * h * w, n * c * h * w // 8
+    forward = 4 * size + mask  # x, x, residual -> y, mask
+    backward = 6 * size + 2 * mask  # dy, x, mask; dy, x, mask -> dx, dresidual
+    evaluated = 3 * size  # x, residual -> y
     if workload.suite == "blocks":
-        inner = workload.width or c
-        convs = {
-            "basic": [(c, inner, 3), (inner, c, 3)],
-            "bottleneck": [(c, inner, 1), (inner, inner, 3), (inner, c, 1)],
-            "single": [(c, c, 3)],
-        }[workload.kind]
+        branch = _convolutions(workload)
+        convs = list(branch)
         if workload.kind == "single":
-            backward -= pixels * c  # the ReLU comes before the add: dresidual is dy
-        backward += 3 * pixels * c  # the gradients of branch and skip, added
-        for c_in, c_out, k in convs:
-            weight = 4 * c_in * c_out * k * k
-            forward += pixels * (c_in + c_out) + weight
-            backward += 2 * pixels * (c_in + c_out) + 2 * weight
-        for _, c_out, _ in convs[:-1]:
-            forward += 3 * pixels * c_out  # a, a -> z
-            backward += 5 * pixels * c_out  # dz, a; dz, a -> da
-    return {"forward": forward, "forward+backward": forward + backward}
-
-
-@dataclass
-class Program:
-    forward: Callable[[], Tensor]
-    wrt: dict[str, Tensor]
-    state: dict[str, Tensor]  # running statistics
-    dy: Tensor
-    initial: dict[str, Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.initial = {name: t.clone() for name, t in self.state.items()}
-
-    def step(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.forward(), tuple(self.wrt.values()), self.dy)
-
-    def result(self) -> dict[str, Tensor]:
-        """Output, gradients and running statistics of one step from the initial statistics."""
-        for name, t in self.state.items():
-            t.copy_(self.initial[name])
-        y = self.forward()
-        # clones: a CUDA graph overwrites its outputs
-        result = {"y": y.detach().clone()}
-        grads = torch.autograd.grad(y, tuple(self.wrt.values()), self.dy)
-        result.update((f"d{k}", g.clone()) for k, g in zip(self.wrt, grads, strict=True))
-        result.update((k, t.clone()) for k, t in self.state.items())
-        return result
-
-    def saved_bytes(self) -> int:
-        """Bytes of the distinct storages saved for backward, parameters excluded."""
-        own = {t.untyped_storage().data_ptr() for k, t in self.wrt.items() if k != "x"}
-        storages = {}
-
-        def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            storages[storage.data_ptr()] = storage
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = self.forward()
-        del y
-        return sum(s.nbytes() for pointer, s in storages.items() if pointer not in own)
-
-
-Build = Callable[[Workload, dict[str, Tensor]], Program]
-
-
-@dataclass(frozen=True)
-class Rival:
-    """``slack``: how many times PyTorch's own error this rival may have."""
-
-    name: str
-    layout: str
-    slack: float
-    build: Build
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} {self.layout}"
-
-
-def values(workload: Workload, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
-    """Random float32 inputs, and for a block its parameters under their names."""
-    generator = torch.Generator().manual_seed(seed)
-    n, c, h, w = workload.shape
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    out = {"x": normal(n, c, h, w), "dy": normal(n, c, h, w)}
-    if workload.suite == "ops":
-        out["residual"] = normal(n, c, h, w)
-        out["weight"], out["bias"] = 1 + 0.2 * normal(c), 0.2 * normal(c)
-        out["running_mean"], out["running_var"] = torch.zeros(c), torch.ones(c)
-    else:
-        args, kwargs = workload.block_arguments()
-        for name, p in reference.ResBlock(*args, **kwargs).named_parameters():
-            if p.dim() == 4:  # He et al., 2015
-                out[name] = normal(*p.shape) * (2 / p[0].numel()) ** 0.5
-            else:
-                out[name] = float(name.endswith("weight")) + 0.2 * normal(*p.shape)
-    out = {name: t.to(device) for name, t in out.items()}
-    _separate(workload, out)
-    return out
-
-
-def _relu_inputs(workload: Workload, v: dict[str, Tensor]) -> list[Tensor]:
-    seen: list[Tensor] = []
-    with torch.no_grad():
-        if workload.suite == "ops":
-            program = op_program(partial(reference.bn_act, act="none"), workload, v)
-            seen.append(program.forward())
-        else:
-            program = block_program(reference.ResBlock, workload, v)
-            program.module.relu.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-            program.forward()
-    return seen
-
-
-def double(v: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.double() for name, t in v.items()}
-
-
-def _separate(workload: Workload, v: dict[str, Tensor]) -> None:
-    """Nudges inputs until no ReLU's sign depends on rounding.
-
-    A ReLU that rounds to the other side of zero is nobody's error, and moves every gradient by more
-    than rounding does. In millions of elements a few always would.
-    """
-    target = v["residual" if workload.suite == "ops" else "x"]
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(20):
-        exact, rounded = _relu_inputs(workload, double(v)), _relu_inputs(workload, v)
-        near = torch.zeros_like(target[:, 0], dtype=torch.bool)
-        for e, r in zip(exact, rounded, strict=True):
-            near |= (e.abs() < 4 * (r - e).abs().max()).any(1)
-        count = int(near.sum())
-        if not count:
-            return
-        nudge = 1e-3 * torch.randn((count, target.size(1)), generator=generator)
-        target.permute(0, 2, 3, 1)[near] += nudge.to(target.device)
-    raise RuntimeError(f"{workload.name}: {count} ReLU inputs stay near zero")
-
-
-def _place(v: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    return {
-        name: t.detach().to(memory_format=FORMATS[layout]) if t.dim() == 4 else t.detach().clone()
-        for name, t in v.items()
-    }
-
-
-def op_program(call: Callable[..., Tensor], workload: Workload, v: dict[str, Tensor]) -> Program:
-    v = _place(v, workload.layout or "NCHW")
-    state = {name: v[name] for name in ("running_mean", "running_var")}
-    wrt = {name: v[name].requires_grad_() for name in ("x", "residual", "weight", "bias")}
-    norm = reference.Norm(*state.values(), v["weight"], v["bias"], training=True)
-    return Program(lambda: call(v["x"], norm, v["residual"]), wrt, state, v["dy"])
-
-
-@dataclass
-class BlockProgram(Program):
-    module: torch.nn.Module
-
-
-def block_program(
-    factory: Callable[..., torch.nn.Module],
-    workload: Workload,
-    v: dict[str, Tensor],
-    layout: str = "NCHW",
-    wrap: Callable = lambda module: module,
-) -> BlockProgram:
-    v = _place(v, layout)
-    args, kwargs = workload.block_arguments()
-    module = factory(*args, **kwargs, device=v["x"].device, dtype=v["x"].dtype)
-    module.load_state_dict({k: t for k, t in v.items() if k not in ("x", "dy")}, strict=False)
-    module = module.to(memory_format=FORMATS[layout]).train()
-    state = {name: t for name, t in module.named_buffers() if t.is_floating_point()}
-    wrt = {"x": v["x"].requires_grad_(), **dict(module.named_parameters())}
-    call = wrap(module)
-    return BlockProgram(lambda: call(v["x"]), wrt, state, v["dy"], module)
-
-
-def exact_program(workload: Workload, v: dict[str, Tensor]) -> Program:
-    """The workload in float64, by the reference."""
-    if workload.suite == "ops":
-        return op_program(reference.bn_act, workload, double(v))
-    return block_program(reference.ResBlock, workload, double(v))
-
-
-def _fused_op(backend: str, x: Tensor, norm: reference.Norm, residual: Tensor) -> Tensor:
-    return bn_act(x, *norm, residual=residual, backend=backend)
-
-
-def fused_backends(device: str) -> list[str]:
-    return [
-        name
-        for name in BACKENDS
-        if name not in ("auto", "eager")
-        and why_not("bn_act", name, torch.device(device).type, torch.float32) is None
-    ]
-
-
-def compile_modes(max_autotune: bool) -> dict[str, dict]:
-    # one fixed shape and no graph break: what torch.compile is best at
-    fixed = {"fullgraph": True, "dynamic": False}
-    modes = {"compile": fixed}
-    if max_autotune:
-        modes["compile-max-autotune"] = {**fixed, "mode": "max-autotune"}
-    return modes
-
-
-# torch.compile may reassociate sums as it likes: it is timed with this much more error than eager
-COMPILE_SLACK = 32.0
-OUR_SLACK = 1.5
-
-
-def rivals(workload: Workload, device: str, modes: dict[str, dict]) -> list[Rival]:
-    """Who runs ``workload``: PyTorch first, then torch.compile in ``modes``, then our backends."""
-    if workload.suite == "ops":
-        layout = workload.layout
-
-        def op(call: Callable) -> Build:
-            return partial(op_program, call)
-
-        out = [Rival("eager", layout, 1.0, op(reference.bn_act))]
-        for name, options in modes.items():
-            compiled = torch.compile(reference.bn_act, **options)
-            out.append(Rival(name, layout, COMPILE_SLACK, op(compiled)))
-        for name in fused_backends(device):
-            call = partial(_fused_op, name)
-            out.append(Rival(f"fused_res-{name}", layout, OUR_SLACK, op(call)))
-        return out
-
-    from fused_res import FusedResBlock
-
-    def block(factory: Callable, layout: str, wrap: Callable = lambda module: module) -> Build:
-        return partial(block_program, factory, layout=layout, wrap=wrap)
-
-    cl = "channels_last"
-    out = [Rival("eager", layout, 1.0, block(reference.ResBlock, layout)) for layout in FORMATS]
-    for name, options in modes.items():
-        build = block(reference.ResBlock, cl, partial(torch.compile, **options))
-        out.append(Rival(name, cl, COMPILE_SLACK, build))
-    for name in fused_backends(device):
-        build = block(partial(FusedResBlock, backend=name), cl)
-        out.append(Rival(f"fused_res-{name}", cl, OUR_SLACK, build))
-    return out
+            backward -= size  # the ReLU comes before the add: dresidual is dy
+        if workload.shape_out() != workload.shape:
+            # a strided 1x1 reads only the pixels it keeps; its BatchNorm's statistics read it again
+            convs.append((workload.shape[1], c, 1, n * h * w, n * h * w))
+            forward += size
+            backward += 2 * size
+        x = workload.shape
+        backward += 3 * item * x[0] * x[1] * x[2] * x[3]  # gradients of branch and skip, added
+        for c_in, c_out, k, read, written in convs:
+            operands = item * (read * c_in + written * c_out + c_in * c_out * k * k)
+            forward += operands
+            evaluated += operands
+            backward += 2 * operands
+        for _, c_out, _, _, written in branch[:-1]:
+            forward += 3 * item * written * c_out  # a, a -> z
+            backward += 5 * item * written * c_out  # dz, a; dz, a -> da
+            evaluated += 2 * item * written * c_out
+    return {"forward": forward, STEP: forward + backward, "eval": evaluated}

@@ -14,7 +14,8 @@ using Tensors = std::vector<Tensor>;
 using Integers = std::vector<int64_t>;
 
 // What went wrong in the library, in its own words: torch 2.13 and newer tell.
-extern "C" const char* torch_exception_get_what_without_backtrace() __attribute__((weak));
+extern "C" __attribute__((weak, visibility("default"))) const char*
+torch_exception_get_what_without_backtrace();
 
 inline void check_library(AOTITorchError error, const char* op) {
   if (error == AOTI_TORCH_SUCCESS) return;

@@ -17,7 +17,10 @@ from pathlib import Path
 
 import torch
 
-from . import ops  # noqa: F401  defines cpu_isa, which this module calls
+from . import (
+    measured,
+    ops,  # noqa: F401  defines cpu_isa, which this module calls
+)
 from .env import BACKENDS, CPU_ISAS, settings
 
 _log = logging.getLogger("fused_res")
@@ -37,8 +40,9 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
         "triton": (torch.float32, *_HALVES),
     }
 }
-# op -> backend -> dtypes for which `auto` takes it: where it was measured to beat PyTorch's own ops
-# (benchmarks/results). The CPU's float64 kernel is plain code, there for checking gradients.
+# op -> backend -> dtypes for which `auto` takes it where `measured` does not know the device: where
+# it was measured to beat PyTorch's own ops (benchmarks/results). On a GPU these run until it is
+# measured. The CPU's float64 kernel is plain code, there for checking gradients.
 PREFERRED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "bn_act": {"cpu": (torch.float32, *_HALVES)}
 }
@@ -173,11 +177,19 @@ def why_not_tensors(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
-def _preferred(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _auto(op: str, x: torch.Tensor) -> tuple[str, str]:
+    """What ``auto`` takes for a tensor, and why."""
+    device, dtype = x.device, x.dtype
+    # a compiler's shapes are symbols, and its own kernels would be the rival
+    if not torch.compiler.is_compiling() and x.dim() == 4 and measured.knows(device):
+        able = [b for b in SUPPORT[op] if why_not(op, b, device.type, dtype) is None]
+        backend, reason = measured.verdict_on(op, x, tuple(able))
+        if backend is not None:
+            return backend, reason
     for candidate, dtypes in PREFERRED[op].items():
-        if dtype in dtypes and why_not(op, candidate, device_type, dtype) is None:
-            return candidate
-    return None
+        if dtype in dtypes and why_not(op, candidate, device.type, dtype) is None:
+            return candidate, f"preferred for {dtype} on {device.type!r}"
+    return "eager", f"no fused kernel is preferred for {dtype} on {device.type!r}"
 
 
 def choose(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str:
@@ -198,10 +210,9 @@ def choose(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str
             raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
         return name
     if reason is None:
-        candidate = _preferred(op, x.device.type, x.dtype)
-        if candidate is not None:
+        candidate, reason = _auto(op, x)
+        if candidate != "eager":
             return candidate
-        reason = f"no fused kernel is preferred for {x.dtype} on {x.device.type!r}"
     if not torch.compiler.is_compiling() and (op, reason) not in _logged:
         _logged.add((op, reason))
         _log.info("%s runs in PyTorch's own ops: %s", op, reason)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import backends, ops  # noqa: F401  (ops: defines the op that names the instruction set)
+from . import backends, measured
 from .cli import table
 from .env import settings
 from .version import __version__
@@ -43,6 +43,20 @@ def _devices() -> list[dict[str, str]]:
         memory = f"{p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}"
         found.append({"type": "cuda", "name": f"{p.name}, {memory}"})
     return found
+
+
+def _choices() -> list[str]:
+    """What ``auto`` takes on each device, and why: a line for each measurement."""
+    lines = []
+    for op, preferred in backends.PREFERRED.items():
+        for name, dtypes in preferred.items():
+            words = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            lines.append(f"{op} on {name}: auto takes {name} for {words}, measured to win there")
+    for i in range(torch.cuda.device_count()):
+        found = measured.summary(torch.device("cuda", i))
+        nothing = "not measured, so auto takes PyTorch's own ops; a backend can be named"
+        lines += [f"cuda:{i}: {line}" for line in found or [nothing]]
+    return lines
 
 
 def _libraries() -> list[str]:
@@ -87,7 +101,8 @@ def report() -> dict:
         instruction_set; ``devices``: type and name of each; ``libraries``: file names of the loaded
         ones; ``backends``: name -> available, reason;
         ``environment``: variable -> value, default; ``ops``: one entry for each op, device type,
-        backend and dtype, with available, auto (whether backend ``auto`` takes it) and reason.
+        backend and dtype, with available, auto (whether backend ``auto`` takes it) and reason;
+        ``choices``: what ``auto`` takes and why, as lines of text.
     """
     devices = _devices()
     return {
@@ -118,6 +133,7 @@ def report() -> dict:
             for name, value in VARIABLES.items()
         },
         "ops": _op_rows(list(dict.fromkeys(device["type"] for device in devices))),
+        "choices": _choices(),
     }
 
 
@@ -164,6 +180,7 @@ def render(facts: dict) -> str:
             table(["environment variable", "value", ""], variable_rows),
             _op_table(facts["ops"])
             + "\n(auto: what backend 'auto' takes; yes: runs where it is asked for by name)",
+            "\n".join(facts["choices"]),
         ]
     )
 

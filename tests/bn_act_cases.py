@@ -2,9 +2,11 @@
 
 import torch
 from errors import rule
+from hypothesis import strategies as st
 
 from fused_res import Norm
 from fused_res.ops.bn_act import bn_act
+from fused_res.reference import ACTS
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -100,6 +102,25 @@ def assert_rule(cases, ours=on_cpu):
             assert all(t is None for column in columns for t in column), name
             continue
         rule(*(torch.cat([t.flatten() for t in column]) for column in columns), what=name)
+
+
+@st.composite
+def grid(draw):
+    """Arguments of ``draws``: the randomised grid that every implementation is held to."""
+    n, c, h, w = (draw(st.integers(1, most)) for most in (9, 70, 19, 19))
+    if n * h * w < 32:  # statistics of a handful of values amplify every rounding
+        n = 32
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    layout, act = draw(st.sampled_from(list(LAYOUTS))), draw(st.sampled_from(ACTS))
+    kind = draw(st.sampled_from(["none", "tensor", "norm"]))
+    training, mean = draw(st.booleans()), draw(st.sampled_from([0.0, 3.0, 50.0]))
+    return (n, c, h, w), dtype, layout, act, kind, training, mean
+
+
+def draws_of_grid(arguments):
+    n, c, h, w = arguments[0]
+    torch.manual_seed(n + 10 * c + 1000 * h + 20000 * w)
+    return draws(*arguments)
 
 
 def draws(shape, *args, **kwargs):

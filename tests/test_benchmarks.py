@@ -1,6 +1,8 @@
 """The benchmark runner and its tables, on tiny tensors. No timing is asserted anywhere."""
 
+import contextlib
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from fused_res import reference
 
@@ -17,47 +20,60 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 @pytest.fixture(scope="module", autouse=True)
 def on_path():
     sys.path.insert(0, str(BENCHMARKS))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors
     yield
+    torch.set_num_threads(before)
     sys.path.remove(str(BENCHMARKS))
 
 
-@pytest.fixture(scope="module")
-def run():
-    return importlib.import_module("run")
+def module_fixture(name):
+    return pytest.fixture(scope="module", name=name)(lambda: importlib.import_module(name))
 
 
-@pytest.fixture(scope="module")
-def table():
-    return importlib.import_module("table")
+run = module_fixture("run")
+rows = module_fixture("rows")
+table = module_fixture("table")
+workloads = module_fixture("workloads")
+programs = module_fixture("programs")
+rivals = module_fixture("rivals")
+nets = module_fixture("nets")
+measuring = pytest.fixture(scope="module")(lambda: importlib.import_module("measure"))
 
 
-@pytest.fixture(scope="module")
-def workloads():
-    return importlib.import_module("workloads")
+def run_quickly(out, *options):
+    command = [sys.executable, str(BENCHMARKS / "run.py"), "--quick", "--rounds", "2"]
+    command += ["--device", "cpu", "--threads", "1", "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """One whole quick run, both suites and both allocators."""
-    out = tmp_path_factory.mktemp("results")
-    command = [sys.executable, str(BENCHMARKS / "run.py"), "--quick", "--rounds", "2"]
-    command += ["--device", "cpu", "--threads", "1", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
+    return run_quickly(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="module")
+def gpu_results(tmp_path_factory):
+    """The suites of a GPU on a CPU; torch.compile in the smallest of them."""
+    out = run_quickly(tmp_path_factory.mktemp("gpu"), "--gpu")
+    return run_quickly(out, "--gpu", "--suite", "autotune", "--compile")
 
 
 def read(results):
     return {p.stem: json.loads(p.read_text()) for p in results.glob("*/*.json")}
 
 
-def test_rows_are_valid(results, run, workloads):
+def test_rows_are_valid(results, rows, rivals):
     suites = read(results)
     assert set(suites) == {"ops", "blocks"}
     assert not list(results.glob("*/*.part"))
-    for rows in suites.values():
-        for row in rows:
-            run.validate(row)
+    for found in suites.values():
+        for row in found:
+            rows.validate(row)
+            assert set(row) == set(rows.ROW_TYPES)
             assert row["refused"] is None
             assert row["device"]["threads"] == 1
             if row["rival"] == "eager":
@@ -65,18 +81,66 @@ def test_rows_are_valid(results, run, workloads):
             if row["direction"] != "saved":
                 assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
                 assert row["bytes"] > 0 and row["percent_of_copy"] > 0
-        assert {r["allocator"] for r in rows} == {"default", "raised"}
-        assert {r["rival"] for r in rows} == {
+        assert {r["allocator"] for r in found} == {"default", "raised"}
+        assert {r["rival"] for r in found} == {
             "eager",
-            *(f"fused_res-{b}" for b in workloads.fused_backends("cpu")),
+            *(f"fused_res-{b}" for b in rivals.fused_backends("cpu")),
         }
 
 
-def test_validate_refuses(results, run):
+def test_committed_rows_are_of_todays_workloads(rows, workloads):
+    paths = list((BENCHMARKS / "results").glob("cpu-*/*.json"))
+    assert paths
+    for path in paths:
+        known = {w.name: w for w in workloads.CPU_SUITES[path.stem]}
+        found = json.loads(path.read_text())
+        assert {row["workload"] for row in found} == set(known)
+        for row in found:
+            rows.validate(row)
+            workload = known[row["workload"]]
+            assert row["shape"] == list(workload.shape)
+            if row["median_ms"] is not None:
+                assert row["bytes"] == workloads.ideal_bytes(workload)[row["direction"]]
+
+
+def test_suites_of_a_gpu(gpu_results, rows, rivals):
+    """Every rival of every suite is built, right and timed; and written under the suite's name."""
+    suites = read(gpu_results)
+    assert set(suites) == {"peaks", "ops", "blocks", "nets", "autotune"}
+    ours = {f"fused_res-{b}" for b in rivals.fused_backends("cpu")}
+    ours |= {f"{name}-graphed" for name in ours}
+    plain = {"eager", "eager-graphed", *ours}
+    evaluated = {*plain, "cudnn-fused", "cudnn-fused-graphed"}
+    for suite, found in suites.items():
+        for row in found:
+            rows.validate(row)
+            assert row["refused"] is None, row
+        seen = {d: {r["rival"] for r in found if r["direction"] == d} for d in ("eval", "train")}
+        if suite in ("blocks", "nets"):
+            assert seen["eval"] == evaluated
+        if suite == "nets":
+            assert seen["train"] == plain
+            assert all(r["images_per_s"] > 0 and r["peak_mib"] is None for r in found)
+            assert {r["layout"] for r in found} == {"NCHW", "channels_last"}
+    assert {r["dtype"] for r in suites["ops"]} == {"bfloat16", "float16", "float32"}
+    assert "compile-max-autotune" in {r["rival"] for r in suites["autotune"]}
+    copy, *matmuls = suites["peaks"]
+    assert copy["gbps"] > 0 and len(matmuls) == 4 and all(r["tflops"] > 0 for r in matmuls)
+
+
+def test_gpu_workloads_are_told_apart(workloads):
+    for gpu_suites in (workloads.GPU_SUITES, workloads.GPU_QUICK):
+        for suite in gpu_suites.values():
+            keys = [(w.name, w.directions) for w in suite]
+            assert len(set(keys)) == len(keys)
+
+
+def test_validate_refuses(results, rows):
     row = read(results)["ops"][0]
-    for change in {"rounds": "3"}, {"refused": "why"}, {"median_ms": None}, {"extra": 1}:
+    changes = [{"rounds": "3"}, {"refused": "why"}, {"median_ms": None}, {"extra": 1}]
+    for change in [*changes, {"peak_mib": "1"}]:
         with pytest.raises(ValueError):
-            run.validate({**row, **change})
+            rows.validate({**row, **change})
 
 
 def scaled(x, norm, residual):
@@ -105,21 +169,161 @@ def not_a_number(x, norm, residual):
         (broken, "RuntimeError: no kernel"),
     ],
 )
-def test_wrong_rival_is_not_timed(run, workloads, call, reason):
-    workload = workloads.QUICK_SUITES["ops"][0]
-    candidates = [
-        workloads.Rival("eager", "NCHW", 1.0, partial(workloads.op_program, reference.bn_act)),
-        workloads.Rival("fused_res-x", "NCHW", 1.5, partial(workloads.op_program, call)),
-    ]
-    rows = run.measure(workload, candidates, rounds=2, least_ms=0.1)
-    assert len(rows) == 4
-    for row in rows:
-        if row["rival"] == "eager":
+def test_wrong_rival_is_not_timed(measuring, rivals, programs, workloads, call, reason):
+    assert_refused(measuring, workloads.CPU_QUICK["ops"][0],
+                   *op_rivals(rivals, programs, call), reason)  # fmt: skip
+
+
+def op_rivals(rivals, programs, call):
+    return (
+        rivals.Rival("eager", "NCHW", 1.0, partial(programs.op_program, reference.bn_act)),
+        rivals.Rival("fused_res-x", "NCHW", 1.5, partial(programs.op_program, call)),
+    )
+
+
+def assert_refused(measuring, workload, right, wrong, reason):
+    found = measuring.measure(workload, [right, wrong], rounds=2, least_ms=0.1)
+    assert len(found) == 2 * len(workload.directions)
+    for row in found:
+        if row["rival"] == right.name:
             assert row["median_ms"] > 0 and row["refused"] is None
         else:
             assert row["median_ms"] is None and reason in row["refused"]
             assert not row["speedup_over"]
             json.dumps(row, allow_nan=False)
+
+
+def off_by_two_percent(x, norm, residual):
+    return reference.bn_act(x, norm, residual) * 1.02
+
+
+@pytest.mark.parametrize("call", [off_by_two_percent, stale, not_a_number])
+def test_wrong_rival_in_16_bits(measuring, rivals, programs, workloads, call):
+    workload = workloads.GPU_QUICK["ops"][0]
+    assert workload.dtype == torch.bfloat16
+    wrong = "wrong result: error of "
+    assert_refused(measuring, workload, *op_rivals(rivals, programs, call), wrong)
+
+
+def other_eps(net):
+    net.resblocks[0].batch_norm.eps = 1.0
+    return net
+
+
+def other_gradients(net):
+    for p in net.parameters():
+        p.register_hook(torch.neg)
+    return net
+
+
+def no_net(net):
+    raise RuntimeError("no kernel for this")
+
+
+@pytest.mark.parametrize(
+    ("swap", "reason"),
+    [
+        (other_eps, "wrong result: error of y"),
+        (other_gradients, "wrong result: error of gradients"),
+        (no_net, "RuntimeError: no kernel for this"),
+    ],
+)
+def test_wrong_net_is_not_timed(measuring, rivals, nets, workloads, swap, reason):
+    right = rivals.Rival("eager", "channels_last", 1.0, nets.NetProgram)
+    build = partial(nets.NetProgram, swap=swap)
+    wrong = rivals.Rival("fused_res-x", "channels_last", 1.5, build)
+    assert_refused(measuring, workloads.GPU_QUICK["nets"][0], right, wrong, reason)
+
+
+def test_nets_run_the_backend_that_is_named(nets):
+    for net in nets.NETS.values():
+        blocks = [m for m in nets.fused(net.make(), "eager").modules() if hasattr(m, "plan")]
+        assert blocks and all(block.backend == "eager" for block in blocks)
+        norms = [m for m in nets.sequence(net.make()) if isinstance(m, torch.nn.BatchNorm2d)]
+        assert len(norms) <= 1  # the stem's; all others are in blocks
+
+
+@pytest.mark.parametrize("name", ["small ResNet", "narrow ResNet-18", "3 blocks"])
+def test_folded_net_is_the_net(nets, workloads, name):
+    workload = workloads._net(name, 4, "eval")
+    v = nets.values(workload)
+    net = nets.NETS[name].make()
+    net.load_state_dict(v.state)
+    expected = net.eval()(v.x)
+    with torch.no_grad():
+        torch.testing.assert_close(nets.folded(net, torch.float32)(v.x), expected)
+
+
+class Countdown:
+    """A deadline that is over when it has been asked ``asked`` times."""
+
+    def __init__(self, asked):
+        self.asked = asked
+
+    def left(self):
+        self.asked -= 1
+        return 100.0 if self.asked >= 0 else -1.0
+
+
+@pytest.mark.parametrize("suite", ["ops", "nets"])
+def test_deadline(measuring, rivals, rows, workloads, suite):
+    """What cannot be built in time is listed; what was timed before it has its rows."""
+    workload = workloads.GPU_QUICK[suite][0]
+    candidates = rivals.rivals(workload, "cpu", {}, gpu=True)
+    progress = []
+    options = {"rounds": 1, "least_ms": 0.1, "progress": progress.append}
+    found = measuring.measure(workload, candidates, deadline=Countdown(4), **options)
+    timed = {row["rival"] for row in found if row["median_ms"] is not None}
+    late = {row["rival"] for row in found if row["refused"] == rows.OUT_OF_TIME}
+    assert timed and late and timed | late == {r.name for r in candidates}
+    assert progress[-1] == found
+    # the share of a workload holds back all but the core
+    found = measuring.measure(workload, candidates, share=Countdown(0), **options)
+    timed = {row["rival"] for row in found if row["median_ms"] is not None}
+    assert timed == {r.name for r in candidates if r.core} and "eager" in timed
+
+
+def test_no_time_at_all(run, rows, tmp_path, capsys):
+    command = ["--gpu", "--quick", "--suite", "nets", "--seconds", "0", "--out", str(tmp_path)]
+    assert run.main(command) == 0
+    found = read(tmp_path)["nets"]
+    assert {row["refused"] for row in found} == {rows.OUT_OF_TIME}
+    assert {row["workload"] for row in found} == {w.name for _, w in run.workloads(
+        run.parse(command))}  # fmt: skip
+    assert "not timed: out of time" in capsys.readouterr().out
+
+
+def test_a_graph_is_captured_and_replayed(monkeypatch):
+    """With stand-ins for what a machine without a GPU has not."""
+    graphs = importlib.import_module("graphs")
+    calls, replays = [], []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def replay(self):
+            replays.append(1)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    x = torch.ones(3, requires_grad=True)
+
+    def call():
+        calls.append(1)
+        return 2 * x
+
+    graphed = graphs.Graphed(call, "cuda")
+    captured = len(calls)
+    (y,), (z,) = graphed(), graphed()
+    assert y is z and not y.requires_grad and torch.equal(y, 2 * x)
+    assert len(calls) == captured and len(replays) == 2
+    on_cpu = graphs.Graphed(call, "cpu")
+    assert len(calls) == captured and on_cpu().requires_grad and len(calls) == captured + 1
 
 
 def test_filter_without_a_match(run, capsys):
@@ -129,16 +333,26 @@ def test_filter_without_a_match(run, capsys):
 
 def test_ideal_bytes(workloads):
     n = 2 * 8 * 4 * 4
+    half = workloads.Workload("ops", "", (2, 8, 4, 4), "NCHW", dtype=torch.bfloat16)
+    assert workloads.ideal_bytes(half)["forward"] == 8 * n + n // 8
     op = workloads.Workload("ops", "", (2, 8, 4, 4), "NCHW")
     assert workloads.ideal_bytes(op)["forward"] == 16 * n + n // 8
     assert workloads.ideal_bytes(op)["forward+backward"] == 40 * n + 3 * n // 8
 
 
-def test_saved_bytes_of_plain_pytorch(workloads):
-    workload = workloads.QUICK_SUITES["blocks"][1]
-    v = workloads.values(workload)
+def test_ideal_bytes_of_a_projection(workloads):
+    """x 8 channels of 4x4, y 16 of 2x2, in bf16."""
+    block = workloads._gpu_block("single", (2, 8, 4, 4), out=16, stride=2)[1]
+    x, y, weights = 2 * 2 * 8 * 16, 2 * 2 * 16 * 4, 2 * 8 * 16 * 10
+    # convolutions: x -> a; a quarter of x -> r. bn_act: a, r -> y
+    assert workloads.ideal_bytes(block)["eval"] == x + y + x // 4 + y + weights + 3 * y
+
+
+def test_saved_bytes_of_plain_pytorch(programs, workloads):
+    workload = workloads.CPU_QUICK["blocks"][1]
+    v = programs.values(workload)
     n = v["x"].nbytes
-    saved = workloads.block_program(reference.ResBlock, workload, v).saved_bytes()
+    saved = programs.block_program(reference.ResBlock, workload, v).saved_bytes()
     # x, the convolution's output, the ReLU's output, and a few numbers per channel
     assert 3 * n <= saved <= 3 * n + 4096
 
@@ -188,3 +402,91 @@ def test_targets(table):
 def test_targets_need_every_workload(results, table):
     for suites in table.load(results).values():
         assert not all(met for met, _ in table.targets(suites))
+
+
+@pytest.fixture(scope="module")
+def fabricated(gpu_results, tmp_path_factory):
+    """The rows of the dry run as if a GPU had them, and a plot's folder."""
+    folder = tmp_path_factory.mktemp("fabricated") / "nvidia-x"
+    folder.mkdir()
+    device = {"slug": "nvidia-x", "name": "NVIDIA X", "cores": 132, "threads": 1, "isa": "sm_90"}
+    for name, found in read(gpu_results).items():
+        changed = [{**row, "device": device, "allocator": "cuda"} for row in found]
+        for row in changed:
+            if "peak_mib" in row:
+                row["peak_mib"] = 1234.0
+        (folder / f"{name}.json").write_text(json.dumps(changed))
+    return folder
+
+
+def test_tables_of_a_gpu(fabricated, table, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"{table.BEGIN}\n{table.END}")
+    common = ["--results", str(fabricated.parent)]
+    assert table.main([*common, "--write", str(page)]) == 0
+    assert table.main([*common, "--check", str(page)]) == 0
+    text = page.read_text()
+    for shown in ("NVIDIA X (sm_90, 132 multiprocessors), bfloat16", "images/s", "1234 → 1234",
+                  "% of copy", "TFLOP/s", "saved for backward", "max-autotune",
+                  "loses to the fastest rival in"):  # fmt: skip
+        assert shown in text, shown
+    assert table.main([*common, "--targets"]) == 1  # they are a CPU's
+
+
+def test_tables_of_rows_that_are_missing(fabricated, table, rows, tmp_path, capsys):
+    """Nothing was timed: the tables have dashes."""
+    folder = tmp_path / "nvidia-x"
+    folder.mkdir()
+    none = dict.fromkeys(("median_ms", "percent_of_copy", "gbps", "images_per_s"))
+    for path in fabricated.glob("[bno]*s.json"):
+        found = [r for r in json.loads(path.read_text()) if r["direction"] != "saved"]
+        changes = {"speedup_over": {}, "refused": rows.OUT_OF_TIME, **none}
+        (folder / path.name).write_text(json.dumps([{**row, **changes} for row in found]))
+    assert table.main(["--results", str(tmp_path)]) == 0
+    assert "| - | - | - |" in capsys.readouterr().out
+
+
+def test_plot(fabricated, gpu_results, tmp_path, capsys):
+    if not importlib.util.find_spec("matplotlib"):
+        pytest.skip("no matplotlib")
+    plot = importlib.import_module("plot")
+    assert plot.main([str(fabricated)]) == 0
+    assert (fabricated / "speed.png").stat().st_size > 10_000
+    assert plot.main([str(tmp_path)]) == 0 and "no rows" in capsys.readouterr().out
+
+
+def test_plot_without_matplotlib(fabricated, monkeypatch, capsys):
+    plot = importlib.import_module("plot")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot.main([str(fabricated)]) == 0
+    assert "no plot: " in capsys.readouterr().out
+
+
+def test_parts_of_make_gpu(tmp_path):
+    gpu = importlib.import_module("gpu")
+    assert sum(gpu.LIMITS.values()) == 540
+    for part in [*gpu.LIMITS, *gpu.NAMED]:
+        for command in gpu.commands(part, tmp_path, 60):
+            assert all(isinstance(word, str) for word in command)
+    # what a part does not use goes to the suites, and all end in time
+    parts, elapsed = list(gpu.LIMITS), 0.0
+    for i, part in enumerate(parts):
+        limit = gpu.limits_left(parts[i:], 540, elapsed)
+        if part in gpu.SUITES:
+            assert limit > gpu.LIMITS[part]
+        elapsed += limit if part in gpu.SUITES else limit / 2
+    assert elapsed <= 540
+
+
+@pytest.mark.parametrize("options", [["nosuch"], ["--limit", "5"]])
+def test_make_gpu_refuses(options, monkeypatch, capsys):
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+    with pytest.raises(SystemExit):
+        gpu.main()
+
+
+def test_sanitizer_cases_run():
+    command = [sys.executable, str(BENCHMARKS / "sanitizer_cases.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -7,7 +7,16 @@ import shutil
 
 import pytest
 import torch
-from bn_act_cases import LAYOUTS, NAMES, Case, assert_rule, draws, parameter_dtype
+from bn_act_cases import (
+    LAYOUTS,
+    NAMES,
+    Case,
+    assert_rule,
+    draws,
+    draws_of_grid,
+    grid,
+    parameter_dtype,
+)
 from cuda_emulation import ELEMENTS, PLANS, Device, Emulation, EmulationError, Shape, at_offset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,30 +67,18 @@ def run(emulation, case, plan="automatic", offset=0, seed=0):
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
-    n=st.integers(1, 9),
-    c=st.integers(1, 70),
-    h=st.integers(1, 19),
-    w=st.integers(1, 19),
-    dtype=st.sampled_from(ELEMENTS),
-    layout=st.sampled_from(list(LAYOUTS)),
-    act=st.sampled_from(ACTS),
-    kind=st.sampled_from(KINDS),
-    training=st.booleans(),
-    mean=st.sampled_from([0.0, 3.0, 50.0]),
+    arguments=grid(),
     plan=st.sampled_from(PLANS),
     offset=st.sampled_from([0, 0, 1, 4]),
     whole_eights=st.booleans(),
 )
-def test_error_is_within_the_rule(
-    emulation, n, c, h, w, dtype, layout, act, kind, training, mean, plan, offset, whole_eights
-):
-    if n * h * w < 32:  # statistics of a handful of values amplify every rounding
-        n = 32
+def test_error_is_within_the_rule(emulation, arguments, plan, offset, whole_eights):
+    (n, c, h, w), *rest = arguments
     if whole_eights:  # what the kernels read 16 bytes at a time
         c, w, offset = -(-c // 8) * 8, 8, 0
-    torch.manual_seed(n + 10 * c + 1000 * h + 20000 * w)
+        n = n if n * h * w >= 32 else 32
     assert_rule(
-        draws((n, c, h, w), dtype, layout, act, kind, training, mean),
+        draws_of_grid(((n, c, h, w), *rest)),
         lambda case: run(emulation, case, plan, offset, seed=n),
     )
 

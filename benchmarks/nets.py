@@ -1,0 +1,210 @@
+"""Whole nets: an optimizer's step and an evaluation under bfloat16 autocast.
+
+Images repeat: a batch is copies of at most 16. BatchNorm's statistics and the mean loss of the
+copies are those of the few, so that the very step that is timed can be held against float64 at the
+cost of 16 images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from folding import FoldedNet
+from programs import Program
+from torch import Tensor, nn
+from workloads import CL, FORMATS, Workload
+
+from fused_res import fuse_
+from fused_res.demo.nets import NetResDeep, ResNet18
+from fused_res.nn.blocks import FusedForward
+from fused_res.reference import ResBlock
+
+DISTINCT = 16  # images
+
+
+def resnet(
+    kind: str, channels: tuple[int, ...], depths: tuple[int, ...], classes: int, large: bool
+) -> nn.Sequential:
+    """A ResNet (He et al., 2016) of ``reference.ResBlock``.
+
+    Args:
+        kind: of the blocks.
+        channels, depths: of each stage; all but the first start with a stride of 2.
+        classes: how many logits.
+        large: for images of 224 pixels: a 7x7 convolution and a pooling first.
+    """
+    width = channels[0] // 4 if kind == "bottleneck" else channels[0]
+    stem = nn.Conv2d(3, width, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
+    parts = [stem, nn.BatchNorm2d(width), nn.ReLU()]
+    if large:
+        parts.append(nn.MaxPool2d(3, 2, 1))
+    for stage, (out, depth) in enumerate(zip(channels, depths, strict=True)):
+        for i in range(depth):
+            block = ResBlock(width, out, 2 if stage and not i else 1, kind=kind)
+            # small branches, after Goyal et al., 2017, who start at 0: else what bfloat16 rounds
+            # grows from block to block until the logits of 50 layers are off by a third
+            nn.init.constant_(getattr(block, f"bn{block.depth}").weight, 0.2)
+            parts.append(block)
+            width = out
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+@dataclass(frozen=True)
+class Net:
+    """``compile_s``: what torch.compile of a training step may take; it is not begun with less."""
+
+    make: Callable[[], nn.Module]
+    compile_s: float = 10.0
+
+
+NETS = {
+    "ResNet-50": Net(
+        partial(resnet, "bottleneck", (256, 512, 1024, 2048), (3, 4, 6, 3), 1000, True), 75.0
+    ),
+    "ResNet-18 CIFAR": Net(partial(ResNet18, 64), 40.0),
+    "ResNet-20 CIFAR": Net(partial(resnet, "basic", (16, 32, 64), (3, 3, 3), 10, False), 40.0),
+    "100 blocks": Net(partial(NetResDeep, 32, 100), 75.0),
+    # to see that everything runs
+    "small ResNet": Net(partial(resnet, "bottleneck", (32, 64), (1, 1), 100, True)),
+    "narrow ResNet-18": Net(partial(ResNet18, 8, 100)),
+    "3 blocks": Net(partial(NetResDeep, 16, 3, 100)),
+}
+
+
+def sequence(net: nn.Module) -> nn.Sequential:
+    """The net as one row of its children, in the order in which its forward calls them."""
+    if isinstance(net, ResNet18):
+        layers = (block for i in range(1, 5) for block in getattr(net, f"layer{i}"))
+        stem = net.conv1, net.bn1, nn.ReLU()
+        return nn.Sequential(*stem, *layers, nn.AvgPool2d(4), nn.Flatten(), net.linear)
+    if isinstance(net, NetResDeep):
+        stem = net.conv1, nn.ReLU(), nn.MaxPool2d(2)
+        head = nn.MaxPool2d(2), nn.Flatten(), net.fc1, nn.ReLU(), net.fc2
+        return nn.Sequential(*stem, *net.resblocks, *head)
+    return net
+
+
+@dataclass
+class Values:
+    """``copies`` of the same few images and labels, and the net's parameters and buffers."""
+
+    x: Tensor
+    labels: Tensor
+    copies: int
+    state: dict[str, Tensor]
+
+
+def values(workload: Workload, device: str = "cpu", seed: int = 0) -> Values:
+    generator = torch.Generator(device).manual_seed(seed)
+    batch = workload.shape[0]
+    few = min(DISTINCT, batch // 2)
+    x = torch.randn((few, *workload.shape[1:]), generator=generator, device=device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = NETS[workload.net].make()
+        for part in net.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+    net.to(device)
+    norms = [part for part in net.modules() if isinstance(part, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():  # running statistics as of a trained net: those of the images
+        classes = net(x).size(1)
+    labels = torch.randint(classes, (few,), generator=generator, device=device)
+    copies = batch // few
+    state = {name: t.clone() for name, t in net.state_dict().items()}
+    return Values(x.repeat(copies, 1, 1, 1), labels.repeat(copies), copies, state)
+
+
+def fused(net: nn.Module, backend: str) -> nn.Module:
+    """``net`` with every residual block fused, run by ``backend`` or not at all."""
+    fuse_(net, strict=True)
+    for part in net.modules():
+        if isinstance(part, FusedForward):
+            part.backend = backend
+    return net
+
+
+def folded(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return FoldedNet(sequence(net), dtype).eval()
+
+
+class NetProgram(Program):
+    """``autocast``: the dtype of the convolutions, or None for a net that has its own."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        v: Values,
+        layout: str = CL,
+        swap: Callable[[nn.Module], nn.Module] = lambda net: net,
+        wrap: Callable = lambda net: net,
+        autocast: torch.dtype | None = torch.bfloat16,
+    ) -> None:
+        net = NETS[workload.net].make().to(v.x.device, v.x.dtype)
+        net.load_state_dict(v.state)
+        net = net.to(memory_format=FORMATS[layout]).train(workload.training)
+        self.module = swap(net)
+        self.call = wrap(self.module)
+        self.x, self.labels = v.x.to(memory_format=FORMATS[layout]), v.labels
+        self.inputs = (self.x,)
+        self.initial = v.state
+        self.autocast = autocast
+        self.directions = workload.directions
+        self.calls = {"train": self.step} if workload.training else {"eval": self.evaluate}
+        self.optimizer = None
+        if workload.training:
+            self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
+
+    def _autocast(self) -> torch.autocast:
+        # Every weight is cast once a step, so the cache of casts spares nothing, and a CUDA graph
+        # must not be given a cast from before its capture.
+        enabled = self.autocast is not None
+        return torch.autocast(
+            self.x.device.type, self.autocast, enabled=enabled, cache_enabled=False
+        )
+
+    def step(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            logits = self.call(self.x)
+            loss = F.cross_entropy(logits, self.labels)
+        loss.backward()
+        self.optimizer.step()
+        return logits.detach()
+
+    def evaluate(self) -> Tensor:
+        with torch.no_grad(), self._autocast():
+            return self.call(self.x)
+
+    def release(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def result(self) -> dict[str, Tensor]:
+        """Logits, and in training the gradient of every parameter."""
+        if self.optimizer is None:
+            return {"y": self.run()[0].clone()}
+        with torch.no_grad():
+            for name, t in self.module.state_dict().items():
+                t.copy_(self.initial[name])
+            for state in self.optimizer.state.values():
+                if state.get("momentum_buffer") is not None:
+                    state["momentum_buffer"].zero_()
+        y = self.run()[0].clone()
+        grads = {f"d{name}": p.grad.clone() for name, p in self.module.named_parameters()}
+        return {"y": y, **grads}
+
+
+def exact_result(workload: Workload, v: Values) -> dict[str, Tensor]:
+    """What the step computes in float64: on one copy of the images."""
+    few = len(v.labels) // v.copies
+    state = {k: t.double() if t.is_floating_point() else t for k, t in v.state.items()}
+    one = Values(v.x[:few].double(), v.labels[:few], 1, state)
+    result = NetProgram(workload, one, "NCHW", autocast=None).result()
+    return {**result, "y": result["y"].repeat(v.copies, 1)}

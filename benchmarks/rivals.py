@@ -1,0 +1,203 @@
+"""Who runs a workload: PyTorch, torch.compile, cuDNN's fused calls in eval mode, and fused_res."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from folding import FoldedBlock
+from nets import NETS, NetProgram, folded, fused
+from programs import Program, block_program, op_program
+from torch import Tensor
+from workloads import CL, FORMATS, Workload
+
+from fused_res import FusedResBlock, reference
+from fused_res.backends import BACKENDS, why_not
+from fused_res.ops.bn_act import bn_act
+
+# torch.compile and cuDNN's fused calls may reassociate sums and round where they like: they are
+# timed with this much more error than eager
+COMPILE_SLACK = 32.0
+OUR_SLACK = 1.5
+
+Build = Callable[[Workload, dict], Program]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """``slack``: how many times PyTorch's own error this rival may have.
+
+    ``graphed``: its calls are captured in CUDA graphs. ``core``: without it the others say little.
+    ``seconds``: what building it may take; it is not begun when less time is left.
+    """
+
+    name: str
+    layout: str
+    slack: float
+    build: Build
+    graphed: bool = False
+    core: bool = False
+    seconds: float = 2.0
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.layout}"
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("fused_res")
+
+    @property
+    def compiled(self) -> bool:
+        return "compile" in self.name
+
+
+def graphed(rival: Rival) -> Rival:
+    # eager's own algorithms may differ from capture to capture, hence more slack than 1
+    slack = max(rival.slack, OUR_SLACK)
+    name = f"{rival.name}-graphed"
+    return replace(rival, name=name, slack=slack, graphed=True, core=False)
+
+
+def fused_backends(device: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    return [
+        name
+        for name in BACKENDS
+        if name not in ("auto", "eager")
+        and why_not("bn_act", name, torch.device(device).type, dtype) is None
+    ]
+
+
+def compile_modes(*names: str) -> dict[str, dict]:
+    """Options of torch.compile by the rival's name, for the modes named.
+
+    One fixed shape and no graph break: what torch.compile is best at.
+    """
+    fixed = {"fullgraph": True, "dynamic": False}
+    modes = {f"compile-{name}": {**fixed, "mode": name} for name in names if name != "default"}
+    return {"compile": fixed, **modes} if "default" in names else modes
+
+
+def _static(build: Build, options: dict) -> Build:
+    """``build``, its inputs declared to stay where they are.
+
+    Modes with CUDA graphs would copy them in every call, or, where running statistics are inputs,
+    leave the graphs alone. In a net they would be activations and buffers, which stay.
+    """
+    if "mode" not in options:
+        return build
+
+    def built(workload: Workload, v: dict) -> Program:
+        program = build(workload, v)
+        for t in program.inputs:
+            torch._dynamo.mark_static_address(t, guard=False)
+        return program
+
+    return built
+
+
+def _fused_op(backend: str, x: Tensor, norm: reference.Norm, residual: Tensor) -> Tensor:
+    return bn_act(x, *norm, residual=residual, backend=backend)
+
+
+class _Ops:
+    """Builds of the rivals of bn_act."""
+
+    compile_s = 8.0
+
+    def eager(self, layout: str) -> Build:
+        return partial(op_program, reference.bn_act)
+
+    def compiled(self, options: dict) -> Build:
+        return lambda w, v: op_program(torch.compile(reference.bn_act, **options), w, v)
+
+    def ours(self, backend: str) -> Build:
+        return partial(op_program, partial(_fused_op, backend))
+
+
+class _Blocks:
+    """Builds of the rivals of a block."""
+
+    compile_s = 20.0
+
+    def eager(self, layout: str) -> Build:
+        return partial(block_program, reference.ResBlock, layout=layout)
+
+    def compiled(self, options: dict) -> Build:
+        wrap = partial(torch.compile, **options)
+        return partial(block_program, reference.ResBlock, layout=CL, wrap=wrap)
+
+    def ours(self, backend: str) -> Build:
+        return partial(block_program, partial(FusedResBlock, backend=backend), layout=CL)
+
+    def folded(self, dtype: torch.dtype) -> Build:
+        wrap = partial(FoldedBlock, dtype=dtype)
+        return partial(block_program, reference.ResBlock, layout=CL, wrap=wrap)
+
+
+class _Nets:
+    """Builds of the rivals of a net."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.compile_s = NETS[workload.net].compile_s * (1.0 if workload.training else 0.6)
+
+    def eager(self, layout: str) -> Build:
+        return partial(NetProgram, layout=layout)
+
+    def compiled(self, options: dict, backend: str | None = None) -> Build:
+        swap = partial(fused, backend=backend) if backend else lambda net: net
+        return partial(NetProgram, swap=swap, wrap=partial(torch.compile, **options))
+
+    def ours(self, backend: str) -> Build:
+        return partial(NetProgram, swap=partial(fused, backend=backend))
+
+    def folded(self, dtype: torch.dtype) -> Build:
+        return partial(NetProgram, swap=partial(folded, dtype=dtype), autocast=None)
+
+
+def rivals(
+    workload: Workload, device: str, modes: dict[str, dict], gpu: bool = False
+) -> list[Rival]:
+    """Who runs ``workload``, torch.compile in ``modes``.
+
+    Args:
+        gpu: the rivals that a GPU is asked, wherever they run: with CUDA graphs, cuDNN's fused
+            calls and torch.compile of ours, the most important first.
+    """
+    if workload.suite == "nets":
+        builds = _Nets(workload)
+    else:
+        builds = _Ops() if workload.suite == "ops" else _Blocks()
+    layout = workload.layout or CL
+    eager = {
+        name: Rival("eager", name, 1.0, builds.eager(name))
+        for name in ([workload.layout] if workload.layout else FORMATS)
+    }
+    compiled = []
+    for name, options in modes.items():
+        seconds = builds.compile_s * (3 if "autotune" in name else 1)
+        build = _static(builds.compiled(options), options)
+        compiled.append(Rival(name, layout, COMPILE_SLACK, build, seconds=seconds))
+    backends = fused_backends(device, workload.dtype)
+    ours = [Rival(f"fused_res-{b}", layout, OUR_SLACK, builds.ours(b)) for b in backends]
+    if not gpu:
+        return [*eager.values(), *compiled, *ours]
+
+    first = [replace(rival, core=True) for rival in (eager.pop(layout), *ours)]
+    if not workload.training:
+        first.append(Rival("cudnn-fused", layout, COMPILE_SLACK, builds.folded(workload.dtype)))
+    out = [*first, *compiled[:1], *map(graphed, first), *compiled[1:], *eager.values()]
+    if workload.suite == "nets" and "compile" in modes:
+        out += [
+            Rival(
+                f"fused_res-{b}-compile",
+                layout,
+                OUR_SLACK,
+                builds.compiled(modes["compile"], b),
+                seconds=builds.compile_s,
+            )
+            for b in backends[:1]
+        ]
+    return out

@@ -1,0 +1,110 @@
+"""Rows: what is in one, how they are written and how they are printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+ROW_TYPES: dict[str, tuple[type, ...]] = {
+    "suite": (str,),
+    "workload": (str,),
+    "shape": (list,),
+    "dtype": (str,),
+    "layout": (str,),
+    "rival": (str,),
+    "direction": (str,),
+    "allocator": (str,),
+    "rounds": (int,),
+    "median_ms": (float, type(None)),
+    "p20_ms": (float, type(None)),
+    "p80_ms": (float, type(None)),
+    "speedup_over": (dict,),
+    "bytes": (int, type(None)),
+    "gbps": (float, type(None)),
+    "percent_of_copy": (float, type(None)),
+    "copy_gbps": (float, type(None)),
+    "page_faults": (float, type(None)),
+    "rms_error": (float, type(None)),
+    "error_over_eager": (float, type(None)),
+    "refused": (str, type(None)),
+    "device": (dict,),
+    "versions": (dict,),
+    "commit": (str,),
+    "date": (str,),
+}
+# fields that only some suites' rows have: nets and peaks
+EXTRA_TYPES: dict[str, tuple[type, ...]] = {
+    "images_per_s": (float, type(None)),
+    "peak_mib": (float, type(None)),
+    "tflops": (float, type(None)),
+}
+OUT_OF_TIME = "out of time"
+
+
+def validate(row: dict) -> None:
+    """Raises ValueError where ``row`` is not of the schema."""
+    if not set(ROW_TYPES) <= set(row) <= {*ROW_TYPES, *EXTRA_TYPES}:
+        wrong = (set(row) ^ set(ROW_TYPES)) - set(EXTRA_TYPES)
+        raise ValueError(f"fields missing or unknown: {sorted(wrong)}")
+    for name, value in row.items():
+        types = {**ROW_TYPES, **EXTRA_TYPES}[name]
+        if not isinstance(value, types):
+            raise ValueError(f"{name}={value!r} must be {' or '.join(map(str, types))}")
+    if (row["refused"] is None) == (row["median_ms"] is None and row["direction"] != "saved"):
+        raise ValueError("a row has a time, or says why it was refused")
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Writes a JSON array, one row a line; all of it or nothing."""
+    for row in rows:
+        validate(row)
+    text = "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as part:
+        part.write(text)
+    os.chmod(part.name, 0o644)
+    os.replace(part.name, path)
+
+
+def lines(rows: list[dict]) -> list[str]:
+    """The table of one workload. A speed-up under 1 is a loss and is marked."""
+    out = [f"{rows[0]['workload']}  ({rows[0]['dtype']}, allocator {rows[0]['allocator']})"]
+    for row in rows:
+        over = "  ".join(
+            f"{ratio:.2f}x {base}{' LOSS' if ratio < 1 else ''}"
+            for base, ratio in row["speedup_over"].items()
+        )
+        head = f"  {row['direction']:16} {row['rival']} {row['layout']}"
+        if row["refused"]:
+            out.append(f"{head:52} not timed: {row['refused']}")
+        elif row["direction"] == "saved":
+            out.append(f"{head:52} {row['bytes'] / 2**20:9.2f} MiB  {over}")
+        else:
+            out.append(f"{head:52} {_figures(row)}  {over}".rstrip())
+    return out
+
+
+def _figures(row: dict) -> str:
+    out = f"{row['median_ms']:9.3f} ms [{row['p20_ms']:.3f}, {row['p80_ms']:.3f}]"
+    if row["gbps"] is not None:
+        out += f" {row['gbps']:6.1f} GB/s {row['percent_of_copy']:4.0f} %"
+    if row["page_faults"] is not None:
+        out += f" {row['page_faults']:7.0f} faults"
+    for field, unit in ("images_per_s", "images/s"), ("peak_mib", "MiB"), ("tflops", "TFLOP/s"):
+        if row.get(field) is not None:
+            out += f" {row[field]:8.0f} {unit}"
+    return out
+
+
+def losses(rows: list[dict]) -> list[str]:
+    """Every comparison in which fused_res is slower."""
+    return [
+        f"  {row['workload']}, {row['direction']}, allocator {row['allocator']}: "
+        f"{row['rival']} is {ratio:.2f}x {base}"
+        for row in rows
+        if row["rival"].startswith("fused_res")
+        for base, ratio in row["speedup_over"].items()
+        if ratio < 1
+    ]

@@ -1,0 +1,129 @@
+"""What was measured where: the table that backend ``auto`` follows.
+
+``measured.json`` has a row per device, op, dtype, layout and shape, with the milliseconds that each
+implementation takes forward and backward; ``benchmarks/table.py --dispatch`` writes it from the
+committed results. What was not measured follows the nearest shape that was, if there is one near,
+on the same device or else on one of the same architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A kernel is taken where it was measured to be this much faster than PyTorch's own ops: on the
+# device itself, more than timings differ from run to run; on a sibling, more than siblings differ.
+LEAST_GAIN, LEAST_GAIN_OF_SIBLING = 1.03, 1.10
+# Values per channel and channels of a shape may differ from the measured one's by this factor.
+NEAR = 4.0
+
+
+class Row(NamedTuple):
+    """One measurement. ``isa``: the device's architecture, ``sm_90``; ``ms``: by backend."""
+
+    device: str
+    isa: str
+    op: str
+    dtype: str
+    layout: str
+    shape: tuple[int, int, int, int]
+    ms: dict[str, float]
+
+
+class Verdict(NamedTuple):
+    backend: str | None  # None: nothing was measured that says
+    reason: str
+
+
+@functools.cache
+def rows() -> tuple[Row, ...]:
+    text = (Path(__file__).parent / "measured.json").read_text()
+    return tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(text))
+
+
+@functools.cache
+def device_of(kind: str, index: int | None) -> tuple[str, str]:
+    """Name and architecture of a device."""
+    if kind != "cuda":
+        return kind, kind
+    major, minor = torch.cuda.get_device_capability(index)
+    return torch.cuda.get_device_name(index), f"sm_{major}{minor}"
+
+
+@functools.cache
+def knows(device: torch.device) -> bool:
+    """Whether anything was measured on the device or on one of its architecture."""
+    name, isa = device_of(device.type, device.index)
+    return any(r.device == name or r.isa == isa for r in rows())
+
+
+def _far(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    """The larger of the factors by which values per channel and channels differ."""
+
+    def sizes(shape):
+        n, c, h, w = shape
+        return n * h * w, c
+
+    return max(max(x / y, y / x) for x, y in zip(sizes(a), sizes(b), strict=True))
+
+
+def _words(row: Row, backend: str) -> str:
+    gain = row.ms["eager"] / row.ms[backend]
+    return f"{gain:.2f}x PyTorch at {'x'.join(map(str, row.shape))} {row.layout} on {row.device}"
+
+
+@functools.lru_cache(maxsize=4096)
+def verdict(
+    op: str, device: tuple[str, str], dtype: str, layout: str, shape: tuple[int, ...],
+    backends: tuple[str, ...],
+) -> Verdict:  # fmt: skip
+    """The fastest of ``backends`` (which can run the op) and ``eager``, by the nearest measurement.
+
+    Args:
+        device: its name and architecture.
+        dtype: as ``bfloat16``. layout: ``NCHW`` or ``channels_last``. shape: (N, C, H, W).
+    """
+    name, isa = device
+    of_op = [r for r in rows() if (r.op, r.dtype, r.layout) == (op, dtype, layout)]
+    for found, least in (
+        ([r for r in of_op if r.device == name], LEAST_GAIN),
+        ([r for r in of_op if r.isa == isa], LEAST_GAIN_OF_SIBLING),
+    ):
+        near = min(found, key=lambda r: _far(r.shape, shape), default=None)
+        if near is None or _far(near.shape, shape) > NEAR:
+            continue
+        timed = [b for b in backends if b in near.ms]
+        best = min(timed, key=near.ms.__getitem__, default=None)
+        if best is None:
+            continue
+        gains = near.ms["eager"] >= least * near.ms[best]
+        return Verdict(best if gains else "eager", f"measured: {best} {_words(near, best)}")
+    size = "x".join(map(str, shape))
+    return Verdict(None, f"{op} at about {size}, {dtype} {layout}, was not measured on {name}")
+
+
+def verdict_on(op: str, x: Tensor, backends: tuple[str, ...]) -> Verdict:
+    """``verdict`` for a tensor, (N, C, H, W)."""
+    layout = "NCHW" if x.is_contiguous() or x.stride(1) != 1 else "channels_last"
+    device = device_of(x.device.type, x.device.index)
+    dtype = str(x.dtype).removeprefix("torch.")
+    return verdict(op, device, dtype, layout, tuple(x.shape), backends)
+
+
+def summary(device: torch.device) -> list[str]:
+    """What was measured on a device (or, where nothing was, on its siblings), a line per row."""
+    name, isa = device_of(device.type, device.index)
+    found = [r for r in rows() if r.device == name] or [r for r in rows() if r.isa == isa]
+    out = []
+    for r in found:
+        best = min((b for b in r.ms if b != "eager"), key=r.ms.__getitem__, default=None)
+        if best is not None:
+            least = LEAST_GAIN if r.device == name else LEAST_GAIN_OF_SIBLING
+            taken = best if r.ms["eager"] >= least * r.ms[best] else "eager"
+            out.append(f"{r.op} {r.dtype}: auto takes {taken}; {best} {_words(r, best)}")
+    return out

@@ -1,0 +1,125 @@
+"""The table of measurements that backend auto follows: fused_res/measured.py."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from fused_res import backends, doctor, measured
+from fused_res.measured import Row, verdict
+
+H100 = ("NVIDIA H100 80GB HBM3", "sm_90")
+H200 = ("NVIDIA H200", "sm_90")
+BOTH = ("cuda", "triton")
+
+
+def row(shape, eager, device=H100, layout="channels_last", **ms):
+    return Row(*device, "bn_act", "bfloat16", layout, shape, {"eager": eager, **ms})
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """Sets the table's rows; nothing computed from others is left before or after."""
+
+    def clear():
+        for cached in (measured.knows, measured.verdict):
+            cached.cache_clear()
+
+    def use(*rows):
+        monkeypatch.setattr(measured, "rows", lambda: rows)
+        clear()
+
+    clear()
+    yield use
+    monkeypatch.undo()
+    clear()
+
+
+def ask(shape, device=H100, dtype="bfloat16", layout="channels_last", able=BOTH):
+    return verdict("bn_act", device, dtype, layout, shape, able)
+
+
+def test_the_fastest_is_taken_and_the_reason_says_why(table):
+    table(row((256, 64, 56, 56), 1.0, cuda=0.5, triton=0.6))
+    backend, reason = ask((256, 64, 56, 56))
+    assert backend == "cuda"
+    assert "2.00x PyTorch at 256x64x56x56 channels_last on NVIDIA H100" in reason
+    assert ask((256, 64, 56, 56), able=("triton",)).backend == "triton"
+
+
+def test_a_kernel_that_does_not_win_is_not_taken(table):
+    table(row((256, 64, 56, 56), 1.0, cuda=0.99, triton=1.2))
+    backend, reason = ask((256, 64, 56, 56))
+    assert backend == "eager"
+    assert "1.01x PyTorch" in reason
+
+
+def test_other_shapes_follow_the_nearest(table):
+    table(
+        row((256, 64, 56, 56), 1.0, cuda=0.5),
+        row((64, 32, 8, 8), 0.010, cuda=0.020),
+    )
+    assert ask((128, 96, 56, 56)).backend == "cuda"
+    assert ask((64, 16, 8, 8)).backend == "eager"
+    for far in ((1, 512, 14, 14), (256, 2048, 56, 56), (4096, 64, 112, 112)):
+        backend, reason = ask(far)
+        assert backend is None and "was not measured" in reason
+
+
+def test_dtypes_and_layouts_do_not_answer_for_each_other(table):
+    table(row((256, 64, 56, 56), 1.0, cuda=0.5))
+    assert ask((256, 64, 56, 56), layout="NCHW").backend is None
+    assert ask((256, 64, 56, 56), dtype="float32").backend is None
+
+
+def test_a_sibling_answers_with_a_margin(table):
+    shape = (256, 64, 56, 56)
+    table(row(shape, 1.0, cuda=0.95))
+    assert ask(shape).backend == "cuda"
+    assert ask(shape, device=H200).backend == "eager"  # 1.05x: siblings differ by as much
+    table(row(shape, 1.0, cuda=0.8))
+    assert ask(shape, device=H200).backend == "cuda"
+    table(row(shape, 1.0, cuda=0.8), row(shape, 1.0, device=H200, cuda=1.1))
+    assert ask(shape, device=H200).backend == "eager"  # its own measurement is better
+    assert ask(shape, device=("NVIDIA A100-SXM4-80GB", "sm_80")).backend is None
+
+
+def test_auto_follows_the_table(table, monkeypatch, caplog):
+    monkeypatch.setattr(backends, "_logged", set())
+    x = torch.randn(4, 8, 6, 6)
+    of_cpu = ("cpu", "cpu", "bn_act", "float32")
+    assert backends.choose("bn_act", "auto", x) == "cpu"
+    table(Row(*of_cpu, "NCHW", (4, 8, 6, 6), {"eager": 1.0, "cpu": 2.0}))
+    with caplog.at_level(logging.INFO, "fused_res"):
+        assert backends.choose("bn_act", "auto", x) == "eager"
+    assert "0.50x PyTorch at 4x8x6x6" in caplog.text
+    assert backends.choose("bn_act", "cpu", x) == "cpu"  # a name is a name
+    assert backends.choose("bn_act", "auto", x.to(memory_format=torch.channels_last)) == "cpu"
+    assert backends.choose("bn_act", "auto", x.double()) == "eager"
+    table(Row(*of_cpu, "NCHW", (4, 8, 6, 6), {"eager": 1.0, "cpu": 0.5}))
+    assert backends.choose("bn_act", "auto", x) == "cpu"
+
+
+def test_the_shipped_table_is_valid():
+    measured.rows.cache_clear()
+    for r in measured.rows():
+        assert r.op in backends.SUPPORT and len(r.shape) == 4
+        assert r.ms["eager"] > 0 and set(r.ms) <= {"eager", *backends.SUPPORT[r.op]}
+
+
+def test_doctor_says_what_auto_takes_and_why(table, monkeypatch, capsys):
+    assert "bn_act on cpu: auto takes cpu for float32" in doctor.render(doctor.report())
+    table(row((256, 64, 56, 56), 1.0, cuda=0.5), row((64, 32, 8, 8), 0.01, cuda=0.02))
+    monkeypatch.setattr(measured, "device_of", lambda *_: H100)
+    lines = measured.summary(torch.device("cuda", 0))
+    assert lines[0].startswith("bn_act bfloat16: auto takes cuda; cuda 2.00x PyTorch at 256x64")
+    assert lines[1].startswith("bn_act bfloat16: auto takes eager; cuda 0.50x PyTorch at 64x32")
+    json.dumps(doctor.report()["choices"])
+
+
+def test_without_a_measurement_a_gpu_runs_pytorchs_ops(table, monkeypatch):
+    table()
+    monkeypatch.setattr(measured, "device_of", lambda *_: H100)
+    assert not measured.knows(torch.device("cuda", 0))
+    assert measured.summary(torch.device("cuda", 0)) == []
