@@ -452,7 +452,7 @@ def _sums(dy, x, residual, mask, mean, mean2, lo, hi, block, channels, inner,
 def _finish_backward(s, sx, count, c, ok, weight, stats, dweight, dbias, channels,
                      TRAINING: tl.constexpr):  # fmt: skip
     """dweight, dbias; returns center, scale, slope, offset of
-    dx = scale * (g - offset - slope * (x - center))."""
+    dx = scale * g - (offset + slope * (x - center))."""
     mean = tl.load(stats + c, mask=ok, other=0)
     invstd = tl.load(stats + channels + c, mask=ok, other=0).to(tl.float64)
     if dweight is not None:
@@ -463,8 +463,8 @@ def _finish_backward(s, sx, count, c, ok, weight, stats, dweight, dbias, channel
     slope = tl.zeros(c.shape, tl.float64)
     offset = tl.zeros(c.shape, tl.float64)
     if TRAINING:
-        slope = invstd * invstd * sx / count
-        offset = s / count
+        slope = scale * invstd * invstd * sx / count
+        offset = scale * s / count
     return mean, scale.to(tl.float32), slope.to(tl.float32), offset.to(tl.float32)
 
 
@@ -479,20 +479,20 @@ def _input_gradients(dy, x, residual, mask, dx, dresidual, run, row_ok, i0, inne
     at = run.to(tl.int64) * inner + i
     raw, g = _gradient(dy, mask, run, row_ok, i0, inner, at, ok, ACT, G)
     if dx is not None:
-        d = g
+        d = scale * g
         if TRAINING:
             value = tl.load(x + at, mask=ok, other=0).to(tl.float32)
-            d = (g - offset) - slope * (value - center)
-        tl.store(dx + at, (scale * d).to(dx.dtype.element_ty), mask=ok)
+            d -= offset + slope * (value - center)
+        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=ok)
     if dresidual is not None:
         d = g
         if ACT == 2:
             d = raw
         if SECOND:
+            d = scale2 * d
             if TRAINING2:
                 value = tl.load(residual + at, mask=ok, other=0).to(tl.float32)
-                d = (d - offset2) - slope2 * (value - center2)
-            d = scale2 * d
+                d -= offset2 + slope2 * (value - center2)
         tl.store(dresidual + at, d.to(dresidual.dtype.element_ty), mask=ok)
 
 

@@ -229,8 +229,8 @@ struct BackwardChannels {
     const double invstd = saved_invstd[c];
     dbias[c] = sum_g;
     dweight[c] = sum_gx * invstd;
-    slope[c] = (A)(invstd * dweight[c] / count);
-    offset[c] = (A)(sum_g / count);
+    slope[c] = (A)(weight[c] * invstd * invstd * dweight[c] / count);
+    offset[c] = (A)(weight[c] * invstd * sum_g / count);
   }
 
   BackwardNorm arrays() const {

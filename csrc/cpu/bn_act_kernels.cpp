@@ -198,8 +198,9 @@ constexpr int64_t kTileChannels = 64;  // of several images: their sums stay in 
 template <class Body>
 inline __attribute__((always_inline)) void over_tiles(const Geometry& g, const Part2d& part,
                                                       const Body& body) {
-  // a quarter of a long tile: their sums take turns in fewer registers
-  const int64_t most = kTileElements / 4 / g.inner, images = most < 1 ? 1 : most;
+  // A quarter of a long tile: their sums take turns in fewer registers. And few images, because a
+  // lane sums a value of each in float.
+  const int64_t most = kTileElements / 4 / g.inner, images = most < 1 ? 1 : most < 8 ? most : 8;
   const int64_t channels = images > 1 ? kTileChannels : 1;
   for (int64_t image = part.lo; image < part.hi; image += images)
     for (int64_t c = part.c_lo; c < part.c_hi; c += channels)
@@ -431,8 +432,8 @@ struct GradientValues {
 template <bool kTraining, class T, class Lanes>
 inline Vec<AccOf<T>> input_gradient(const GradientValues<AccOf<T>>& p, Vec<AccOf<T>> g, const T* x,
                                     Lanes lanes) {
-  if constexpr (kTraining) g = (g - p.offset) - p.slope * (load(x, lanes) - p.mean);
-  return p.scale * g;
+  if constexpr (!kTraining) return p.scale * g;
+  return p.scale * g - ((load(x, lanes) - p.mean) * p.slope + p.offset);
 }
 
 template <class T, bool kChannelsLast, Act kAct, bool kTraining>

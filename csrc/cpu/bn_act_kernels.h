@@ -34,8 +34,9 @@ struct ForwardArgs {
   Affine norm, residual_norm;
 };
 
-// The gradient of one BatchNorm's input: scale * (g - offset - slope * (x - mean)); eval: scale *
-// g.
+// The gradient of one BatchNorm's input: scale * g - (offset + slope * (x - mean)), in which only
+// the first product, the last difference and scale itself round to more than a small part of the
+// result; eval: scale * g.
 struct BackwardNorm {
   const void *mean, *scale, *slope, *offset;
   bool training;

@@ -790,7 +790,7 @@ __device__ __forceinline__ void gradient_sums(const BackwardArgs& a, const Walk&
 }
 
 // All sums of channel c are known: the table {mean, scale, slope, offset} of
-// dx = scale * (g - offset - slope * (x - mean)); and, if `first`, its parameters' gradients.
+// dx = scale * g - (offset + slope * (x - mean)); and, if `first`, its parameters' gradients.
 template <class T>
 __device__ inline void finish_backward(const BackwardArgs& a, const Walk& w, const Tables& tables,
                                        bool first, int which, int64_t c, double sum_g,
@@ -804,9 +804,10 @@ __device__ inline void finish_backward(const BackwardArgs& a, const Walk& w, con
     store_channel<T>(n.dbias, c, sum_g);
   }
   store(tables.row(which, 0) + c, mean);
-  store(tables.row(which, 1) + c, (float)(load_channel<T>(n.weight, c, 1) * invstd));
-  store(tables.row(which, 2) + c, (float)(invstd * dweight / w.count()));
-  store(tables.row(which, 3) + c, (float)(sum_g / w.count()));
+  const double scale = load_channel<T>(n.weight, c, 1) * invstd;
+  store(tables.row(which, 1) + c, (float)scale);
+  store(tables.row(which, 2) + c, (float)(scale * invstd * dweight / w.count()));
+  store(tables.row(which, 3) + c, (float)(scale * sum_g / w.count()));
 }
 
 // dx and dresidual of a part
@@ -849,14 +850,12 @@ __device__ __forceinline__ void gradients(const BackwardArgs& a, const Walk& w,
       for (int k = 0; k < 8; k++) {
         const int c = kChannelsLast ? k : 0;
         const float raw = dys[u][k], g = bits[u] >> k & 1 ? raw : 0.f;
-        dx[k] = g;
-        if (reads_x) dx[k] = (g - offset[0][c]) - slope[0][c] * (xs[u][k] - mean[0][c]);
-        dx[k] *= scale[0][c];
+        dx[k] = g * scale[0][c];
+        if (reads_x) dx[k] -= offset[0][c] + slope[0][c] * (xs[u][k] - mean[0][c]);
         dresidual[k] = a.act == Act::relu_before_add ? raw : g;
-        if (reads_residual)
-          dresidual[k] =
-              (dresidual[k] - offset[1][c]) - slope[1][c] * (residuals[u][k] - mean[1][c]);
         if (second) dresidual[k] *= scale[1][c];
+        if (reads_residual)
+          dresidual[k] -= offset[1][c] + slope[1][c] * (residuals[u][k] - mean[1][c]);
       }
       if (a.dx) store_eight<kVector, T>(a.dx, places[u], dx);
       if (a.dresidual) store_eight<kVector, T>(a.dresidual, places[u], dresidual);
