@@ -199,8 +199,9 @@ template <class Body>
 inline __attribute__((always_inline)) void over_tiles(const Geometry& g, const Part2d& part,
                                                       const Body& body) {
   // A quarter of a long tile: their sums take turns in fewer registers. And few images, because a
-  // lane sums a value of each in float.
-  const int64_t most = kTileElements / 4 / g.inner, images = most < 1 ? 1 : most < 8 ? most : 8;
+  // lane sums a value of each in float; as in rows_of_tile.
+  const int64_t few = g.runs / g.channels * g.inner <= 2048 ? 2 : 8;
+  const int64_t most = kTileElements / 4 / g.inner, images = most < 1 ? 1 : most < few ? most : few;
   const int64_t channels = images > 1 ? kTileChannels : 1;
   for (int64_t image = part.lo; image < part.hi; image += images)
     for (int64_t c = part.c_lo; c < part.c_hi; c += channels)
