@@ -144,6 +144,42 @@ def test_a_training_step_in_a_cuda_graph(name, shape):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=key)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["single", "basic", "bottleneck"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_whole_block_in_one_call(dtype, kind, stride):
+    reason = backends.why_not("bn_act", "cuda", "cuda", dtype)
+    if reason:
+        pytest.skip(reason)
+    results = []
+    x = torch.randn(16, 64, 28, 28, device="cuda").to(dtype, memory_format=torch.channels_last)
+    args = (64, 64 * stride, stride)
+    exact = reference.ResBlock(*args, kind=kind).cuda()
+    for module, factory, d in (
+        ("ours", fused_res.FusedResBlock, dtype),
+        ("theirs", reference.ResBlock, dtype),
+        ("exact", reference.ResBlock, torch.float64),
+    ):
+        block = factory(*args, kind=kind).cuda()
+        block.load_state_dict(exact.state_dict())
+        for part in block.modules():
+            if isinstance(part, nn.Conv2d) or d == torch.float64:
+                part.to(d)
+        block = block.to(memory_format=torch.channels_last)
+        leaf = x.to(d).requires_grad_()
+        with backend("cuda" if module == "ours" else "eager"):
+            y = block(leaf)
+        if module == "ours":
+            assert type(y.grad_fn).__name__ == "_ResBlockBackward"
+        grads = torch.autograd.grad(y, [leaf, *block.parameters()], torch.ones_like(y) / 64)
+        assert block.bn1.num_batches_tracked == 1
+        results.append([t.double() for t in (y.detach(), *grads, *block.buffers())])
+    # by RMS: a ReLU that rounds to the other side of zero moves a value by more than rounding does
+    for ours, theirs, true in zip(*results, strict=True):
+        mine, other = ((t - true).square().mean().sqrt() for t in (ours, theirs))
+        assert mine <= 1.5 * other + 1e-6 * true.abs().max()
+
+
 def test_reduce_overhead(name):
     block = fused_res.FusedResBlock(32, 32, backend=name).cuda()
     compiled = torch.compile(block, mode="reduce-overhead")

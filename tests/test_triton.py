@@ -318,9 +318,9 @@ def test_an_out_of_bounds_read_is_caught(plant):
 
 
 def test_bytes_read_twice_are_caught(plant, monkeypatch):
-    module = plant("        tl.store(dx + at, (scale * d)",
+    module = plant("        tl.store(dx + at, d.to",
                    "        d += 0 * tl.load(x + at, mask=ok, other=0).to(tl.float32)\n"
-                   "        tl.store(dx + at, (scale * d)")  # fmt: skip
+                   "        tl.store(dx + at, d.to")  # fmt: skip
     monkeypatch.setattr(module, "SMALL_VALUES", 0)
     traffic, tensor, mask = traffic_of_a_step(torch.channels_last)
     assert abs(traffic.read["backward_dx"] - (2 * tensor + mask)) > 0.02 * tensor
