@@ -2,7 +2,8 @@
 // the rest by bn_act. Schemas and their meaning: fused_res/ops/res_block.py.
 //
 // `Library` is a device's: bn_act_fwd and bn_act_bwd, convolution and convolution_backward (of
-// libtorch's C interface, past the dispatcher), and count(counters), which adds one to each.
+// libtorch's C interface, past the dispatcher), count(counters), which adds one to each, and Guard,
+// which makes a tensor's device the current one.
 #pragma once
 #include <array>
 
@@ -234,7 +235,11 @@ Tensors res_block_fwd(const Tensor& x, const std::vector<OptTensor>& parameters,
                       const Tensors& running, const Tensors& counters, const Integers& integers,
                       const std::vector<double>& numbers, bool shortcut, int64_t act, bool save) {
   const ResBlock<Library> block(parameters, running, integers, numbers, shortcut);
+  for (const Tensor& t : counters)
+    if (t.scalar_type() != ScalarType::Long || t.numel() != 1 || t.device() != x.device())
+      return {};
   if (!block.takes(x)) return {};
+  const typename Library::Guard guard(x);
   if (!counters.empty()) Library::count(counters);
   return block.forward(x, act, save);
 }
@@ -244,6 +249,7 @@ Tensors res_block_bwd(const Tensor& dy, const Tensor& x, const std::vector<OptTe
                       int64_t needs) {
   const std::vector<double> numbers(integers.size() / BlockStage::kIntegers * 2);
   const Tensors running(numbers.size(), x);  // not used
+  const typename Library::Guard guard(x);
   return ResBlock<Library>(parameters, running, integers, numbers, shortcut)
       .backward(dy, x, saved, act, needs);
 }

@@ -385,12 +385,13 @@ def test_a_wrong_mask_bit_is_caught(planted):
             check_mask(broken, (3, 16, 8, 8), layout, "relu")
 
 
-def test_a_store_out_of_bounds_is_caught(planted):
-    broken = planted("OUT_OF_BOUNDS")
+@pytest.mark.parametrize("access", ["load", "store"])
+def test_an_access_out_of_bounds_is_caught(planted, access):
+    broken = planted(f"{access.upper()}_OUT_OF_BOUNDS")
     for layout in LAYOUTS:
         x = torch.randn(3, 5, 7, 9).contiguous(memory_format=LAYOUTS[layout])
-        with pytest.raises(EmulationError, match=r"bn_act_fwd_\w+: store out of bounds at 0x"):
+        with pytest.raises(EmulationError, match=rf"bn_act_fwd_\w+: {access} out of bounds at 0x"):
             broken.forward(x, norm_of(5))
         x = torch.randn(3, 8, 8, 8).contiguous(memory_format=LAYOUTS[layout])
-        with pytest.raises(EmulationError, match=r"bn_act_fwd_\w+: misaligned store at 0x"):
+        with pytest.raises(EmulationError, match=rf"bn_act_fwd_\w+: misaligned {access} at 0x"):
             broken.forward(x, norm_of(8))

@@ -7,6 +7,9 @@
 namespace fused_res {
 
 struct CpuLibrary {
+  struct Guard {
+    explicit Guard(const Tensor&) {}
+  };
   static constexpr auto bn_act_fwd = bn_act_fwd_cpu;
   static constexpr auto bn_act_bwd = bn_act_bwd_cpu;
   static constexpr auto convolution = aoti_torch_cpu_convolution;

@@ -273,6 +273,9 @@ struct Counters {
 __global__ void count_kernel(const Counters counters) { ++*counters.counters[threadIdx.x]; }
 
 struct CudaLibrary {
+  struct Guard : torch::stable::accelerator::DeviceGuard {
+    explicit Guard(const Tensor& x) : DeviceGuard(x.get_device_index()) {}
+  };
   static constexpr auto bn_act_fwd = bn_act_fwd_cuda;
   static constexpr auto bn_act_bwd = bn_act_bwd_cuda;
   static constexpr auto convolution = aoti_torch_cuda_convolution;
@@ -280,7 +283,6 @@ struct CudaLibrary {
   static void count(const Tensors& tensors) {
     STD_TORCH_CHECK(tensors.size() <= kCounters, "a block has at most 32 BatchNorms that train");
     const Allocator device{tensors[0].get_device_index()};
-    torch::stable::accelerator::DeviceGuard guard(device.index);
     Counters counters{};
     for (size_t i = 0; i < tensors.size(); i++)
       counters.counters[i] = (int64_t*)tensors[i].mutable_data_ptr();

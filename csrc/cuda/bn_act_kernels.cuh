@@ -277,7 +277,7 @@ __device__ __forceinline__ bool exists(const Place& place, int k) {
 template <bool kVector, class T>
 __device__ __forceinline__ Eight<T> load_eight(const void* tensor, const Place& place) {
   Eight<T> e = {};
-  const T* p = (const T*)tensor + place.element;
+  const T* p = (const T*)tensor + place.element + kPlantedLoad;
   if (kVector) {
     if (place.valid)
 #pragma unroll
@@ -295,7 +295,7 @@ __device__ __forceinline__ Eight<T> load_eight(const void* tensor, const Place& 
 
 template <bool kVector, class T>
 __device__ __forceinline__ void store_eight(void* tensor, const Place& place, const float (&v)[8]) {
-  T* p = (T*)tensor + place.element + kPlantedElement;
+  T* p = (T*)tensor + place.element + kPlantedStore;
   Eight<T> e;
 #pragma unroll
   for (int k = 0; k < 8; k++) from_float(v[k], e.v[k]);

@@ -87,9 +87,14 @@ constexpr int kPlantedBit = 1;
 #else
 constexpr int kPlantedBit = 0;
 #endif
-#ifdef PLANT_OUT_OF_BOUNDS
-constexpr int kPlantedElement = 1;
+#ifdef PLANT_STORE_OUT_OF_BOUNDS
+constexpr int kPlantedStore = 1;
 #else
-constexpr int kPlantedElement = 0;
+constexpr int kPlantedStore = 0;
+#endif
+#ifdef PLANT_LOAD_OUT_OF_BOUNDS
+constexpr int kPlantedLoad = 1;
+#else
+constexpr int kPlantedLoad = 0;
 #endif
 }  // namespace fused_res::cuda
