@@ -9,7 +9,7 @@ VENV ?= .venv
 # PyTorch for a CPU; on a GPU machine: make TORCH="torch==2.13.0 --index-url ..." or bring your own venv
 TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 
 .PHONY: run test lint bench wheel sanitize kernels-report gpu clean
 
@@ -39,7 +39,7 @@ test: $(VENV)/.tests
 lint: $(VENV)/.tests
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*/* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
 	$(PY) benchmarks/table.py --check README.md
 
 bench: $(VENV)/.tests

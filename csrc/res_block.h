@@ -7,7 +7,7 @@
 #pragma once
 #include <array>
 
-#include "cpu/bn_act.h"
+#include "bn_act_checks.h"
 
 namespace fused_res {
 
@@ -34,12 +34,11 @@ struct BlockStage {
   bool training;
   double momentum, eps;
 
-  static bool same_place(const Tensor& t, const Tensor& x) { return t.device() == x.device(); }
   // Whether images (channels, height, width) of x's dtype and device can go through; what they
   // become.
   bool takes(const Tensor& x, std::array<int64_t, 3>& image) const {
     const auto fits = [&](const Tensor& t) {
-      return t.scalar_type() == x.scalar_type() && same_place(t, x);
+      return t.scalar_type() == x.scalar_type() && same_device(t, x);
     };
     if (groups < 1 || !fits(conv_weight) || conv_weight.dim() != 4 ||
         conv_weight.size(1) * groups != image[0] || (conv_bias && !fits(*conv_bias)))
@@ -52,7 +51,7 @@ struct BlockStage {
       image[1 + i] = room / stride[i] + 1;
     }
     const auto of_channels = [&](const OptTensor& t) {
-      return !t || (t->dim() == 1 && t->size(0) == image[0] && same_place(*t, x) &&
+      return !t || (t->dim() == 1 && t->size(0) == image[0] && same_device(*t, x) &&
                     (t->scalar_type() == x.scalar_type() || t->scalar_type() == ScalarType::Float));
     };
     return of_channels(weight) && of_channels(bias) && of_channels(running_mean) &&
@@ -236,8 +235,7 @@ Tensors res_block_fwd(const Tensor& x, const std::vector<OptTensor>& parameters,
                       const std::vector<double>& numbers, bool shortcut, int64_t act, bool save) {
   const ResBlock<Library> block(parameters, running, integers, numbers, shortcut);
   for (const Tensor& t : counters)
-    if (t.scalar_type() != ScalarType::Long || t.numel() != 1 || t.device() != x.device())
-      return {};
+    if (t.scalar_type() != ScalarType::Long || t.numel() != 1 || !same_device(t, x)) return {};
   if (!block.takes(x)) return {};
   const typename Library::Guard guard(x);
   if (!counters.empty()) Library::count(counters);

@@ -1,6 +1,6 @@
 // bn_act on the CPU: tensors in, tensors out, and how the work is cut up between threads. How it is
 // cut depends on the shape alone, never on the number of threads, so every sum has one order.
-#include "bn_act.h"
+#include "../bn_act_checks.h"
 
 #include <cmath>
 
@@ -342,41 +342,9 @@ BnActBackward backward(const Tensor& dy, const Tensor& x, const BatchNormSaved& 
           dresidual, parameter(shortcut, true), parameter(shortcut, false)};
 }
 
-// Checked before anything is done. bn_act() says the same in more words, once a call has failed.
-void check_channels(const char* name, const OptTensor& t, const Tensor& x) {
-  if (!t) return;
-  const ScalarType dtype = x.scalar_type();
-  const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(1) && t->is_cpu(), name,
-                  " must have shape (", x.size(1), ",) and be on the CPU");
-  STD_TORCH_CHECK(t->scalar_type() == dtype || (half && t->scalar_type() == ScalarType::Float),
-                  name, " must have x's dtype, or be float32 with a 16-bit x");
-}
-
-void check(const Tensor& x, const BatchNorm& bn) {
-  check_channels("weight", bn.weight, x);
-  check_channels("bias", bn.bias, x);
-  check_channels("running_mean", bn.running_mean, x);
-  check_channels("running_var", bn.running_var, x);
-  STD_TORCH_CHECK(bn.weight.has_value() == bn.bias.has_value(),
-                  "weight and bias must both be given or both be None");
-  STD_TORCH_CHECK(bn.running_mean.has_value() == bn.running_var.has_value(),
-                  "running_mean and running_var must both be given or both be None");
-  STD_TORCH_CHECK(bn.training || bn.running_mean, "running_mean must be given when training=False");
-  STD_TORCH_CHECK(!bn.training || x.numel() > x.size(1),
-                  "expected more than 1 value per channel when training");
-}
-
-void check_like(const char* name, const Tensor& t, const Tensor& x) {
-  const auto a = t.sizes(), b = x.sizes();
-  STD_TORCH_CHECK(std::equal(a.begin(), a.end(), b.begin(), b.end()) &&
-                      t.scalar_type() == x.scalar_type() && t.is_cpu(),
-                  name, " must have x's shape, dtype and device");
-}
-
 void check_input(const Tensor& x, int64_t act) {
   STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, "x must be a non-empty tensor (N, C, H, W)");
-  STD_TORCH_CHECK(0 <= act && act <= 2, "act must be 0, 1 or 2");
+  check_act(act);
 }
 
 bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
@@ -397,14 +365,11 @@ BnActForward bn_act_fwd_cpu(const Tensor& x_, const OptTensor& weight, const Opt
   const BatchNorm residual_bn{residual_weight,      residual_bias,     residual_running_mean,
                               residual_running_var, residual_training, residual_momentum,
                               residual_eps};
-  check(x, bn);
-  if (residual_norm) check(x, residual_bn);
+  check_norm("", bn, x);
+  if (residual_norm) check_norm("residual_", residual_bn, x);
+  check_residual(residual_, residual_norm, x);
   OptTensor residual;
-  if (residual_) {
-    check_like("residual", *residual_, x);
-    residual = dense_like(*residual_, x);
-  }
-  STD_TORCH_CHECK(residual || !residual_norm, "residual_norm needs a residual");
+  if (residual_) residual = dense_like(*residual_, x);
   const auto run = is_double(x) ? forward<double> : forward<float>;
   return run(x, bn, residual, residual_norm ? &residual_bn : nullptr, (Act)act, save_mask);
 }
@@ -417,8 +382,9 @@ BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x_, const OptTensor
   check_input(x_, act);
   const Tensor x = dense(x_);
   check_like("dy", dy, x);
-  check_channels("weight", weight, x);
-  check_channels("residual_weight", residual_weight, x);
+  check_channels("", "weight", weight, x);
+  check_channels("residual_", "weight", residual_weight, x);
+  check_residual(residual_, residual_norm, x);
   STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == (residual_norm ? 4 : 2) &&
                       stats.size(1) == x.size(1) && stats.is_contiguous() &&
                       is_double(stats) == is_double(x),
@@ -427,11 +393,7 @@ BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x_, const OptTensor
   STD_TORCH_CHECK(act == 0 || mask.numel() == g.runs * ceil_div(g.inner, 8),
                   "mask is not what bn_act_fwd returned for x");
   OptTensor residual;
-  if (residual_) {
-    check_like("residual", *residual_, x);
-    residual = dense_like(*residual_, x);
-  }
-  STD_TORCH_CHECK(residual || !residual_norm, "residual_norm needs a residual");
+  if (residual_) residual = dense_like(*residual_, x);
   const BatchNormSaved bn{weight, training}, residual_bn{residual_weight, residual_training};
   const auto run = is_double(x) ? backward<double> : backward<float>;
   return run(dense_like(dy, x), x, bn, residual, residual_norm ? &residual_bn : nullptr, stats,

@@ -1,6 +1,6 @@
 // bn_act on a CUDA device: tensors in, tensors out. Nothing here waits for the device, and every
 // launch and allocation can be captured in a CUDA graph. Kernels: bn_act_kernels.cuh.
-#include "../cpu/bn_act.h"
+#include "../bn_act_checks.h"
 #include "../res_block.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -92,13 +92,7 @@ cuda::ForwardNorm norm_of(const BatchNorm& bn) {
           bn.eps};
 }
 
-// --- checked before anything is done. bn_act() says the same in more words, once a call has
-// failed.
-
-bool same_device(const Tensor& t, const Tensor& x) {
-  return t.is_cuda() && t.get_device_index() == x.get_device_index();
-}
-
+// checked before anything is done, as in bn_act_checks.h
 void check_input(const Tensor& x, int64_t act) {
   STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && x.is_cuda(),
                   "x must be a non-empty CUDA tensor (N, C, H, W)");
@@ -108,42 +102,7 @@ void check_input(const Tensor& x, int64_t act) {
       "x must be float32, bfloat16 or float16 on a CUDA device");
   // a grid has at most 2^31 blocks
   STD_TORCH_CHECK(x.size(1) < (int64_t)1 << 31, "x must have fewer than 2^31 channels");
-  STD_TORCH_CHECK(0 <= act && act <= 2, "act must be 0, 1 or 2");
-}
-
-void check_channels(const char* prefix, const char* name, const OptTensor& t, const Tensor& x) {
-  if (!t) return;
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(1) && same_device(*t, x), prefix, name,
-                  " must have shape (", x.size(1), ",) and be on x's device");
-  STD_TORCH_CHECK(t->scalar_type() == x.scalar_type() || t->scalar_type() == ScalarType::Float,
-                  prefix, name, " must have x's dtype, or be float32 with a 16-bit x");
-}
-
-void check_norm(const char* prefix, const BatchNorm& bn, const Tensor& x) {
-  check_channels(prefix, "weight", bn.weight, x);
-  check_channels(prefix, "bias", bn.bias, x);
-  check_channels(prefix, "running_mean", bn.running_mean, x);
-  check_channels(prefix, "running_var", bn.running_var, x);
-  STD_TORCH_CHECK(bn.weight.has_value() == bn.bias.has_value(), prefix, "weight and ", prefix,
-                  "bias must both be given or both be None");
-  STD_TORCH_CHECK(bn.running_mean.has_value() == bn.running_var.has_value(), prefix,
-                  "running_mean and ", prefix, "running_var must both be given or both be None");
-  STD_TORCH_CHECK(bn.training || bn.running_mean, prefix, "running_mean must be given when ",
-                  prefix, "training=False");
-  STD_TORCH_CHECK(!bn.training || x.numel() > x.size(1),
-                  "expected more than 1 value per channel when training");
-}
-
-void check_like(const char* name, const Tensor& t, const Tensor& x) {
-  const auto a = t.sizes(), b = x.sizes();
-  STD_TORCH_CHECK(std::equal(a.begin(), a.end(), b.begin(), b.end()) &&
-                      t.scalar_type() == x.scalar_type() && same_device(t, x),
-                  name, " must have x's shape, dtype and device");
-}
-
-void check_residual(const OptTensor& residual, bool residual_norm, const Tensor& x) {
-  if (residual) check_like("residual", *residual, x);
-  STD_TORCH_CHECK(residual || !residual_norm, "residual_norm needs a residual");
+  check_act(act);
 }
 
 }  // namespace
