@@ -139,9 +139,9 @@ class Measurement:
 
     def build(self, rival: Rival) -> Program | None:
         """The rival, warm, or None where it raises or is wrong."""
-        if self.values is None:
-            self.prepare()
         try:
+            if self.values is None:
+                self.prepare()
             program = rival.build(self.workload, self.values)
             self.peak[rival.label] = self._warm_up(program, rival)
             self._mark_step()

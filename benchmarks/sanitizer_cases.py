@@ -1,25 +1,34 @@
 """bn_act's own kernels on a few small shapes, for compute-sanitizer to watch (`make gpu`)."""
 
+import os
+
+# every tensor an allocation of its own, or an access past its end would meet the next one
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
 import torch
 
+from fused_res import Norm
 from fused_res.ops.bn_act import bn_act
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # odd sizes, more channels than threads, several blocks to a channel
 SHAPES = (5, 13, 9, 7), (2, 1030, 6, 5), (64, 32, 8, 8)
+PLANS = (1, 2, 3) if DEVICE == "cuda" else (None,)  # whole, cooperative, split
 
 
 def step(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> None:
-    """Training forward and backward, with and without a residual, and eval."""
+    """Training forward and backward, with and without a residual and its norm, and eval."""
     x, residual = (
         torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=layout)
         for _ in range(2)
     )
     weight, bias, mean = (torch.zeros(shape[1], device=DEVICE) for _ in range(3))
     leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
-    for r in (None, residual):
+    second = Norm(mean + 0, mean + 1, weight, bias, True)
+    for r, norm in ((None, None), (residual, None), (residual, second)):
         wrt = leaves if r is not None else [x, weight, bias]
-        y = bn_act(x, mean, mean + 1, weight, bias, True, residual=r, backend=DEVICE)
+        y = bn_act(x, mean, mean + 1, weight, bias, True, residual=r, residual_norm=norm,
+                   backend=DEVICE)  # fmt: skip
         torch.autograd.grad(y, wrt, torch.ones_like(y))
     with torch.no_grad():
         bn_act(x, mean, mean + 1, weight, bias, residual=residual, backend=DEVICE)
@@ -27,11 +36,14 @@ def step(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format
 
 if __name__ == "__main__":
     count = 0
-    for shape in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            for layout in (torch.contiguous_format, torch.channels_last):
-                step(shape, dtype, layout)
-                count += 1
+    for plan in PLANS:
+        if plan is not None:
+            torch.ops.fused_res.cuda_plan(plan)
+        for shape in SHAPES:
+            for dtype in (torch.float32, torch.bfloat16):
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    step(shape, dtype, layout)
+                    count += 1
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print(f"{count} cases ran on {DEVICE}")

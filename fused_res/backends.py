@@ -28,6 +28,7 @@ if settings.log == "dispatch":
     _log.addHandler(logging.StreamHandler())
     _log.setLevel(logging.INFO)
 _logged: set[tuple[str, str]] = set()
+MOST_LOGGED = 1000
 
 _HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *_HALVES, torch.float64)
@@ -181,11 +182,12 @@ def _auto(op: str, x: torch.Tensor) -> tuple[str, str]:
     """What ``auto`` takes for a tensor, and why."""
     device, dtype = x.device, x.dtype
     # a compiler's shapes are symbols, and its own kernels would be the rival
-    if not torch.compiler.is_compiling() and x.dim() == 4 and measured.knows(device):
-        able = [b for b in SUPPORT[op] if why_not(op, b, device.type, dtype) is None]
-        backend, reason = measured.verdict_on(op, x, tuple(able))
-        if backend is not None:
-            return backend, reason
+    if not torch.compiler.is_compiling() and x.dim() == 4:
+        able = tuple(b for b in SUPPORT[op] if why_not(op, b, device.type, dtype) is None)
+        if able and measured.knows(device):
+            backend, reason = measured.verdict_on(op, x, able)
+            if backend is not None:
+                return backend, reason
     for candidate, dtypes in PREFERRED[op].items():
         if dtype in dtypes and why_not(op, candidate, device.type, dtype) is None:
             return candidate, f"preferred for {dtype} on {device.type!r}"
@@ -213,7 +215,8 @@ def choose(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str
         candidate, reason = _auto(op, x)
         if candidate != "eager":
             return candidate
-    if not torch.compiler.is_compiling() and (op, reason) not in _logged:
+    new = (op, reason) not in _logged and len(_logged) < MOST_LOGGED  # reasons tell of shapes
+    if new and not torch.compiler.is_compiling():
         _logged.add((op, reason))
         _log.info("%s runs in PyTorch's own ops: %s", op, reason)
     return "eager"

@@ -51,8 +51,10 @@ def device_of(kind: str, index: int | None) -> tuple[str, str]:
     """Name and architecture of a device."""
     if kind != "cuda":
         return kind, kind
-    major, minor = torch.cuda.get_device_capability(index)
-    return torch.cuda.get_device_name(index), f"sm_{major}{minor}"
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.name, properties.gcnArchName
+    return properties.name, f"sm_{properties.major}{properties.minor}"
 
 
 @functools.cache
@@ -108,7 +110,9 @@ def verdict(
 
 
 def verdict_on(op: str, x: Tensor, backends: tuple[str, ...]) -> Verdict:
-    """``verdict`` for a tensor, (N, C, H, W)."""
+    """``verdict`` for a tensor, (N, C, H, W); no backend for an empty one or symbolic sizes."""
+    if any(type(n) is not int or n == 0 for n in x.shape):
+        return Verdict(None, "its sizes are symbols, or 0")
     layout = "NCHW" if x.is_contiguous() or x.stride(1) != 1 else "channels_last"
     device = device_of(x.device.type, x.device.index)
     dtype = str(x.dtype).removeprefix("torch.")

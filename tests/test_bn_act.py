@@ -451,3 +451,17 @@ def free_memory():
             )
     except (OSError, StopIteration):
         return 0
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 8), (3, 8, 5, 7)])
+def test_saved_tensors_may_lose_their_strides(shape):
+    x = torch.randn(shape).to(memory_format=torch.channels_last)
+    w, b = torch.rand(8) + 0.5, torch.randn(8)
+    grads = []
+    for dense in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        pack = (lambda t: t.clone(memory_format=torch.contiguous_format)) if dense else lambda t: t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = bn_act(leaves[0], torch.zeros(8), torch.ones(8), *leaves[1:], True, backend="cpu")
+        grads.append(torch.autograd.grad(y.square().sum(), leaves))
+    torch.testing.assert_close(*grads)

@@ -125,6 +125,17 @@ def test_cooperative_launches(emulation, monkeypatch, layout, dtype, kind):
         assert {kernel for kernel, _ in emulation.counts()} == {"bn_act_bwd_cooperative"}
 
 
+def test_a_cooperative_launch_that_is_refused_is_split(emulation):
+    emulation.library.set_most_together(1)
+    try:
+        for kind in ("tensor", "norm"):
+            cases = draws((4, 32, 24, 24), torch.float32, "channels_last", "relu", kind, True)
+            assert_rule(cases, lambda case: run(emulation, case, "cooperative"))
+            assert ("bn_act_bwd_gradients", "dx") in emulation.counts()
+    finally:
+        emulation.library.set_most_together(2**31)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_affine(emulation, layout):
     cases = draws((4, 24, 7, 9), torch.float32, layout, "relu", "norm", True, affine=False)

@@ -5,8 +5,10 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from fused_res import backends, doctor, measured
+from fused_res import FusedResBlock, backends, doctor, measured
 from fused_res.measured import Row, verdict
 
 H100 = ("NVIDIA H100 80GB HBM3", "sm_90")
@@ -99,6 +101,20 @@ def test_auto_follows_the_table(table, monkeypatch, caplog):
     assert backends.choose("bn_act", "auto", x.double()) == "eager"
     table(Row(*of_cpu, "NCHW", (4, 8, 6, 6), {"eager": 1.0, "cpu": 0.5}))
     assert backends.choose("bn_act", "auto", x) == "cpu"
+
+
+def test_tensors_that_no_measurement_is_for(table, monkeypatch):
+    """Empty ones, symbolic sizes, fake ones of a device that is not there."""
+    slow = Row("cpu", "cpu", "bn_act", "float32", "NCHW", (4, 8, 6, 6), {"eager": 1.0, "cpu": 2.0})
+    table(row((4, 8, 6, 6), 1.0, cuda=0.5), slow)
+    empty = torch.empty(0, 8, 6, 6)
+    assert backends.choose("bn_act", "auto", empty) == "cpu"
+    block = FusedResBlock(8, 8).eval()
+    assert block(empty).shape == empty.shape
+    make_fx(block, tracing_mode="symbolic", _allow_non_fake_inputs=True)(torch.randn(4, 8, 6, 6))
+    with FakeTensorMode():
+        x = torch.empty(4, 8, 6, 6, device="cuda")
+        assert backends.choose("bn_act", "auto", x) == "eager"
 
 
 def test_the_shipped_table_is_valid():

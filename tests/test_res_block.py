@@ -357,3 +357,130 @@ def test_saved_tensors_that_change_are_noticed():
         block.conv2.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+# --- what else PyTorch's blocks do
+
+
+def doubles(kind="basic"):
+    block, twin = (f(4, 4, kind=kind).double() for f in (FusedResBlock, reference.ResBlock))
+    block.backend = "cpu"
+    twin.load_state_dict(block.state_dict())
+    return block, twin
+
+
+def second_derivatives(m, y):
+    (g,) = torch.autograd.grad(y.square().sum(), m.conv1.weight, create_graph=True)
+    return torch.autograd.grad(g.square().sum(), list(m.parameters()), allow_unused=True)
+
+
+def test_second_derivatives_of_a_block_used_twice():
+    x = torch.randn(2, 4, 5, 5).double()
+    block, twin = doubles()
+    for a, b in zip(*(second_derivatives(m, m(m(x))) for m in (block, twin)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives_of_tied_weights():
+    x = torch.randn(2, 4, 5, 5).double()
+    results = []
+    for m in doubles():
+        w = m.conv1.weight.detach().clone().requires_grad_()
+        weights = {"conv1.weight": w, "conv2.weight": 2 * w}
+        y = torch.func.functional_call(m, weights, (x,))
+        (g,) = torch.autograd.grad(y.square().sum(), w, create_graph=True)
+        results.append((g, *torch.autograd.grad(g.square().sum(), w)))
+        w = w.detach().clone().requires_grad_()
+    torch.testing.assert_close(*results)
+
+
+def test_second_derivatives_ignore_an_autocast_around_backward():
+    x = torch.randn(2, 4, 5, 5).double()
+    results = []
+    for m in doubles():
+        leaf = x.clone().requires_grad_()
+        y = m(leaf)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(torch.autograd.grad(y.square().sum(), leaf, create_graph=True)[0])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 8), (3, 8, 5, 7)])
+def test_saved_tensors_may_lose_their_strides(shape):
+    block = FusedResBlock(8, 8, backend="cpu").to(memory_format=torch.channels_last)
+    x = torch.randn(shape).to(memory_format=torch.channels_last)
+    grads = []
+    for dense in (False, True):
+        leaf = x.clone().requires_grad_()
+        pack = (lambda t: t.clone(memory_format=torch.contiguous_format)) if dense else lambda t: t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = block(leaf)
+        grads.append(torch.autograd.grad(y.square().sum(), [leaf, *block.parameters()]))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)  # convolutions in another layout
+
+
+def test_forward_mode_tangents_of_a_parameter():
+    fad = torch.autograd.forward_ad
+    x = torch.randn(2, 4, 5, 5)
+    tangents = []
+    for m in doubles():
+        m.float().backend = None  # auto: a named one cannot run this
+        with fad.dual_level(), torch.no_grad():
+            w = fad.make_dual(m.conv1.weight.detach(), torch.ones_like(m.conv1.weight))
+            y = torch.func.functional_call(m, {"conv1.weight": w}, (x,))
+            tangents.append(fad.unpack_dual(y).tangent)
+    assert tangents[0] is not None
+    torch.testing.assert_close(*tangents)
+
+
+def test_batches_of_gradients():
+    x = torch.randn(2, 4, 5, 5).double()
+    dy = torch.randn(3, 2, 4, 5, 5).double()
+    results = []
+    for m in doubles():
+        leaf = x.clone().requires_grad_()
+        results.append(torch.autograd.grad(m(leaf), leaf, dy, is_grads_batched=True)[0])
+    torch.testing.assert_close(*results)
+
+
+class Scaled(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * out.as_subclass(torch.Tensor) if func is torch.nn.functional.conv2d else out
+
+
+@pytest.mark.parametrize("change", ["subclass", "no bias", "no counter", "int stride", "deep"])
+def test_unusual_modules_are_run_stage_by_stage(change):
+    block, twin = doubles("single")
+    x = torch.randn(2, 4, 5, 5).double()
+    for m in (block, twin):
+        if change == "subclass":
+            m.conv1.weight = nn.Parameter(m.conv1.weight.detach().as_subclass(Scaled))
+        elif change == "no bias":
+            del m.conv1._parameters["bias"]
+            m.conv1.bias = None
+        elif change == "no counter":
+            del m.bn1.num_batches_tracked
+            m.bn1.num_batches_tracked = None
+        elif change == "int stride":
+            m.conv1.stride = 1
+    if change == "deep":
+        stages = Case("single", torch.float64).stages(torch.float64)[0][0] * 24
+        x = torch.randn(2, 12, 5, 5).double()
+        y = res_block(x, stages, backend="cpu")
+        assert type(y.grad_fn).__name__ != "_ResBlockBackward"
+        torch.testing.assert_close(y, reference.res_block(x, stages))
+        return
+    assert not runs_whole(block, x)
+    twin(x)
+    torch.testing.assert_close(block(x), twin(x))
+
+
+def test_running_out_of_memory_is_an_out_of_memory_error(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("[enforce fail] CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(fused_res.ops.res_block, "_forward", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2.00 GiB"):
+        FusedResBlock(8, 8, backend="cpu")(torch.randn(2, 8, 6, 6))

@@ -1015,8 +1015,10 @@ inline void bn_act_forward(const ForwardArgs& a, Stream stream) {
                            a.norm[0].training + 2 * a.norm[1].training);
         const auto kernel = second ? cooperative_forward_kernel<T, kChannelsLast, true>
                                    : cooperative_forward_kernel<T, kChannelsLast, false>;
-        return launch_together("bn_act_fwd_cooperative", kernel, together.blocks(), kThreads,
-                               kept.bytes(1 + second), stream, a, together, kept);
+        const bool launched =
+            launch_together("bn_act_fwd_cooperative", kernel, together.blocks(), kThreads,
+                            kept.bytes(1 + second), stream, a, together, kept);
+        if (launched) return;
       }
     }
     if (trained)
@@ -1054,8 +1056,10 @@ inline void bn_act_backward(const BackwardArgs& a, Stream stream) {
         const Kept<T> kept(kept_bytes(a.device, a.residual_norm), tensors, 7);
         const auto kernel = a.residual_norm ? cooperative_backward_kernel<T, kChannelsLast, true>
                                             : cooperative_backward_kernel<T, kChannelsLast, false>;
-        return launch_together("bn_act_bwd_cooperative", kernel, together.blocks(), kThreads,
-                               kept.bytes(tensors), stream, a, together, kept);
+        const bool launched =
+            launch_together("bn_act_bwd_cooperative", kernel, together.blocks(), kThreads,
+                            kept.bytes(tensors), stream, a, together, kept);
+        if (launched) return;
       }
     }
     const bool second = a.residual_norm || !kVector;

@@ -31,14 +31,19 @@ inline void launch(const char*, void (*kernel)(Parameters...), dim3 grid, int th
   kernel<<<grid, threads, 0, stream>>>(arguments...);
 }
 
-// All blocks on the device at once; fails, as any launch, where they do not fit. The error is left
-// for the caller to read (cudaGetLastError).
+// All blocks on the device at once. False: they do not fit (in a part of a device, say, or beside
+// what a tool adds to a kernel), or the device has no such launches; nothing was launched.
 template <class... Parameters>
-inline void launch_together(const char*, void (*kernel)(Parameters...), unsigned blocks,
+inline bool launch_together(const char*, void (*kernel)(Parameters...), unsigned blocks,
                             int threads, int shared_bytes, Stream stream, Parameters... arguments) {
   void* pointers[] = {&arguments...};
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), pointers, shared_bytes, stream);
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) ==
+          cudaSuccess &&
+      cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), pointers, shared_bytes,
+                                  stream) == cudaSuccess)
+    return true;
+  cudaGetLastError();  // forgotten: the caller goes on without
+  return false;
 }
 
 // Every access to global memory goes through these two.

@@ -127,6 +127,10 @@ def _normalise(
     return bn_act_norms(x, norm, residual, residual_norm, act, block.backend)
 
 
+_WEIGHTS = {"weight", "bias"}
+_STATE = {"running_mean", "running_var", "num_batches_tracked"}
+
+
 def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | None] | None:
     """A stage as ``res_block`` takes it, and what counts its batches; None where that would not do
     the same.
@@ -140,15 +144,17 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
     if (
         type(conv) is not nn.Conv2d
         or conv.padding_mode != "zeros"
-        or type(conv.padding) is str
         or "forward" in conv.__dict__
         or has_hooks(conv)
         or bn.momentum is None  # the average depends on a count that is on the device
     ):
         return None
     kernel, affine, state = conv._parameters, bn._parameters, bn._buffers
-    if not ("weight" in kernel and "weight" in affine and "running_mean" in state):
-        return None
+    if not (kernel.keys() >= _WEIGHTS and affine.keys() >= _WEIGHTS and state.keys() >= _STATE):
+        return None  # some are plain attributes, or gone
+    for size in (conv.stride, conv.padding, conv.dilation):
+        if type(size) is not tuple or len(size) != 2:
+            return None
     training = bn.training or state["running_mean"] is None
     norm = Norm(
         state["running_mean"],

@@ -132,6 +132,19 @@ def _(dy, x, weight, training, residual, residual_norm, residual_weight, residua
     )  # fmt: skip
 
 
+def is_nchw(x: Tensor) -> bool:
+    """Whether the kernels take a dense tensor as NCHW."""
+    return x.is_contiguous()
+
+
+def laid_out(x: Tensor, nchw: bool) -> Tensor:
+    """A saved tensor as it was: what unpacks it (``save_on_cpu``, say) may have lost its strides,
+    by which the mask was laid out."""
+    if x.is_contiguous() == nchw:
+        return x
+    return x.contiguous(memory_format=torch.contiguous_format if nchw else torch.channels_last)
+
+
 def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
     """The ReLU's mask as a bool tensor of ``like``'s shape; ``like`` as the forward pass got it."""
     n, c, h, w = like.shape
@@ -182,12 +195,14 @@ class _BnAct(torch.autograd.Function):
         kept = residual if residual_norm else None
         ctx.save_for_backward(x, weight, kept, residual_weight, stats, mask)
         ctx.norm, ctx.act, ctx.backend = (training, eps), act, backend
+        ctx.nchw = is_nchw(y)
         ctx.residual_norm = (residual_training, residual_eps) if residual_norm else None
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, residual, residual_weight, stats, mask = ctx.saved_tensors
+        x = laid_out(x, ctx.nchw)
         need = ctx.needs_input_grad
         # the gradient that reaches a plain residual is dy itself, unless a ReLU came after the add
         passes = ctx.residual_norm is None and ctx.act != "relu"

@@ -17,7 +17,7 @@ from .. import reference
 from ..backends import choose
 from ..reference import ACTS, Act, ConvNorm, Norm
 from . import library
-from .bn_act import bn_act_norms
+from .bn_act import bn_act_norms, is_nchw, laid_out
 
 # Of each stage, the shortcut's last. parameters: the convolution's weight and bias, the BatchNorm's
 # weight and bias. running: mean and variance. counters: num_batches_tracked of each BatchNorm that
@@ -39,6 +39,8 @@ _BWD = (
     "int act, int needs) -> Tensor[]"
 )
 PARAMETERS, INTEGERS = 4, 8
+MOST_STAGES = 20  # bits of needs
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 library.define(f"res_block_fwd{_FWD}")
 library.define(f"res_block_bwd{_BWD}")
 _forward = torch.ops.fused_res.res_block_fwd.default
@@ -121,10 +123,35 @@ def _stages(call: _Call, parameters) -> tuple[list[ConvNorm], ConvNorm | None]:
 
 
 def _run(x, parameters, call, save) -> list[Tensor]:
-    result = _forward(x, parameters, *call, save)
+    result = _in_pytorchs_terms(_forward, x, parameters, *call, save)
     if not result:
         raise _DoesNotFit
     return result
+
+
+def _in_pytorchs_terms(op, *args):
+    """Runs ``op``; an error inside the library reaches it as text alone (torch 2.13 and newer)."""
+    try:
+        return op(*args)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
+
+
+def _differentiable_bwd(call, x, parameters, wanted, dy):
+    """The backward pass in PyTorch's ops, for a second derivative or a batch of gradients.
+
+    The block is computed again, on aliases: a tensor may depend on another one, or be there twice.
+    """
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        tensors = [None if t is None else t.view_as(t) for t in (x, *parameters)]
+        y = reference.res_block(tensors[0], *_stages(call, tensors[1:]), ACTS[call.act])
+    inputs = [t for t, flag in zip(tensors, wanted, strict=True) if flag]
+    grads = iter(torch.autograd.grad(y, inputs, dy, create_graph=torch.is_grad_enabled()))
+    return [next(grads) if flag else None for flag in wanted]
 
 
 class _ResBlock(torch.autograd.Function):
@@ -133,6 +160,7 @@ class _ResBlock(torch.autograd.Function):
         y, *saved = _run(x, parameters, call, True)
         ctx.save_for_backward(x, *parameters, *saved)
         ctx.call = call
+        ctx.layouts = [is_nchw(t) for t in saved[: len(call.numbers) // 2]]
         return y
 
     @staticmethod
@@ -141,20 +169,18 @@ class _ResBlock(torch.autograd.Function):
         count = len(call.numbers) // 2 * PARAMETERS
         parameters, saved = rest[:count], rest[count:]
         wants_x, *wants = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():
-            tensors = [t for t, wanted in zip((x, *parameters), (wants_x, *wants), strict=True)
-                       if wanted]  # fmt: skip
-            y = reference.res_block(x, *_stages(call, parameters), ACTS[call.act])
-            grads = iter(torch.autograd.grad(y, tensors, dy, create_graph=True))
-            return None, *(next(grads) if wanted else None for wanted in (wants_x, *wants))
+        batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # grad(is_grads_batched=True)
+        if batched or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return None, *_differentiable_bwd(call, x, parameters, (wants_x, *wants), dy)
 
+        for i, nchw in enumerate(ctx.layouts):
+            saved[i] = laid_out(saved[i], nchw)
         needs, bit = int(wants_x), 1
         for i in range(0, count, PARAMETERS):
             needs |= (wants[i] | wants[i + 1] << 1 | (wants[i + 2] or wants[i + 3]) << 2) << bit
             bit += 3
-        grads = iter(
-            _backward(dy, x, parameters, saved, call.integers, call.shortcut, call.act, needs)
-        )
+        args = dy, x, parameters, saved, call.integers, call.shortcut, call.act, needs
+        grads = iter(_in_pytorchs_terms(_backward, *args))
         dx = None
         if wants_x:
             dx = next(grads)
@@ -178,8 +204,13 @@ def _runs_whole(x: Tensor, backend: str | None) -> bool:
     Raises:
         BackendUnavailable: a backend was named and cannot run bn_act.
     """
-    # the compiler, and modes that count or choose ops, want to see convolutions
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    # the compiler, and modes that count or choose ops, want to see convolutions; forward-mode AD's
+    # tangents may be the parameters'
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
         return False
     return choose("bn_act", backend, x) in ("cpu", "cuda")
 
@@ -252,7 +283,12 @@ def whole(x, branch, shortcut, act, backend, counters) -> Tensor | None:
             return None  # to PyTorch's promotion rules: the convolutions' output is of another type
         x, branch, shortcut = _autocast(x, branch, shortcut, dtype)
     call, parameters = _flatten(branch, shortcut, act, counters)
-    if any(t is None for t in call.running):
+    if (
+        any(t is None for t in call.running)
+        or len(parameters) > PARAMETERS * MOST_STAGES
+        # a subclass has its own convolution
+        or any(type(t) not in _PLAIN for t in (x, *parameters))
+    ):
         return None
     try:
         if torch.is_grad_enabled() and (

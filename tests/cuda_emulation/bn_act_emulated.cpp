@@ -43,6 +43,8 @@ void part_of(const Shape* shape, int64_t b, int64_t* out) {
   out[0] = p.first, out[1] = p.end, out[2] = p.column, out[3] = w.blocks();
 }
 
+void set_most_together(unsigned blocks) { emulator::machine.most_together = blocks; }
+
 void clear_regions() {
   emulator::machine.regions.clear();
   emulator::machine.counts.clear();

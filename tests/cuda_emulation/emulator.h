@@ -87,6 +87,7 @@ struct Machine {
   char* shared_memory = nullptr;         // of the running block
   std::map<const void*, size_t> shared;  // offsets, by declaration
   size_t shared_used = 0, dynamic_bytes = 0;
+  unsigned most_together = ~0u;  // blocks of a cooperative launch
 
   uint64_t draw() {  // xorshift
     random ^= random << 13, random ^= random >> 7, random ^= random << 17;
@@ -291,9 +292,11 @@ inline void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, i
 }
 
 template <class... Parameters>
-inline void launch_together(const char* name, void (*kernel)(Parameters...), unsigned blocks,
+inline bool launch_together(const char* name, void (*kernel)(Parameters...), unsigned blocks,
                             int threads, int shared_bytes, Stream, const Parameters&... arguments) {
+  if (blocks > emulator::machine.most_together) return false;
   emulator::launch(name, blocks, threads, true, shared_bytes, [&] { kernel(arguments...); });
+  return true;
 }
 
 inline void grid_barrier() { emulator::stop(emulator::Stop::grid_barrier); }
