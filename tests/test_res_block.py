@@ -251,7 +251,7 @@ def test_a_block_takes_one_call_where_nothing_is_in_the_way():
     assert runs_whole(FusedResBlock(8, 8, backend="cpu"), x)
     assert runs_whole(FusedResBlock(8, 16, 2, kind="bottleneck", backend="cpu").eval(), x)
     assert not runs_whole(FusedResBlock(8, 8, backend="eager"), x)
-    assert not runs_whole(FusedResBlock(8, 8, backend="cpu"), torch.randn(33, 8, 64, 64))  # large
+    assert not runs_whole(FusedResBlock(8, 8, backend="cpu"), torch.randn(129, 8, 64, 64))  # large
     assert not runs_whole(FusedResBlock(8, 8, dropout=0.5, backend="cpu"), x)
     assert not runs_whole(FusedResBlock(8, 8, skip="concat", backend="cpu"), x)
     assert not runs_whole(FusedResBlock(8, 8, momentum=None, backend="cpu"), x)
