@@ -40,9 +40,10 @@ _BWD = (
 )
 PARAMETERS, INTEGERS = 4, 8
 MOST_STAGES = 20  # bits of needs
-# Elements of x up to which one call is worth it. One autograd node keeps all that it saved until its
-# backward pass is over, where a node for each stage frees as it goes. On a CPU one call takes 0.98
-# to 0.99 of the time up to 2 million elements, and 1.03 at 6 million. The GPU's figure is an
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+# Elements of x up to which one call is worth it. One autograd node keeps all that it saved until
+# its backward pass is over, where a node for each stage frees as it goes. On a CPU one call takes
+# 0.98 to 0.99 of the time up to 2 million elements, and 1.03 at 6 million. The GPU's figure is an
 # estimate: 16 MB a pass, as long as the host takes to launch it.
 MOST_ELEMENTS = {"cpu": 2**22, "cuda": 2**23}
 library.define(f"res_block_fwd{_FWD}")
