@@ -198,7 +198,7 @@ def net():
 
 
 def test_autocast_training_follows_pytorch(name):
-    """200 steps of a ResNet-18 from the same seed: the same losses, to what bfloat16 lets differ."""
+    """A ResNet-18, 200 steps from the same seed: the same losses, to what bfloat16 lets differ."""
     torch.manual_seed(1)
     centres = torch.randn(10, 3, 32, 32, device="cuda")
     losses = {}
