@@ -182,12 +182,11 @@ def _auto(op: str, x: torch.Tensor) -> tuple[str, str]:
     """What ``auto`` takes for a tensor, and why."""
     device, dtype = x.device, x.dtype
     # a compiler's shapes are symbols, and its own kernels would be the rival
-    if not torch.compiler.is_compiling() and x.dim() == 4:
-        able = tuple(b for b in SUPPORT[op] if why_not(op, b, device.type, dtype) is None)
-        if able and measured.knows(device):
-            backend, reason = measured.verdict_on(op, x, able)
-            if backend is not None:
-                return backend, reason
+    if not torch.compiler.is_compiling() and x.dim() == 4 and measured.knows(device):
+        able = [b for b in SUPPORT[op] if why_not(op, b, device.type, dtype) is None]
+        backend, reason = measured.verdict_on(op, x, tuple(able))
+        if backend is not None:
+            return backend, reason
     for candidate, dtypes in PREFERRED[op].items():
         if dtype in dtypes and why_not(op, candidate, device.type, dtype) is None:
             return candidate, f"preferred for {dtype} on {device.type!r}"

@@ -49,7 +49,7 @@ def rows() -> tuple[Row, ...]:
 @functools.cache
 def device_of(kind: str, index: int | None) -> tuple[str, str]:
     """Name and architecture of a device."""
-    if kind != "cuda":
+    if kind != "cuda" or not torch.cuda.is_available():  # there are fake tensors
         return kind, kind
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
