@@ -2,6 +2,8 @@
 the width of their accesses to memory."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,10 +50,19 @@ def limit(kernel: Kernel) -> int:
     return MOST if doubles or scalar or kernel.name.startswith("whole") else USUAL
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def kernels(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Kernels by architecture, of those that this nvcc knows."""
+    known = [name for name in ARCHITECTURES if not cuda_resources.missing([name])]
+    compile_for = partial(cuda_resources.compile_kernels, folder=tmp_path_factory.mktemp("cuda"))
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(known, pool.map(compile_for, known), strict=True))
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def kernels(request, compiled):
     needs(request.param)
-    return cuda_resources.compile_kernels(request.param, tmp_path_factory.mktemp(request.param))
+    return compiled[request.param]
 
 
 def test_every_kernel_is_there_once(kernels):

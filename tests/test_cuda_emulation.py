@@ -112,8 +112,7 @@ ROOMY, TIGHT = Device(24, 228 << 10), Device(24, 2 * (1024 + (17 << 10)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS[1:])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "dtype"), [("tensor", torch.bfloat16), ("norm", torch.float32)])
 def test_cooperative_launches(emulation, monkeypatch, layout, dtype, kind):
     emulation.plan = "cooperative"
     for device, act in ((ROOMY, "relu"), (TIGHT, "relu_before_add")):
