@@ -6,6 +6,7 @@ serve a call (a transform, a dtype, a device) runs it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -72,7 +73,11 @@ class ConvNorm(NamedTuple):
 
 
 def res_block(
-    x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None = None, act: Act = "relu"
+    x: Tensor,
+    branch: list[ConvNorm],
+    shortcut: ConvNorm | None = None,
+    act: Act = "relu",
+    bn_act: Callable[..., Tensor] = bn_act,
 ) -> Tensor:
     """A residual block (He et al., 2016) as PyTorch's own ops.
 
@@ -81,6 +86,7 @@ def res_block(
         branch: stages; a ReLU follows each but the last.
         shortcut: a stage from ``x`` to what is added; None: ``x`` itself.
         act: ``relu`` after the add, ``relu_before_add``, or ``none``.
+        bn_act: what to run in its place.
     """
 
     def convolve(stage: ConvNorm, x: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ stage by stage, without the host's work between them (several times a small kern
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -21,8 +21,8 @@ from .bn_act import bn_act_norms, is_nchw, laid_out
 
 # Of each stage, the shortcut's last. parameters: the convolution's weight and bias, the BatchNorm's
 # weight and bias. running: mean and variance. counters: num_batches_tracked of each BatchNorm that
-# trains, or none. integers: the convolution's stride, padding and
-# dilation (2 each) and groups; whether the BatchNorm trains. numbers: momentum and eps.
+# trains, or none. integers: the convolution's stride, padding and dilation (2 each) and groups;
+# whether the BatchNorm trains. numbers: momentum and eps.
 # act: of the end; a ReLU follows each stage before.
 # Returns y and, if `save`, what backward needs: the convolutions' outputs, the inner activations,
 # and of each bn_act mask and stats. Or nothing: the stages do not take x, or not as they are, and
@@ -264,18 +264,7 @@ def res_block(
     y = whole(x, branch, shortcut, act, backend, [])
     if y is not None:
         return y
-    z = x
-    for stage in branch[:-1]:
-        z = bn_act_norms(_convolve(stage, z), stage.norm, backend=backend)
-    residual = x if shortcut is None else _convolve(shortcut, x)
-    norm = None if shortcut is None else shortcut.norm
-    return bn_act_norms(
-        _convolve(branch[-1], z), branch[-1].norm, residual, norm, act, backend=backend
-    )
-
-
-def _convolve(stage: ConvNorm, x: Tensor) -> Tensor:
-    return F.conv2d(x, *stage[:-1])
+    return reference.res_block(x, branch, shortcut, act, partial(bn_act_norms, backend=backend))
 
 
 def whole(x, branch, shortcut, act, backend, counters) -> Tensor | None:
