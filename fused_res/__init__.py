@@ -9,9 +9,11 @@
 
 from . import reference
 from .backends import BackendUnavailable, backend
+from .inference import OptimizedModel, optimize_for_inference
 from .nn import FusedResBlock
 from .reference import Norm
 from .surgery import FuseReport, fuse_, unfuse_
+from .tuning import TableNotWritten, TuneReport, tune
 from .version import __version__
 
 __all__ = [
@@ -19,9 +21,14 @@ __all__ = [
     "FuseReport",
     "FusedResBlock",
     "Norm",
+    "OptimizedModel",
+    "TableNotWritten",
+    "TuneReport",
     "__version__",
     "backend",
     "fuse_",
+    "optimize_for_inference",
     "reference",
+    "tune",
     "unfuse_",
 ]

@@ -27,7 +27,7 @@ _log = logging.getLogger("fused_res")
 if settings.log == "dispatch":
     _log.addHandler(logging.StreamHandler())
     _log.setLevel(logging.INFO)
-_logged: set[tuple[str, str]] = set()
+_logged: set[str] = set()
 MOST_LOGGED = 1000
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -39,13 +39,19 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
         "cpu": DTYPES,
         "cuda": (torch.float32, *_HALVES),
         "triton": (torch.float32, *_HALVES),
-    }
+    },
+    "conv_bn_act": {
+        "cpu": (torch.float32, *_HALVES),
+        "cuda": (torch.float32, *_HALVES),
+        "triton": (torch.float32, *_HALVES),
+    },
 }
 # op -> backend -> dtypes for which `auto` takes it where `measured` does not know the device: where
 # it was measured to beat PyTorch's own ops (benchmarks/results). On a GPU these run until it is
 # measured. The CPU's float64 kernel is plain code, there for checking gradients.
 PREFERRED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    "bn_act": {"cpu": (torch.float32, *_HALVES)}
+    "bn_act": {"cpu": (torch.float32, *_HALVES)},
+    "conv_bn_act": {"cpu": (torch.float32, *_HALVES)},
 }
 # Triton's interpreter runs the same kernels on CPU tensors, slowly: for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -180,21 +186,34 @@ def why_not_tensors(*tensors: torch.Tensor | None) -> str | None:
 
 def _auto(op: str, x: torch.Tensor) -> tuple[str, str]:
     """What ``auto`` takes for a tensor, and why."""
-    device, dtype = x.device, x.dtype
     # a compiler's shapes are symbols, and its own kernels would be the rival
-    if not torch.compiler.is_compiling() and x.dim() == 4 and measured.knows(device):
-        able = [b for b in SUPPORT[op] if why_not(op, b, device.type, dtype) is None]
-        backend, reason = measured.verdict_on(op, x, tuple(able))
+    if not torch.compiler.is_compiling() and x.dim() == 4 and measured.knows(x.device):
+        able = [b for b in SUPPORT[op] if why_not(op, b, x.device.type, x.dtype) is None]
+        backend, reason, _ = measured.verdict_on(op, x, tuple(able))
         if backend is not None:
             return backend, reason
+    return preferred(op, x)
+
+
+def preferred(op: str, x: torch.Tensor) -> tuple[str, str]:
+    """What ``auto`` takes for a tensor that no measurement is for, and why."""
+    device, dtype = x.device, x.dtype
     for candidate, dtypes in PREFERRED[op].items():
         if dtype in dtypes and why_not(op, candidate, device.type, dtype) is None:
             return candidate, f"preferred for {dtype} on {device.type!r}"
     return "eager", f"no fused kernel is preferred for {dtype} on {device.type!r}"
 
 
-def choose(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str:
-    """The backend that runs ``op`` on ``tensors`` (the first one decides device and dtype).
+def say(line: str) -> None:
+    """Logs a line that says what runs, once; not while a graph is compiled."""
+    if torch.compiler.is_compiling() or line in _logged or len(_logged) >= MOST_LOGGED:
+        return
+    _logged.add(line)
+    _log.info(line)
+
+
+def asked_for(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str:
+    """The backend named for a call of ``op``, ``auto`` where it may choose, or ``eager``.
 
     Raises:
         ValueError: ``requested`` is not a backend's name.
@@ -211,11 +230,20 @@ def choose(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str
             raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
         return name
     if reason is None:
-        candidate, reason = _auto(op, x)
-        if candidate != "eager":
-            return candidate
-    new = (op, reason) not in _logged and len(_logged) < MOST_LOGGED  # reasons tell of shapes
-    if new and not torch.compiler.is_compiling():
-        _logged.add((op, reason))
-        _log.info("%s runs in PyTorch's own ops: %s", op, reason)
+        return "auto"
+    say(f"{op} runs in PyTorch's own ops: {reason}")
     return "eager"
+
+
+def choose(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str:
+    """The backend that runs ``op`` on ``tensors`` (the first one decides device and dtype).
+
+    Raises:
+        as ``asked_for``.
+    """
+    name = asked_for(op, requested, *tensors)
+    if name == "auto":
+        name, reason = _auto(op, tensors[0])
+        if name == "eager":
+            say(f"{op} runs in PyTorch's own ops: {reason}")
+    return name

@@ -15,12 +15,21 @@ from .version import __version__
 COMMANDS = {
     "doctor": ("fused_res.doctor", "say what is installed, what runs where, and why"),
     "check": ("fused_res.check", "test every available backend against float64"),
+    "tune": ("fused_res.tuning", "measure which kernels run a model's inference fastest here"),
     "demo": ("fused_res.demo", "train two plain PyTorch nets beside their fused twins"),
 }
 
 
 class CommandError(Exception):
     """What a user can put right: printed as one line, without a traceback."""
+
+    code = 1
+
+
+class UsageError(CommandError):
+    """The command was called wrongly."""
+
+    code = 2
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: str = "") -> str:
@@ -71,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return modules[args.command].run(args)
     except (CommandError, BackendUnavailable, OSError) as error:
         print(f"fused-res {args.command}: error: {error}", file=sys.stderr)
-        return 1
+        return error.code if isinstance(error, CommandError) else 1
     except KeyboardInterrupt:
         print(f"fused-res {args.command}: interrupted", file=sys.stderr)
         return 130

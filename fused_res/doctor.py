@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import importlib.metadata
 import json
 import os
@@ -11,22 +12,12 @@ from pathlib import Path
 
 import torch
 
-from . import backends, measured
+from . import backends, choices, measured, tuned
 from .cli import table
 from .env import settings
 from .version import __version__
 
 VARIABLES = {f"FUSED_RES_{field.upper()}": getattr(settings, field) for field in settings._fields}
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _triton_version() -> str | None:
@@ -37,7 +28,7 @@ def _triton_version() -> str | None:
 
 
 def _devices() -> list[dict[str, str]]:
-    found = [{"type": "cpu", "name": _processor()}]
+    found = [{"type": "cpu", "name": tuned.processor()}]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         memory = f"{p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}"
@@ -56,7 +47,19 @@ def _choices() -> list[str]:
         found = measured.summary(torch.device("cuda", i))
         nothing = "not measured, so auto takes PyTorch's own ops; a backend can be named"
         lines += [f"cuda:{i}: {line}" for line in found or [nothing]]
+    for device in tuned.devices():
+        lines.append(f"{device}: {choices.OP}: {_tuned(device)}")
     return lines
+
+
+def _tuned(device: torch.device) -> str:
+    """What ``tune`` has found for a device, in words."""
+    path = tuned.path_of(tuned.made_by(device))
+    found = collections.Counter(choices.taken(row) for row in tuned.table(device).values())
+    if not found:
+        return f"not tuned (fused-res tune MODEL --shape ... would write {path})"
+    counts = ", ".join(f"{count} by {name}" for name, count in found.most_common())
+    return f"auto takes what was measured for {found.total()} calls: {counts} ({path})"
 
 
 def _libraries() -> list[str]:

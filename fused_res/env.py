@@ -4,12 +4,14 @@
 variable                values (first is default)   meaning
 ======================  ==========================  =============================================
 FUSED_RES_BACKEND       auto cpu cuda triton eager  what runs; ``eager`` is the kill switch
+FUSED_RES_CACHE         ~/.cache/fused_res          folder of what ``fused_res.tune`` finds
 FUSED_RES_CPU_ISA       best plain avx2 avx512      at most this instruction set in the CPU library
 FUSED_RES_LOG           off dispatch                ``dispatch``: say on stderr what ran and why
+FUSED_RES_WINOGRAD      4 2 0                       largest Winograd tile in inference on a CPU
 ======================  ==========================  =============================================
 
-They are read once, when ``fused_res`` is imported. Build-time
-variables are in ``setup.py``.
+They are read once, when ``fused_res`` is imported. ``XDG_CACHE_HOME``, where it is set, stands for
+``~/.cache``. Build-time variables are in ``setup.py``.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ from typing import NamedTuple
 BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
 CPU_ISAS = ("best", "plain", "avx2", "avx512")
 LOGS = ("off", "dispatch")
+WINOGRADS = ("4", "2", "0")
 
 
 class Settings(NamedTuple):
     backend: str
+    cache: str
     cpu_isa: str
     log: str
+    winograd: int
 
 
 def read(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -44,10 +49,13 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
             )
         return value
 
+    caches = environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     return Settings(
         one_of("FUSED_RES_BACKEND", BACKENDS),
+        os.path.expanduser(environ.get("FUSED_RES_CACHE") or os.path.join(caches, "fused_res")),
         one_of("FUSED_RES_CPU_ISA", CPU_ISAS),
         one_of("FUSED_RES_LOG", LOGS),
+        int(one_of("FUSED_RES_WINOGRAD", WINOGRADS)),
     )
 
 

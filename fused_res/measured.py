@@ -1,15 +1,16 @@
 """What was measured where: the table that backend ``auto`` follows.
 
 ``measured.json`` has a row per device, op, dtype, layout and shape, with the milliseconds that each
-implementation takes forward and backward; ``benchmarks/table.py --dispatch`` writes it from the
-committed results. What was not measured follows the nearest shape that was, if there is one near,
-on the same device or else on one of the same architecture.
+implementation takes (of ``bn_act`` forward and backward); ``benchmarks/table.py --dispatch`` writes
+it from the committed results. What was not measured follows the nearest shape that was, if there is
+one near, on the same device or else on one of the same architecture.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,20 +25,31 @@ NEAR = 4.0
 
 
 class Row(NamedTuple):
-    """One measurement. ``isa``: the device's architecture, ``sm_90``; ``ms``: by backend."""
+    """One measurement.
+
+    isa: the device's architecture, ``sm_90``.
+    shape: (N, C, H, W), of ``conv_bn_act`` (N, C, H, W, K).
+    ms: by backend, of ``conv_bn_act`` by implementation.
+    like: what a call must have in common beside op, dtype and layout, in the words of
+        ``choices.row_of``.
+    config: the fields of Triton's configuration that ``ms`` is of, where it has several.
+    """
 
     device: str
     isa: str
     op: str
     dtype: str
     layout: str
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     ms: dict[str, float]
+    like: str = ""
+    config: dict[str, object] | None = None
 
 
 class Verdict(NamedTuple):
     backend: str | None  # None: nothing was measured that says
     reason: str
+    config: dict[str, object] | None = None
 
 
 @functools.cache
@@ -65,33 +77,44 @@ def knows(device: torch.device) -> bool:
 
 
 def _far(a: tuple[int, ...], b: tuple[int, ...]) -> float:
-    """The larger of the factors by which values per channel and channels differ."""
+    """The largest of the factors by which values per channel and channels differ."""
 
     def sizes(shape):
-        n, c, h, w = shape
-        return n * h * w, c
+        n, c, h, w, *out = shape
+        return n * h * w, c, *out
 
     return max(max(x / y, y / x) for x, y in zip(sizes(a), sizes(b), strict=True))
 
 
+def fastest(ms: dict[str, float], names: Sequence[str], least: float = LEAST_GAIN) -> str:
+    """The fastest, where it is faster by ``least`` than what comes before it in ``names``."""
+    taken = names[0]
+    for name in names[1:]:
+        if ms[taken] >= least * ms[name]:
+            taken = name
+    return taken
+
+
 def _words(row: Row, backend: str) -> str:
     gain = row.ms["eager"] / row.ms[backend]
-    return f"{gain:.2f}x PyTorch at {'x'.join(map(str, row.shape))} {row.layout} on {row.device}"
+    shape = "x".join(map(str, row.shape)) + f" {row.like}" * bool(row.like)
+    return f"{gain:.2f}x PyTorch at {shape} {row.layout} on {row.device}"
 
 
 @functools.lru_cache(maxsize=4096)
 def verdict(
     op: str, device: tuple[str, str], dtype: str, layout: str, shape: tuple[int, ...],
-    backends: tuple[str, ...],
+    backends: tuple[str, ...], like: str = "",
 ) -> Verdict:  # fmt: skip
     """The fastest of ``backends`` (which can run the op) and ``eager``, by the nearest measurement.
 
     Args:
         device: its name and architecture.
-        dtype: as ``bfloat16``. layout: ``NCHW`` or ``channels_last``. shape: (N, C, H, W).
+        dtype: as ``bfloat16``. layout: ``NCHW`` or ``channels_last``.
+        shape, backends, like: as in ``Row``; of equals the first in ``backends`` is taken.
     """
     name, isa = device
-    of_op = [r for r in rows() if (r.op, r.dtype, r.layout) == (op, dtype, layout)]
+    of_op = [r for r in rows() if (r.op, r.dtype, r.layout, r.like) == (op, dtype, layout, like)]
     for found, least in (
         ([r for r in of_op if r.device == name], LEAST_GAIN),
         ([r for r in of_op if r.isa == isa], LEAST_GAIN_OF_SIBLING),
@@ -100,11 +123,11 @@ def verdict(
         if near is None or _far(near.shape, shape) > NEAR:
             continue
         timed = [b for b in backends if b in near.ms]
-        best = min(timed, key=near.ms.__getitem__, default=None)
-        if best is None:
+        if not timed:
             continue
-        gains = near.ms["eager"] >= least * near.ms[best]
-        return Verdict(best if gains else "eager", f"measured: {best} {_words(near, best)}")
+        taken = fastest(near.ms, ("eager", *timed), least)
+        best = min(timed, key=near.ms.__getitem__) if taken == "eager" else taken
+        return Verdict(taken, f"measured: {best} {_words(near, best)}", near.config)
     size = "x".join(map(str, shape))
     return Verdict(None, f"{op} at about {size}, {dtype} {layout}, was not measured on {name}")
 
@@ -125,9 +148,10 @@ def summary(device: torch.device) -> list[str]:
     found = [r for r in rows() if r.device == name] or [r for r in rows() if r.isa == isa]
     out = []
     for r in found:
-        best = min((b for b in r.ms if b != "eager"), key=r.ms.__getitem__, default=None)
-        if best is not None:
+        others = [b for b in r.ms if b != "eager"]
+        if others:
+            best = min(others, key=r.ms.__getitem__)
             least = LEAST_GAIN if r.device == name else LEAST_GAIN_OF_SIBLING
-            taken = best if r.ms["eager"] >= least * r.ms[best] else "eager"
+            taken = fastest(r.ms, ["eager", *others], least)
             out.append(f"{r.op} {r.dtype}: auto takes {taken}; {best} {_words(r, best)}")
     return out

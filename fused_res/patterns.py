@@ -27,12 +27,17 @@ class Unfusable(Exception):
     """The module is a residual block that cannot be fused; the message says why."""
 
 
+def in_words(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
 class _Proxy(fx.Proxy):
     def __iadd__(self, other):  # fx itself shows x += y as x + y
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Sees convolutions, norms and whatever has no children as one call each."""
 
     def __init__(self) -> None:
@@ -64,8 +69,17 @@ def _state(block: nn.Module) -> list:
     ]  # fmt: skip
 
 
-def _trace(block: nn.Module, training: bool) -> fx.Graph:
+def _does_nothing(module: nn.Module) -> bool:
+    return type(module) is nn.Identity or (type(module) is nn.Sequential and not len(module))
+
+
+def trace(
+    block: nn.Module, training: bool, tracer: Tracer | None = None, inputs: int | None = None
+) -> fx.Graph:
     """The graph of the block's forward in one mode, traced on a copy: a forward may write state.
+
+    Args:
+        inputs: how many the forward is given, if it takes ``*inputs``.
 
     Raises:
         Unfusable: the forward does something that a trace does not show.
@@ -73,11 +87,11 @@ def _trace(block: nn.Module, training: bool) -> fx.Graph:
     block = copy.deepcopy(block)
     for m in block.modules():  # attributes, not train(): models override that (to freeze a norm)
         m.training = training
-    tracer, before = _Tracer(), _state(block)
+    tracer, before = tracer or Tracer(), _state(block)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         drawn, python_drawn = torch.get_rng_state(), random.getstate()
         try:
-            graph = tracer.trace(block)
+            graph = tracer.trace(block, inputs and (fx.PH,) * inputs)
             same = torch.equal(drawn, torch.get_rng_state()) and python_drawn == random.getstate()
         finally:
             random.setstate(python_drawn)
@@ -88,13 +102,13 @@ def _trace(block: nn.Module, training: bool) -> fx.Graph:
     if _state(block) != before:
         raise Unfusable("its forward writes to the module")
     for node in list(graph.nodes):
-        if node.op == "call_module" and type(child(block, node.target)) is nn.Identity:
+        if node.op == "call_module" and _does_nothing(child(block, node.target)):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     return graph
 
 
-class _Nodes:
+class Nodes:
     """The traced nodes of a block, by what they do."""
 
     def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
@@ -106,7 +120,7 @@ class _Nodes:
     def is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return type(self.module(node)) is nn.ReLU
-        return node.target in _RELUS and isinstance(node.args[0], fx.Node)
+        return node.target in _RELUS and len(node.all_input_nodes) == 1
 
     def operands_of_add(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         if node.op not in ("call_function", "call_method") or node.target not in _ADDS:
@@ -140,7 +154,7 @@ class _Nodes:
         return f"{name}()"
 
 
-def _check_child(nodes: _Nodes, node: fx.Node, expected: type) -> str:
+def _check_child(nodes: Nodes, node: fx.Node, expected: type) -> str:
     module, name = nodes.module(node), node.target
     if parametrize.is_parametrized(module):
         raise Unfusable(f"parametrization on {name}")
@@ -149,7 +163,7 @@ def _check_child(nodes: _Nodes, node: fx.Node, expected: type) -> str:
     return name
 
 
-def _chain(nodes: _Nodes, node: fx.Node, x: fx.Node) -> list[fx.Node]:
+def _chain(nodes: Nodes, node: fx.Node, x: fx.Node) -> list[fx.Node]:
     """The nodes from the input ``x`` to ``node``, which must follow each other with no side
     exits."""
     chain = []
@@ -168,7 +182,7 @@ def _chain(nodes: _Nodes, node: fx.Node, x: fx.Node) -> list[fx.Node]:
     return chain[::-1]
 
 
-def _stages(nodes: _Nodes, chain: list[fx.Node], opaque: bool) -> list[Stage]:
+def _stages(nodes: Nodes, chain: list[fx.Node], opaque: bool) -> list[Stage]:
     """A chain as stages. ``opaque``: any child without children may stand before a convolution."""
     stages: list[Stage] = []
     before: list[str] = []
@@ -200,7 +214,7 @@ def _stages(nodes: _Nodes, chain: list[fx.Node], opaque: bool) -> list[Stage]:
     return stages
 
 
-def _parse(nodes: _Nodes) -> BlockPlan:
+def _parse(nodes: Nodes) -> BlockPlan:
     inputs = [n for n in nodes.graph.nodes if n.op == "placeholder"]
     (output,) = (n for n in nodes.graph.nodes if n.op == "output")
     x, end = inputs[0], output.args[0]
@@ -250,7 +264,7 @@ def _parse(nodes: _Nodes) -> BlockPlan:
     return BlockPlan(tuple(branch), end_of_shortcut, skip, relu, bypassed)
 
 
-def looks_residual(nodes: _Nodes) -> bool:
+def looks_residual(nodes: Nodes) -> bool:
     convolves = any(isinstance(nodes.module(n), nn.Conv2d) for n in nodes.graph.nodes)
     joins = any(
         n.op in ("call_function", "call_method")
@@ -270,16 +284,15 @@ def plan_of(block: nn.Module) -> BlockPlan | None:
         Unfusable: it is a residual block, but not one that can be fused.
     """
     try:
-        graph, in_eval = _trace(block, True), _trace(block, False)
+        graph, in_eval = trace(block, True), trace(block, False)
     except Unfusable:
         raise
     except Exception as error:
         _refuse_hooks(block)  # a weight_norm of the old kind cannot even be copied
         if sum(isinstance(m, nn.Conv2d) for m in block.modules()) < 2:
             return None
-        words = str(error).strip().splitlines() or [""]
-        raise Unfusable(f"torch.fx cannot trace it: {type(error).__name__}: {words[0]}") from error
-    nodes = _Nodes(block, graph)
+        raise Unfusable(f"torch.fx cannot trace it: {in_words(error)}") from error
+    nodes = Nodes(block, graph)
     if not looks_residual(nodes):
         return None
     if str(graph) != str(in_eval):

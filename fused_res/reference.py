@@ -61,7 +61,7 @@ def bn_act(
 
 class ConvNorm(NamedTuple):
     """The arguments of one ``F.conv2d`` beside its input, sizes as pairs, and a BatchNorm of its
-    output."""
+    output, if there is one."""
 
     weight: Tensor
     bias: Tensor | None
@@ -69,7 +69,45 @@ class ConvNorm(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
-    norm: Norm
+    norm: Norm | None
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv: ConvNorm,
+    residual: Tensor | None = None,
+    shortcut: ConvNorm | None = None,
+    concat: bool = False,
+    act: Act = "relu",
+    bn_act: Callable[..., Tensor] = bn_act,
+) -> Tensor:
+    """Convolution, BatchNorm, + residual, ReLU, as PyTorch's own ops.
+
+    Args:
+        x: (N, C, H, W).
+        conv: the convolution and its BatchNorm, which may be None; makes (N, K, P, Q).
+        residual: (N, K, P, Q) to add; optional.
+        shortcut: a convolution and BatchNorm of ``residual``, then of any size that makes
+            (N, K, P, Q), which is added in its place (the projection shortcut); optional.
+        concat: put ``residual``, (N, any, P, Q), before the channels instead of adding it.
+        act: ``relu`` after the add or concatenation, ``relu_before_add``, or ``none``.
+        bn_act: what to run in its place.
+    """
+    y = F.conv2d(x, *conv[:-1])
+    norm, second = conv.norm, None
+    if shortcut is not None:
+        residual, second = F.conv2d(residual, *shortcut[:-1]), shortcut.norm
+        if norm is None and second is not None:
+            residual, second = bn_act(residual, second, act="none"), None
+    if norm is not None and not concat:
+        return bn_act(y, norm, residual, second, act)
+    if norm is not None:
+        y = bn_act(y, norm, act="none")
+    if act == "relu_before_add":
+        y = F.relu(y)
+    if residual is not None:
+        y = torch.cat((residual, y), 1) if concat else y + residual
+    return F.relu(y) if act == "relu" else y
 
 
 def res_block(

@@ -59,7 +59,7 @@ def _reduce_ex(self, protocol):
     return _rebuild, (type(self).original, type(self).plan), state
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
+def refuse_wrapped(model: nn.Module, caller: str = "fuse_") -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
@@ -67,19 +67,19 @@ def _refuse_wrapped(model: nn.Module) -> None:
         where = f"its child {name!r}" if name else "it"
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
-                f"model must not be scripted, but {where} is a {kind}: fuse_ it before"
+                f"model must not be scripted, but {where} is a {kind}: {caller} it before"
             )
         if kind == "OptimizedModule" or module._compiled_call_impl is not None:
             raise ValueError(
-                f"model must not be compiled, but {where} is a {kind}: fuse_ it before "
+                f"model must not be compiled, but {where} is a {kind}: {caller} it before "
                 f"torch.compile"
             )
         if kind in ("DistributedDataParallel", "DataParallel") or kind.startswith(
             "FullyShardedDataParallel"
         ):
             raise ValueError(
-                f"model must not be wrapped, but {where} is a {kind}: call fuse_(model) first and "
-                f"wrap the result, or fuse_(model.module)"
+                f"model must not be wrapped, but {where} is a {kind}: call {caller}(model) first "
+                f"and wrap the result, or {caller}(model.module)"
             )
 
 
@@ -113,7 +113,7 @@ def fuse_(
     Warns:
         UserWarning: no block was fused (and none was fused before).
     """
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     report = FuseReport()
     plans: list[tuple[nn.Module, BlockPlan]] = []
     filtered: list[tuple[str, str]] = []

@@ -49,6 +49,17 @@ inline Vec<A> broadcast(A value) {
   return Vec<A>{} + value;
 }
 
+// the value at p in every lane
+inline Vec<float> broadcast_from(const float* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_set1_ps(*p);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_broadcast_ss(p);
+#else
+  return broadcast(*p);
+#endif
+}
+
 template <class A>
 inline Vec<A> median(Vec<A> a, Vec<A> b, Vec<A> c) {
   const Vec<A> low = a < b ? a : b, high = a < b ? b : a, rest = high < c ? high : c;

@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import reference
 from ..env import BACKENDS
 from ..ops.bn_act import bn_act_norms
+from ..ops.conv_bn_act import conv_bn_act, out_shape
 from ..ops.res_block import whole
 from ..reference import Act, ConvNorm, Norm
 
@@ -84,6 +85,12 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def is_exported() -> bool:
+    """Whether a graph for elsewhere is being made (torch.export, ONNX, TorchScript): it gets the
+    modules' own ops."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def norm_of(bn: nn.BatchNorm2d) -> Norm:
@@ -197,11 +204,63 @@ def _run_whole(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor
     return whole(x, branch, shortcut, act, block.backend, counters)
 
 
+def conv_norm_of(conv: nn.Module, bn: nn.Module | None) -> ConvNorm | None:
+    """A convolution and what follows it as ``conv_bn_act`` takes them; None where it does not."""
+    if (
+        type(conv) is not nn.Conv2d
+        or conv.padding_mode != "zeros"
+        or isinstance(conv.padding, str)
+        or has_hooks(conv)
+        or (not torch.compiler.is_compiling() and "forward" in conv.__dict__)
+    ):
+        return None
+    norm = None if bn is None else norm_of(bn)
+    sizes = conv.stride, conv.padding, conv.dilation
+    return ConvNorm(conv.weight, conv.bias, *sizes, conv.groups, norm)
+
+
+def _run_inference(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor | None:
+    """``block.forward(x)`` with one op per convolution; None where it is not for inference."""
+    stages = plan.branch if plan.shortcut is None else (*plan.branch, plan.shortcut)
+    norms = [None if s.norm is None else child(block, s.norm) for s in stages]
+    if any(bn is not None and (bn.training or bn.running_mean is None) for bn in norms):
+        return None
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in block.parameters())
+    ):
+        return None
+    convs = []
+    for stage, bn in zip(stages, norms, strict=True):
+        if stage.conv is None:  # a shortcut that only pools
+            continue
+        conv = conv_norm_of(child(block, stage.conv), bn)
+        if conv is None:
+            return None
+        convs.append(conv)
+    out = residual = x
+    for stage, conv in zip(plan.branch, convs, strict=False):
+        for name in stage.before:
+            out = child(block, name)(out)
+        if stage is not plan.branch[-1]:
+            out = conv_bn_act(
+                out, conv, act="relu" if stage.relu else "none", backend=block.backend
+            )
+    for name in () if plan.shortcut is None else plan.shortcut.before:
+        residual = child(block, name)(residual)
+    conv, *shortcut = convs[len(plan.branch) - 1 :]
+    concat = plan.skip == "concat"
+    if not shortcut and not concat and residual.shape != out_shape(out, conv):
+        return None  # broadcast
+    return conv_bn_act(out, conv, residual, *(shortcut or [None]), concat, act, block.backend)
+
+
 def run_block(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor:
     """``block.forward(x)``, its normalisations fused with what follows them."""
     last = plan.branch[-1]
     act = "relu_before_add" if last.relu else "relu" if plan.relu else "none"
-    y = _run_whole(block, plan, act, x)
+    y = _run_inference(block, plan, act, x)
+    if y is None:
+        y = _run_whole(block, plan, act, x)
     if y is not None:
         return y
     out = x
@@ -235,7 +294,7 @@ class FusedForward:
 
     def forward(self, *args, **kwargs):
         plain = len(args) != 1 or kwargs or isinstance(args[0], torch.fx.Proxy)
-        if plain or not self._bypasses_safely():
+        if plain or is_exported() or not self._bypasses_safely():
             return super().forward(*args, **kwargs)
         return run_block(self, self.plan, args[0])
 

@@ -4,4 +4,5 @@ import torch
 
 library = torch.library.Library("fused_res", "DEF")
 library.define("cpu_isa(int level) -> int")
+library.define("empty_cache() -> int")
 library.define("cuda_plan(int plan) -> int")

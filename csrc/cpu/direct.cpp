@@ -1,0 +1,172 @@
+#include "direct.h"
+
+#include "convolution.h"
+#include "direct_kernels.h"
+
+namespace fused_res {
+namespace {
+
+const DirectKernels& kernels_of_isa() {
+#ifdef FUSED_RES_X86
+  if (isa() == Isa::avx512) return avx512::direct_kernels();
+  if (isa() == Isa::avx2) return avx2::direct_kernels();
+#endif
+  return plain::direct_kernels();
+}
+
+// Gathered rows that stay in a core's second cache while the panels pass; enough of them that a
+// panel pays, a multiple of what the registers hold.
+constexpr int64_t kRowsBytes = 256 << 10, kLeastRows = 28, kMostRowsOfGroup = 112;
+// Where there are too few rows for every thread to have its own: what is gathered for all.
+constexpr int64_t kSharedBytes = 4 << 20;
+constexpr int kSizes = 8;  // integers of a source: kernel, stride, padding, dilation
+
+struct Direct {
+  const DirectKernels& kernels;
+  DirectArgs args;
+  int64_t panels, rows, stride;
+
+  // what a thread keeps beside its gathered rows: partial sums of one panel
+  float* space(int64_t gathered, int64_t multiplied) const {
+    return scratch(gathered * stride + multiplied * kPanel);
+  }
+
+  void run() const {
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t fit = kRowsBytes / (stride * (int64_t)sizeof(float));
+    const int64_t most = std::clamp(fit / kLeastRows * kLeastRows, kLeastRows, kMostRowsOfGroup);
+    const int64_t groups = ceil_div(ceil_div(rows, most), threads) * threads;
+    if (rows / groups < kLeastRows) return run_shared(threads);
+    torch::stable::parallel_for(0, groups, 1, [&](int64_t lo, int64_t hi) {
+      for (int64_t g = lo; g < hi; g++) {
+        const int64_t first = rows * g / groups, count = rows * (g + 1) / groups - first;
+        float* v = space(count, count);
+        kernels.gather(args, first, 0, count, v, stride);
+        for (int64_t p = 0; p < panels; p++)
+          kernels.multiply(args, first, 0, count, v, stride, p, v + count * stride);
+      }
+    });
+  }
+
+  void run_shared(int64_t threads) const {
+    const int64_t fit = std::max<int64_t>(kSharedBytes / (stride * (int64_t)sizeof(float)), 1);
+    const int64_t groups = ceil_div(rows, fit);
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t first = rows * g / groups, count = rows * (g + 1) / groups - first;
+      // the caller works on its part too, with partial sums after its rows
+      const int64_t parts = std::clamp(ceil_div(2 * threads, panels), (int64_t)1, count);
+      const int64_t most = ceil_div(count, parts);
+      float* v = space(count, most);
+      torch::stable::parallel_for(0, count, 1, [&](int64_t lo, int64_t hi) {
+        kernels.gather(args, first, lo, hi, v, stride);
+      });
+      torch::stable::parallel_for(0, panels * parts, 1, [&](int64_t lo, int64_t hi) {
+        float* m = scratch(0) == v ? v + count * stride : space(0, most);
+        for (int64_t i = lo; i < hi; i++) {
+          const int64_t part = i % parts;
+          kernels.multiply(args, first, count * part / parts, count * (part + 1) / parts, v, stride,
+                           i / parts, m);
+        }
+      });
+    }
+  }
+};
+
+}  // namespace
+
+// [panel][depth][kPanel] of the weights, one under the other, times their scales; rounded once.
+Tensor direct_weight_cpu(const std::vector<Tensor>& weights, const std::vector<OptTensor>& scales) {
+  STD_TORCH_CHECK((weights.size() == 1 || weights.size() == 2) && scales.size() == weights.size(),
+                  "weights must be one or two, with as many scales");
+  const int64_t channels = weights[0].dim() ? weights[0].size(0) : 0;
+  int64_t depth = 0;
+  for (const Tensor& w : weights) {
+    STD_TORCH_CHECK(is_float(w) && w.dim() == 4 && w.size(0) == channels,
+                    "weights must be float32 on a CPU, of shape (", channels, ", C, R, S)");
+    depth += w.numel() / channels;
+  }
+  const int64_t panels = ceil_div(channels, kPanel);
+  Tensor u = uninitialised(panels, depth * kPanel, ScalarType::Float);
+  float* out = (float*)u.mutable_data_ptr();
+  for (size_t i = 0; i < weights.size(); i++) {
+    const Tensor& t = weights[i];
+    const std::vector<double> scale = read_channels(scales[i], channels, 1.0);
+    const float* w = (const float*)t.const_data_ptr();
+    const auto size = t.sizes(), stride = t.strides();
+    parallel(panels, u.numel(), [&](int64_t lo, int64_t hi) {
+      for (int64_t p = lo; p < hi; p++) {
+        float* at = out + p * depth * kPanel;
+        for (int64_t r = 0; r < size[2]; r++)
+          for (int64_t s = 0; s < size[3]; s++)
+            for (int64_t c = 0; c < size[1]; c++, at += kPanel)
+              for (int64_t n = 0; n < kPanel; n++) {
+                const int64_t k = p * kPanel + n;
+                at[n] =
+                    k >= channels
+                        ? 0
+                        : (float)(scale[k] *
+                                  w[k * stride[0] + c * stride[1] + r * stride[2] + s * stride[3]]);
+              }
+      }
+    });
+    out += t.numel() / channels * kPanel;
+  }
+  return u;
+}
+
+Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptTensor& bias,
+                  const OptTensor& residual, int64_t out_channels,
+                  const std::vector<int64_t>& sizes, bool concat, int64_t act) {
+  STD_TORCH_CHECK(
+      (inputs.size() == 1 || inputs.size() == 2) && sizes.size() == kSizes * inputs.size(),
+      "inputs must be one or two, with 8 sizes each");
+  DirectArgs args = {};
+  for (size_t i = 0; i < inputs.size(); i++) {
+    const Tensor& x = inputs[i];
+    const int64_t* n = &sizes[kSizes * i];
+    STD_TORCH_CHECK(is_nhwc(x) && x.size(0) == inputs[0].size(0),
+                    "inputs must be float32 on a CPU, channels_last and of as many images");
+    DirectSource& s = args.sources[args.count++];
+    s = {(const float*)x.const_data_ptr(),
+         x.size(2),
+         x.size(3),
+         x.size(1),
+         {n[0], n[1]},
+         {n[2], n[3]},
+         {n[4], n[5]},
+         {n[6], n[7]}};
+    int64_t out[2];
+    for (int d = 0; d < 2; d++) {
+      STD_TORCH_CHECK(s.kernel[d] > 0 && s.stride[d] > 0 && s.padding[d] >= 0 && s.dilation[d] > 0,
+                      "sizes must be positive, padding at least 0");
+      const int64_t room = x.size(2 + d) + 2 * s.padding[d] - s.dilation[d] * (s.kernel[d] - 1) - 1;
+      out[d] = room < 0 ? 0 : room / s.stride[d] + 1;
+    }
+    STD_TORCH_CHECK(i == 0 || (out[0] == args.out_height && out[1] == args.out_width),
+                    "both inputs must make the same size");
+    args.out_height = out[0];
+    args.out_width = out[1];
+    args.depth += s.depth();
+  }
+  const int64_t images = inputs[0].size(0), panels = ceil_div(out_channels, kPanel);
+  STD_TORCH_CHECK(is_float(u) && u.is_contiguous() && u.numel() == panels * args.depth * kPanel,
+                  "u must be what direct_weight made for ", args.depth, " -> ", out_channels);
+  const std::vector<float> shift = padded(bias, out_channels, panels * kPanel);
+  const Output output =
+      output_of(images, out_channels, args.out_height, args.out_width, residual, concat, act);
+  if (output.y.numel() == 0) return output.y;
+  args.u = (const float*)u.const_data_ptr();
+  args.bias = shift.data();
+  args.y = output.data;
+  args.out_channels = out_channels;
+  args.y_stride = output.stride;
+  if (residual && !concat) args.residual = (const float*)residual->const_data_ptr();
+  args.residual_stride = out_channels;
+  args.act = (Act)act;
+  Direct{kernels_of_isa(), args, panels, images * args.out_height * args.out_width,
+         row_stride(args.depth)}
+      .run();
+  return output.y;
+}
+
+}  // namespace fused_res

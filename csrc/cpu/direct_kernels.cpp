@@ -1,0 +1,87 @@
+// The arithmetic of a direct convolution, compiled once per instruction set.
+#include "direct_kernels.h"
+
+#include "multiply.h"
+
+namespace fused_res::FUSED_RES_ISA {
+namespace {
+
+inline void copy(const float* from, float* to, int64_t count) {
+  over_run(count, [&](int64_t i, auto lanes) { store(load(from + i, lanes), to + i, lanes); });
+}
+inline void clear(float* to, int64_t count) {
+  over_run(count, [&](int64_t i, auto lanes) { store(V{}, to + i, lanes); });
+}
+
+// The inputs of one output pixel; where they are outside the image, zeros.
+inline float* gather_pixel(const DirectSource& s, int64_t image, int64_t p, int64_t q, float* v) {
+  const int64_t c = s.channels, h0 = p * s.stride[0] - s.padding[0];
+  const int64_t w0 = q * s.stride[1] - s.padding[1];
+  for (int64_t i = 0; i < s.kernel[0]; i++) {
+    const int64_t h = h0 + i * s.dilation[0];
+    const float* row = s.x + ((image * s.height + h) * s.width + w0) * c;
+    if (h < 0 || h >= s.height) {
+      clear(v, s.kernel[1] * c);
+    } else if (s.dilation[1] == 1) {  // taps of a row lie side by side
+      const int64_t lo = w0 < 0 ? (-w0 < s.kernel[1] ? -w0 : s.kernel[1]) : 0;
+      const int64_t room = s.width - w0, end = room < s.kernel[1] ? room : s.kernel[1];
+      const int64_t hi = end < lo ? lo : end;
+      clear(v, lo * c);
+      copy(row + lo * c, v + lo * c, (hi - lo) * c);
+      clear(v + hi * c, (s.kernel[1] - hi) * c);
+    } else {
+      for (int64_t j = 0; j < s.kernel[1]; j++) {
+        const int64_t w = w0 + j * s.dilation[1];
+        if (w < 0 || w >= s.width)
+          clear(v + j * c, c);
+        else
+          copy(row + j * s.dilation[1] * c, v + j * c, c);
+      }
+    }
+    v += s.kernel[1] * c;
+  }
+  return v;
+}
+
+void gather(const DirectArgs& a, int64_t first, int64_t lo, int64_t hi, float* v,
+            int64_t v_stride) {
+  int64_t q = (first + lo) % a.out_width, p = (first + lo) / a.out_width % a.out_height;
+  int64_t image = (first + lo) / (a.out_width * a.out_height);
+  for (int64_t i = lo; i < hi; i++) {
+    float* at = v + i * v_stride;
+    for (int64_t s = 0; s < a.count; s++) at = gather_pixel(a.sources[s], image, p, q, at);
+    if (++q < a.out_width) continue;
+    q = 0;
+    if (++p < a.out_height) continue;
+    p = 0;
+    image++;
+  }
+}
+
+void multiply(const DirectArgs& a, int64_t first, int64_t lo, int64_t hi, const float* v,
+              int64_t v_stride, int64_t panel, float* m) {
+  const int64_t k0 = panel * kPanel;
+  multiply_panel(hi - lo, a.depth, v + lo * v_stride, v_stride, a.u + k0 * a.depth,
+                 [&](int64_t r, int64_t n, V sum, bool is_first, bool is_last) {
+                   float* partial = m + r * kPanel + n;
+                   if (!is_first) sum += load(partial, Full{});
+                   if (!is_last) return store(sum, partial, Full{});
+                   const int64_t pixel = first + lo + r, k = k0 + n, room = a.out_channels - k;
+                   const float* residual =
+                       a.residual ? a.residual + pixel * a.residual_stride + k : nullptr;
+                   float* y = a.y + pixel * a.y_stride + k;
+                   if (room >= kLanes)
+                     store_output(sum, a.bias + k, residual, (int)a.act, y, Full{});
+                   else if (room > 0)
+                     store_output(sum, a.bias + k, residual, (int)a.act, y, Part{(int)room});
+                 });
+}
+
+}  // namespace
+
+const DirectKernels& direct_kernels() {
+  static constexpr DirectKernels kernels = {gather, multiply};
+  return kernels;
+}
+
+}  // namespace fused_res::FUSED_RES_ISA

@@ -1,0 +1,85 @@
+// Matrix products for convolutions: sums over the depth of rows of v times columns of a panel of
+// weights. Included by *_kernels.cpp, after vec.h.
+#pragma once
+#include "panel.h"
+#include "vec.h"
+
+namespace fused_res::FUSED_RES_ISA {
+
+using V = Vec<float>;
+
+// Depth summed in registers before it is added to what is in memory: of a sum of 512 in one go the
+// rounding is most of the error, and so much of a panel stays in the first cache.
+constexpr int64_t kSummed = 128;
+
+// Sums that the registers hold, with two vectors and a value beside them
+#if defined(__AVX512F__)
+constexpr int kVecs = 2, kMostRows = 14;
+#elif defined(__AVX2__)
+constexpr int kVecs = 2, kMostRows = 6;
+#else
+constexpr int kVecs = 1, kMostRows = 4;
+#endif
+
+// out(row, column, sums) of kRows rows and kVecs vectors of columns, over the depth [lo, hi)
+template <int kRows, class Out>
+inline void multiply_block(const float* v, int64_t v_stride, const float* u, int64_t lo, int64_t hi,
+                           const Out& out) {
+  V acc[kRows][kVecs] = {};
+  for (int64_t c = lo; c < hi; c++) {
+    V w[kVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; j++) w[j] = load(u + c * kPanel + j * kLanes, Full{});
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; r++) {
+      const V value = broadcast_from(v + r * v_stride + c);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; j++) acc[r][j] += value * w[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; j++) out(r, j * kLanes, acc[r][j]);
+}
+
+template <int kRows, class Out>
+inline void multiply_rows(int64_t rows, const float* v, int64_t v_stride, const float* u,
+                          int64_t lo, int64_t hi, const Out& out) {
+  if constexpr (kRows > 0) {
+    if (rows < kRows) return multiply_rows<kRows - 1>(rows, v, v_stride, u, lo, hi, out);
+    for (int64_t n = 0; n < kPanel; n += kVecs * kLanes)
+      multiply_block<kRows>(v, v_stride, u + n, lo, hi,
+                            [&](int64_t r, int64_t j, V sum) { out(r, n + j, sum); });
+  }
+}
+
+// out(row, column, sums, first, last): the sums of one part of the depth after the other
+template <class Out>
+inline void multiply_panel(int64_t rows, int64_t depth, const float* v, int64_t v_stride,
+                           const float* u, const Out& out) {
+  // blocks of nearly equal size: a short last one would run at a fraction of the speed
+  const int64_t blocks = (rows + kMostRows - 1) / kMostRows;
+  for (int64_t c = 0; c < depth; c += kSummed) {
+    const int64_t c_end = depth - c < kSummed ? depth : c + kSummed;
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t lo = rows * b / blocks, hi = rows * (b + 1) / blocks;
+      multiply_rows<kMostRows>(
+          hi - lo, v + lo * v_stride, v_stride, u, c, c_end,
+          [&](int64_t r, int64_t n, V sum) { out(lo + r, n, sum, c == 0, c_end == depth); });
+    }
+  }
+}
+
+// y = act(sums + bias + residual), `lanes` channels from c on; null residual: none
+template <class Lanes>
+inline void store_output(V y, const float* bias, const float* residual, int act, float* out,
+                         Lanes lanes) {
+  y += load(bias, Full{});
+  if (act == 2) y = keep<float>(not_below_zero<float>(y), y);
+  if (residual) y += load(residual, lanes);
+  if (act == 1) y = keep<float>(not_below_zero<float>(y), y);
+  store(y, out, lanes);
+}
+
+}  // namespace fused_res::FUSED_RES_ISA

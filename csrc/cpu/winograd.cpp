@@ -1,0 +1,164 @@
+#include "winograd.h"
+
+#include "convolution.h"
+#include "winograd_kernels.h"
+#include "winograd_points.h"
+
+namespace fused_res {
+namespace {
+
+const WinogradKernels& kernels_of(int64_t tile) {
+#ifdef FUSED_RES_X86
+  if (isa() == Isa::avx512) return avx512::winograd_kernels(tile);
+  if (isa() == Isa::avx2) return avx2::winograd_kernels(tile);
+#endif
+  return plain::winograd_kernels(tile);
+}
+
+// Transforms of tiles that one core's caches hold beside a panel of weights.
+constexpr int64_t kTilesBytes = 512 << 10;
+// Above this, weights come from memory for every group of tiles: so all tiles are one group, up to
+// so many bytes of transforms, whose points and panels the threads share.
+constexpr int64_t kWeightBytes = 8 << 20, kSharedBytes = 24 << 20;
+constexpr int64_t kLeastTiles = 12;  // fewer rows do not fill the registers
+
+struct Winograd {
+  const WinogradKernels& kernels;
+  WinogradArgs args;
+  int64_t points, panels, tiles;
+
+  int64_t v_stride() const { return row_stride(args.channels); }
+  int64_t v_plane(int64_t count) const { return count * v_stride() + 16; }
+  int64_t m_plane(int64_t count) const { return count * panels * kPanel + 16; }
+  size_t floats(int64_t count) const { return points * (v_plane(count) + m_plane(count)); }
+  int64_t bytes_of_tile() const { return points * (args.channels + panels * kPanel) * 4; }
+
+  WinogradTiles group(int64_t first, int64_t count) const {
+    float* v = scratch(floats(count));
+    return {first,          count,         v, v + points * v_plane(count), v_stride(),
+            v_plane(count), m_plane(count)};
+  }
+
+  void run() const {
+    const int64_t threads = torch::stable::get_num_threads();
+    int64_t groups = ceil_div(tiles * bytes_of_tile(), kTilesBytes);
+    groups = std::min(groups, std::max<int64_t>(tiles / kLeastTiles, 1));
+    groups = ceil_div(groups, threads) * threads;
+    const int64_t weights = points * args.channels * panels * kPanel * 4;
+    if (weights > kWeightBytes || tiles < threads * kLeastTiles) return run_shared();
+    torch::stable::parallel_for(0, groups, 1, [&](int64_t lo, int64_t hi) {
+      for (int64_t g = lo; g < hi; g++) {
+        const int64_t first = tiles * g / groups;
+        const WinogradTiles t = group(first, tiles * (g + 1) / groups - first);
+        kernels.transform(args, t, 0, t.count);
+        for (int64_t i = 0; i < points; i++)
+          for (int64_t p = 0; p < panels; p++) kernels.multiply(args, t, i, p);
+        kernels.finish(args, t, 0, t.count);
+      }
+    });
+  }
+
+  void run_shared() const {
+    const int64_t groups = std::min(tiles, ceil_div(tiles * bytes_of_tile(), kSharedBytes));
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t first = tiles * g / groups;
+      const WinogradTiles t = group(first, tiles * (g + 1) / groups - first);
+      torch::stable::parallel_for(
+          0, t.count, 1, [&](int64_t lo, int64_t hi) { kernels.transform(args, t, lo, hi); });
+      torch::stable::parallel_for(0, points * panels, 1, [&](int64_t lo, int64_t hi) {
+        for (int64_t i = lo; i < hi; i++) kernels.multiply(args, t, i / panels, i % panels);
+      });
+      torch::stable::parallel_for(0, t.count, 1,
+                                  [&](int64_t lo, int64_t hi) { kernels.finish(args, t, lo, hi); });
+    }
+  }
+};
+
+void check_tile(int64_t tile) { STD_TORCH_CHECK(tile == 2 || tile == 4, "tile must be 2 or 4"); }
+
+}  // namespace
+
+// [point][panel][channel][kPanel], of the weight times scale; rounded once.
+Tensor winograd_weight_cpu(const Tensor& weight, const OptTensor& scale, int64_t tile) {
+  check_tile(tile);
+  STD_TORCH_CHECK(
+      is_float(weight) && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+      "weight must be float32 on a CPU, of shape (K, C, 3, 3)");
+  const int64_t out_channels = weight.size(0), channels = weight.size(1), size = tile + 2;
+  const int64_t panels = ceil_div(out_channels, kPanel), point = panels * channels * kPanel;
+  STD_TORCH_CHECK(!scale || (scale->dim() == 1 && scale->size(0) == out_channels),
+                  "scale must have shape (", out_channels, ",)");
+  const std::vector<double> scales = read_channels(scale, out_channels, 1.0);
+  Tensor u = uninitialised(size * size, point, ScalarType::Float);
+  float* out = (float*)u.mutable_data_ptr();
+  const float* w = (const float*)weight.const_data_ptr();
+  const auto stride = weight.strides();
+  parallel(panels * kPanel, u.numel(), [&](int64_t lo, int64_t hi) {
+    for (int64_t k = lo; k < hi; k++)
+      for (int64_t c = 0; c < channels; c++) {
+        double g[3][3] = {}, rows[6][3], points[6];
+        if (k < out_channels)
+          for (int r = 0; r < 3; r++)
+            for (int s = 0; s < 3; s++)
+              g[r][s] =
+                  scales[k] * w[k * stride[0] + c * stride[1] + r * stride[2] + s * stride[3]];
+        for (int s = 0; s < 3; s++) {
+          const double column[3] = {g[0][s], g[1][s], g[2][s]};
+          filter_points((int)tile, column, points);
+          for (int i = 0; i < size; i++) rows[i][s] = points[i];
+        }
+        float* at = out + (k / kPanel * channels + c) * kPanel + k % kPanel;
+        for (int i = 0; i < size; i++) {
+          filter_points((int)tile, rows[i], points);
+          for (int j = 0; j < size; j++) at[(i * size + j) * point] = (float)points[j];
+        }
+      }
+  });
+  return u;
+}
+
+Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
+                    const OptTensor& residual, int64_t out_channels,
+                    const std::vector<int64_t>& padding, int64_t tile, bool concat, int64_t act) {
+  check_tile(tile);
+  const int64_t points = (tile + 2) * (tile + 2), panels = ceil_div(out_channels, kPanel);
+  STD_TORCH_CHECK(is_nhwc(x), "x must be float32 on a CPU, 4-dimensional and channels_last");
+  STD_TORCH_CHECK(out_channels > 0 && is_float(u) && u.is_contiguous() &&
+                      u.numel() == points * panels * x.size(1) * kPanel,
+                  "u must be what winograd_weight made for ", x.size(1), " -> ", out_channels,
+                  " channels and tile=", tile);
+  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0,
+                  "padding must be two numbers of at least 0");
+  const int64_t images = x.size(0), out_height = x.size(2) + 2 * padding[0] - 2;
+  const int64_t out_width = x.size(3) + 2 * padding[1] - 2;
+  const std::vector<float> shift = padded(bias, out_channels, panels * kPanel);
+  const Output output =
+      output_of(images, out_channels, out_height, out_width, residual, concat, act);
+  if (output.y.numel() == 0) return output.y;
+  const bool add = residual && !concat;
+  const WinogradArgs args = {
+      (const float*)x.const_data_ptr(),
+      x.size(2),
+      x.size(3),
+      x.size(1),
+      x.size(1),
+      padding[0],
+      padding[1],
+      (const float*)u.const_data_ptr(),
+      shift.data(),
+      output.data,
+      out_height,
+      out_width,
+      out_channels,
+      output.stride,
+      add ? (const float*)residual->const_data_ptr() : nullptr,
+      out_channels,
+      (Act)act,
+      ceil_div(out_height, tile),
+      ceil_div(out_width, tile),
+  };
+  Winograd{kernels_of(tile), args, points, panels, images * args.tiles_h * args.tiles_w}.run();
+  return output.y;
+}
+
+}  // namespace fused_res

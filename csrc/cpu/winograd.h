@@ -1,0 +1,12 @@
+// Winograd's convolution of 3x3 kernels on a CPU. Schemas: fused_res/ops/winograd.py.
+#pragma once
+#include "tensors.h"
+
+namespace fused_res {
+
+Tensor winograd_weight_cpu(const Tensor& weight, const OptTensor& scale, int64_t tile);
+Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
+                    const OptTensor& residual, int64_t out_channels,
+                    const std::vector<int64_t>& padding, int64_t tile, bool concat, int64_t act);
+
+}  // namespace fused_res

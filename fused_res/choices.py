@@ -1,0 +1,256 @@
+"""Which implementation of ``conv_bn_act`` runs a call, and why.
+
+In order of precedence: what the user measured for the very call on this device (``tuned``, made by
+``fused_res.tune``); what was measured for the package (``measured``); a rule that prefers the
+library. Backend ``auto`` chooses among all that can run the call, PyTorch's own ops (``eager``)
+too; a named backend among its own. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from . import backends, measured, tuned
+from .measured import Row
+
+OP = "conv_bn_act"
+
+
+class Choice(NamedTuple):
+    """``config``: which of Triton's configurations; None: its own choice, or there is only one."""
+
+    implementation: str
+    reason: str
+    config: object = None
+
+
+class Key(NamedTuple):
+    """All that a choice depends on."""
+
+    device: torch.device
+    threads: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    channels_last: bool
+    weight: tuple[int, ...]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    residual: str  # none, add, concat or shortcut
+    second: tuple  # channels of the concatenated residual, or the shortcut's weight and sizes
+    act: str
+    tf32: bool
+
+
+def _tf32() -> bool:
+    conv = getattr(torch.backends.cudnn, "conv", None)  # none before PyTorch 2.9
+    return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
+
+
+def key_of(call) -> Key:
+    x, (weight, _, stride, padding, dilation, groups, _), residual, shortcut, concat, act = call
+    kind, second = "none", ()
+    if shortcut is not None:
+        kind = "shortcut"
+        second = (shortcut.weight.shape, *map(tuple, shortcut[2:5]), shortcut.groups)
+    elif concat:
+        kind, second = "concat", (residual.size(1),)
+    elif residual is not None:
+        kind = "add"
+    return Key(
+        x.device,
+        torch.get_num_threads(),
+        x.dtype,
+        x.shape,
+        x.stride(1) == 1,
+        weight.shape,
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        kind,
+        second,
+        act,
+        not x.is_cpu and x.dtype is torch.float32 and _tf32(),
+    )
+
+
+def _sizes(weight, stride, padding, dilation, groups) -> str:
+    def pair(sizes) -> str:
+        return "x".join(map(str, sizes))
+
+    words = f"{pair(weight[2:])} stride {pair(stride)} padding {pair(padding)}"
+    if dilation != (1, 1):
+        words += f" dilation {pair(dilation)}"
+    return words if groups == 1 else f"{words} groups {groups}"
+
+
+def row_of(key: Key, ms: dict[str, float], config: dict | None = None) -> Row:
+    """A measurement of a call as the tables keep it, for any device."""
+    like = _sizes(*key[5:10])
+    if key.residual == "shortcut":
+        weight = key.second[0]
+        like += f", shortcut of {weight[1] * key.second[-1]}: {_sizes(*key.second)}"
+    elif key.residual != "none":
+        like += ", " + " ".join(map(str, (key.residual, *key.second)))
+    if key.dtype == torch.float32 and key.device.type != "cpu":
+        like += ", tf32" if key.tf32 else ", no tf32"
+    return Row(
+        "",
+        "",
+        OP,
+        str(key.dtype).removeprefix("torch."),
+        "channels_last" if key.channels_last else "NCHW",
+        (*key.shape, key.weight[0]),
+        ms,
+        f"{like}, {key.act}",
+        config,
+    )
+
+
+def words(row: Row) -> str:
+    *shape, channels = row.shape
+    return f"{'x'.join(map(str, shape))} to {channels}, {row.like}, {row.dtype} {row.layout}"
+
+
+def taken(row: Row) -> str:
+    """What backend ``auto`` takes where it has a measurement of its own."""
+    from .ops.conv_bn_act import IMPLEMENTATIONS
+
+    return measured.fastest(row.ms, [n for n in ("eager", *IMPLEMENTATIONS) if n in row.ms])
+
+
+# Weights in Winograd's form are 4 (tiles of 4) or 1.8 times larger and are read once for all tiles:
+# with fewer tiles than this the products wait for them (512 channels, 7x7, batch 1).
+LEAST_TILES = 12
+# oneDNN's calls cost 30 us more than ours, and its kernels of 3x3 and more are up to 10 % faster.
+MOST_DIRECT = 2e7  # multiplications
+
+
+def _expected(key: Key, able: list[str]) -> str:
+    """What is expected to win on a CPU, from what was measured (benchmarks/results)."""
+    n, channels, height, width = key.shape
+    out_channels, _, *kernel = key.weight
+    if kernel == [3, 3] and key.stride == (1, 1):
+        for tile in (4, 2):
+            tiles = n * -(-height // tile) * -(-width // tile)
+            # of few channels the transforms cost more than tiles of 4 save
+            wide = tile == 2 or min(channels, out_channels) >= 32
+            if f"winograd{tile}" in able and wide and tiles >= LEAST_TILES:
+                return f"winograd{tile}"
+    pixels = n * height * width // (key.stride[0] * key.stride[1])
+    work = pixels * out_channels * channels * kernel[0] * kernel[1]
+    small = kernel == [1, 1] or work < MOST_DIRECT
+    return "direct" if small and "direct" in able else able[0]
+
+
+MOST_CHOICES = 10_000
+_chosen: dict[tuple[Key, str], Choice] = {}
+_recorded: dict[Key, object] | None = None
+
+
+def choose(call, backend: str) -> Choice:
+    """What runs ``call`` on ``backend``: auto, or one that can be used here."""
+    key = key_of(call)
+    known = _chosen.get((key, backend))
+    if known is None:
+        known = _chosen[key, backend] = _first(call, key, backend)
+        while len(_chosen) > MOST_CHOICES:
+            _chosen.pop(next(iter(_chosen)), None)
+    return known
+
+
+def forget() -> None:
+    """Chooses anew from now on: the tables have changed."""
+    _chosen.clear()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[Key, object]]:
+    """Collects the distinct calls made in the body, without what is in their tensors. They run in
+    PyTorch's own ops."""
+    global _recorded
+    forget()
+    _recorded = calls = {}
+    try:
+        yield calls
+    finally:
+        _recorded = None
+        forget()
+
+
+def _first(call, key: Key, backend: str) -> Choice:
+    if _recorded is None:
+        choice = _choose(call, key, backend)
+        row = row_of(key, {})
+        backends.say(f"{OP} {words(row)} runs {choice.implementation}: {choice.reason}")
+        return choice
+    residual = call.residual
+    if residual is not None:
+        residual = torch.empty_like(residual, device="meta")
+    x = torch.empty_like(call.x, device="meta")
+    _recorded.setdefault(key, call._replace(x=x, residual=residual))
+    return Choice("eager", "the calls of a model are recorded")
+
+
+def why_not(call, backend: str) -> dict[str, str | None]:
+    """Why each implementation of a backend cannot run a call; None where it can."""
+    from .ops.conv_bn_act import IMPLEMENTATIONS
+
+    reasons = {}
+    for name, implementation in IMPLEMENTATIONS.items():
+        if backend not in ("auto", implementation.backend):
+            continue
+        if backend == "auto" and implementation.backend == "triton" and backends.INTERPRETED:
+            continue  # is for tests
+        reasons[name] = backends.why_not(
+            OP, implementation.backend, call.x.device.type, call.x.dtype
+        ) or implementation.why_not(call)
+    return reasons
+
+
+def _config(call, name: str, wanted: dict | None) -> object:
+    """The configuration that a table names, if it is still one for this call."""
+    from .ops.conv_bn_act import IMPLEMENTATIONS
+
+    if name == "eager" or wanted is None:
+        return None
+    found = (c for c in IMPLEMENTATIONS[name].configs(call) if c._asdict() == wanted)
+    return next(found, None)
+
+
+def _choose(call, key: Key, backend: str) -> Choice:
+    from .ops.conv_bn_act import IMPLEMENTATIONS
+
+    reasons = why_not(call, backend)
+    able = [name for name, reason in reasons.items() if reason is None]
+    row = row_of(key, {})
+    mine = tuned.find(key.device, row)
+    names = ["eager", *able] if backend == "auto" else able
+    timed = [name for name in names if mine is not None and name in mine.ms]
+    if timed:
+        name = measured.fastest(mine.ms, timed)
+        gain = f", {mine.ms['eager'] / mine.ms[name]:.2f}x PyTorch" if "eager" in mine.ms else ""
+        config = _config(call, name, mine.config)
+        return Choice(name, f"tuned: {mine.ms[name]:.3g} ms{gain}", config)
+    if backend == "auto":
+        device = measured.device_of(key.device.type, key.device.index)
+        name, reason, config = measured.verdict(
+            OP, device, row.dtype, row.layout, row.shape, tuple(able), row.like
+        )
+        if name is not None:
+            return Choice(name, reason, _config(call, name, config))
+        backend, reason = backends.preferred(OP, call.x)
+        if backend == "eager":
+            return Choice("eager", reason)
+        able = [name for name in able if IMPLEMENTATIONS[name].backend == backend]
+    if able and key.device.type == "cpu":
+        return Choice(_expected(key, able), "expected to win at this shape")
+    if able:
+        return Choice(able[0], "the library")
+    return Choice("eager", "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))

@@ -1,0 +1,499 @@
+"""Convolution + BatchNorm + residual + ReLU for inference, as one kernel: the op ``conv_bn_act``.
+
+``reference.conv_bn_act`` says what it computes. Where a gradient is wanted the convolution is the
+library's and the rest ``bn_act``. An *implementation* is one way to run a call: ``triton``
+(``kernels/conv_bn_act.py``), ``cudnn``, ``onednn`` (each library's convolution with the rest in its
+epilogue), ``winograd2`` and ``winograd4`` (``csrc/cpu/winograd.cpp``). A backend has one or more;
+``fused_res.choices`` says which is taken.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import choices, reference
+from ..backends import DTYPES, asked_for, choose
+from ..folds import folded, scale_and_shift
+from ..reference import ACTS, Act, ConvNorm, Norm
+from . import direct, library, winograd  # noqa: F401  define the ops
+from .bn_act import _check_norm, bn_act_norms
+
+# parameters of each convolution, the shortcut's last: weight and bias, the BatchNorm's weight and
+# bias, running mean and variance (None: no BatchNorm). integers: stride, padding and dilation
+# (2 each) and groups. eps: the BatchNorm's.
+library.define(
+    "conv_bn_act(Tensor x, Tensor?[] parameters, int[] integers, float[] eps, Tensor? residual, "
+    "bool concat, int act, str backend) -> Tensor"
+)
+_PARAMETERS, _INTEGERS = 6, 7
+
+
+class Call(NamedTuple):
+    """The arguments of one call: what an implementation is chosen by."""
+
+    x: Tensor
+    conv: ConvNorm
+    residual: Tensor | None = None
+    shortcut: ConvNorm | None = None
+    concat: bool = False
+    act: Act = "relu"
+
+
+def _channels_last(t: Tensor) -> bool:
+    """Whether PyTorch's convolutions take a tensor as channels_last."""
+    return t.stride(1) == 1 and t.size(1) > 1 and not t.is_contiguous()
+
+
+def _layout(call: Call) -> torch.memory_format:
+    """That of the output: PyTorch's."""
+    last = _channels_last(call.x) or _channels_last(call.conv.weight)
+    if call.concat:  # of a mixture torch.cat makes NCHW
+        last = last and _channels_last(call.residual)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def out_shape(x: Tensor, conv: ConvNorm) -> tuple[int, int, int, int]:
+    """(N, K, P, Q) that a convolution makes of ``x``."""
+    n, _, h, w = x.shape
+    k, _, r, s = conv.weight.shape
+    (sh, sw), (ph, pw), (dh, dw) = conv.stride, conv.padding, conv.dilation
+    return (
+        n,
+        k,
+        (h + 2 * ph - dh * (r - 1) - 1) // sh + 1,
+        (w + 2 * pw - dw * (s - 1) - 1) // sw + 1,
+    )
+
+
+# --- implementations: each makes (N, K, P, Q) of any layout from a call of one dtype
+
+
+def _folded(conv: ConvNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight and bias with BatchNorm in them."""
+    scale, shift = scale_and_shift(conv)
+    weight = conv.weight.double()
+    if scale is not None:
+        weight = weight * scale.view(-1, 1, 1, 1)
+    if shift is None:
+        shift = weight.new_zeros(weight.size(0))
+    return weight.to(dtype).contiguous(memory_format=torch.channels_last), shift.to(dtype)
+
+
+def _apply_rest(z: Tensor, call: Call) -> Tensor:
+    """What follows the convolution and BatchNorm, in PyTorch's ops; ``z`` is overwritten."""
+    if call.act == "relu_before_add":
+        z = z.relu_()
+    if call.residual is not None:
+        z = torch.cat((call.residual, z), 1) if call.concat else z.add_(call.residual)
+    return z.relu_() if call.act == "relu" else z
+
+
+def _with_shortcut(call: Call, convolve) -> Call:
+    """The call with its shortcut's convolution run."""
+    if call.shortcut is None:
+        return call
+    to_add = convolve(Call(call.residual, call.shortcut, act="none"))
+    return call._replace(residual=to_add, shortcut=None)
+
+
+def _onednn(call: Call) -> Tensor:
+    x, conv, residual, shortcut, concat, act = call
+    x = x.contiguous(memory_format=torch.channels_last)
+    sizes = [conv.padding, conv.stride, conv.dilation, conv.groups]
+
+    def pack():
+        _check(call)
+        weight, bias = _folded(conv, x.dtype)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, x.shape)
+        return packed, bias
+
+    weight, bias = folded(conv, ("onednn", x.dtype, x.shape, *sizes), pack)
+    # the fused add has no kernel for some grouped convolutions of 16-bit tensors
+    apart = residual is not None and (concat or act == "relu_before_add" or conv.groups > 1)
+    if residual is None or apart:
+        relu = act == "relu_before_add" or (act == "relu" and not apart)
+        post = "relu" if relu else "none"
+        z = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *sizes, post, [], "")
+        if residual is None:
+            return z
+        rest = _with_shortcut(call, _onednn)
+        return _apply_rest(z, rest._replace(act="relu" if act == "relu" else "none"))
+    rest = weight, bias, *sizes, "add", 1.0, "relu" if act == "relu" else None, [], None
+    if shortcut is not None:
+        residual = _onednn(Call(residual, shortcut, act="none"))
+        return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *rest)
+    if residual.shape != out_shape(x, conv):
+        raise ValueError("residual does not have the output's shape")
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *rest)
+
+
+def _onednn_why_not(call: Call) -> str | None:
+    dtype = call.x.dtype
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return "oneDNN is not there, or switched off"
+    supported = {
+        torch.float32: lambda: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return None if dtype in supported and supported[dtype]() else f"no kernel for {dtype} here"
+
+
+def _winograd(tile: int, call: Call) -> Tensor:
+    call = _with_shortcut(call, _onednn)
+    x, conv, residual, _, concat, act = call
+    x = x.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+
+    def pack():
+        _check(call)
+        scale, shift = scale_and_shift(conv)
+        u = torch.ops.fused_res.winograd_weight(conv.weight, scale, tile)
+        return u, None if shift is None else shift.float()
+
+    u, bias = folded(conv, ("winograd", tile), pack)
+    return torch.ops.fused_res.winograd(
+        x, u, bias, residual, conv.weight.size(0), conv.padding, tile, concat, ACTS.index(act)
+    )
+
+
+def _winograd_why_not(tile: int, call: Call) -> str | None:
+    conv = call.conv
+    if tile > winograd_limit():
+        return f"FUSED_RES_WINOGRAD={winograd_limit()}"
+    if call.x.dtype != torch.float32:
+        return f"it has no kernel for {call.x.dtype}"
+    if conv.weight.shape[2:] != (3, 3) or conv.groups != 1:
+        return "the convolution is not a 3x3 of one group"
+    if tuple(conv.stride) != (1, 1) or tuple(conv.dilation) != (1, 1):
+        return "the convolution has a stride or dilation"
+    if call.conv.weight.size(0) % 8 or call.conv.weight.size(1) % 8:
+        return "its channels are not in eights"
+    return None if call.shortcut is None else _onednn_why_not(call)
+
+
+def _sizes(conv: ConvNorm) -> list[int]:
+    return [*conv.weight.shape[2:], *conv.stride, *conv.padding, *conv.dilation]
+
+
+def _direct(call: Call) -> Tensor:
+    x, conv, residual, shortcut, concat, act = call
+    inputs, convs = [x], [conv]
+    if shortcut is not None:
+        if act == "relu_before_add":
+            return _direct(_with_shortcut(call, _direct))
+        inputs, convs, residual = [x, residual], [conv, shortcut], None
+    inputs = [t.contiguous(memory_format=torch.channels_last) for t in inputs]
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+
+    def pack():
+        _check(call)
+        scales, shifts = zip(*map(scale_and_shift, convs), strict=True)
+        u = torch.ops.fused_res.direct_weight([c.weight for c in convs], scales)
+        shifts = [s for s in shifts if s is not None]
+        return u, sum(shifts).float() if shifts else None
+
+    u, bias = folded(conv, ("direct",), pack, shortcut)
+    sizes = [n for c in convs for n in _sizes(c)]
+    return torch.ops.fused_res.direct(
+        inputs, u, bias, residual, conv.weight.size(0), sizes, concat, ACTS.index(act)
+    )
+
+
+def _direct_why_not(call: Call) -> str | None:
+    if call.x.dtype != torch.float32:
+        return f"it has no kernel for {call.x.dtype}"
+    grouped = call.conv.groups != 1 or (call.shortcut is not None and call.shortcut.groups != 1)
+    return "the convolution has groups" if grouped else None
+
+
+def winograd_limit() -> int:
+    from ..env import settings
+
+    return settings.winograd
+
+
+def _cudnn(call: Call) -> Tensor:
+    call = _with_shortcut(call, _cudnn)
+    x, conv, residual, _, concat, act = call
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = _folded(conv, x.dtype)  # at every call: in a CUDA graph too
+    sizes = conv.stride, conv.padding, conv.dilation, conv.groups
+    if residual is not None and not concat and act == "relu":
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *sizes)
+    if act == "none" or (concat and act == "relu"):
+        z = F.conv2d(x, weight, bias, *sizes)
+        return _apply_rest(z, call)
+    z = torch.cudnn_convolution_relu(x, weight, bias, *sizes)
+    return z if residual is None else _apply_rest(z, call._replace(act="none"))
+
+
+def _cudnn_why_not(call: Call) -> str | None:
+    if call.x.dtype == torch.float64:
+        return "no kernel for float64"
+    usable = torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled
+    return None if usable else "cuDNN is not there, or switched off"
+
+
+def _triton(call: Call, config=None) -> Tensor:
+    from ..kernels import conv_bn_act as kernels
+
+    if config is not None and config not in kernels.candidates(*call):
+        config = None  # it is of another address, which descriptors cannot take
+    return kernels.forward(*call, config)
+
+
+def _triton_configs(call: Call) -> list:
+    from ..kernels import conv_bn_act as kernels
+
+    return kernels.candidates(*call)
+
+
+def _triton_why_not(call: Call) -> str | None:
+    from ..kernels import conv_bn_act as kernels
+
+    return kernels.why_not(*call)
+
+
+class Implementation(NamedTuple):
+    """``configs``: makes a list of those that ``run`` takes with a call; None: it takes none."""
+
+    backend: str
+    run: object
+    why_not: object
+    configs: object = None
+
+
+# Of a backend the library first, then ours: a later one is taken where it is clearly faster.
+IMPLEMENTATIONS = {
+    "onednn": Implementation("cpu", _onednn, _onednn_why_not),
+    "direct": Implementation("cpu", _direct, _direct_why_not),
+    "winograd2": Implementation("cpu", partial(_winograd, 2), partial(_winograd_why_not, 2)),
+    "winograd4": Implementation("cpu", partial(_winograd, 4), partial(_winograd_why_not, 4)),
+    "cudnn": Implementation("cuda", _cudnn, _cudnn_why_not),
+    "triton": Implementation("triton", _triton, _triton_why_not, _triton_configs),
+}
+
+
+# --- the op
+
+
+def _flatten(call: Call) -> tuple[list, list[int], list[float]]:
+    parameters, integers, eps = [], [], []
+    for conv in (call.conv, call.shortcut):
+        if conv is None:
+            continue
+        weight, bias, stride, padding, dilation, groups, norm = conv
+        mean, var, scale, shift, *_, e = (None,) * 4 + (1.0,) if norm is None else norm
+        parameters += (weight, bias, scale, shift, mean, var)
+        integers += (*stride, *padding, *dilation, groups)
+        eps.append(e)
+    return parameters, integers, eps
+
+
+def _stages(parameters, integers, eps) -> list[ConvNorm]:
+    stages = []
+    for i, e in enumerate(eps):
+        weight, bias, scale, shift, mean, var = parameters[_PARAMETERS * i : _PARAMETERS * (i + 1)]
+        *sizes, groups = integers[_INTEGERS * i : _INTEGERS * (i + 1)]
+        norm = None if mean is None else Norm(mean, var, scale, shift, False, 0.0, e)
+        pairs = (tuple(sizes[:2]), tuple(sizes[2:4]), tuple(sizes[4:]))
+        stages.append(ConvNorm(weight, bias, *pairs, groups, norm))
+    return stages
+
+
+@torch.library.impl(library, "conv_bn_act", "CompositeExplicitAutograd")
+def _(x, parameters, integers, eps, residual, concat, act, backend):
+    stages = _stages(parameters, integers, eps)
+    shortcut = stages[1] if len(stages) > 1 else None
+    return _run(Call(x, stages[0], residual, shortcut, concat, ACTS[act]), backend)
+
+
+@torch.library.register_fake("fused_res::conv_bn_act", lib=library)
+def _(x, parameters, integers, eps, residual, concat, act, backend):
+    call = Call(x, _stages(parameters, integers, eps)[0], residual)
+    n, k, p, q = out_shape(x, call.conv)
+    if concat:
+        k = k + residual.size(1)
+    return x.new_empty((n, k, p, q)).contiguous(memory_format=_layout(call))
+
+
+def _run(call: Call, backend: str) -> Tensor:
+    return run_as(call, choices.choose(call, backend))
+
+
+def run_as(call: Call, choice: choices.Choice) -> Tensor:
+    """A call by an implementation that can run it."""
+    layout = _layout(call)
+    if choice.implementation == "eager":
+        y = reference.conv_bn_act(*call)
+    elif choice.config is None:
+        y = IMPLEMENTATIONS[choice.implementation].run(call)
+    else:
+        y = IMPLEMENTATIONS[choice.implementation].run(call, choice.config)
+    return y.contiguous(memory_format=layout)
+
+
+def _check_conv(name: str, conv: ConvNorm, of: str, x: Tensor) -> None:
+    weight = conv.weight
+    if x.dim() != 4:
+        raise ValueError(f"{of} must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}")
+    if weight.dim() != 4 or weight.size(1) * conv.groups != x.size(1):
+        raise ValueError(
+            f"{name}.weight must have shape (K, {x.size(1)} / groups, R, S) for the {x.size(1)} "
+            f"channels of {of} and groups={conv.groups}, got {tuple(weight.shape)}"
+        )
+    if weight.size(0) % conv.groups:
+        raise ValueError(
+            f"{name}.groups must divide the {weight.size(0)} output channels, got {conv.groups}"
+        )
+    for field in ("weight", "bias"):
+        t = getattr(conv, field)
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}.{field} must be on {of}'s device, {x.device}, got {t.device}")
+        if t is not None and t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name}.{field} must have {of}'s dtype {x.dtype}, got {t.dtype}")
+    if conv.bias is not None and conv.bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name}.bias must have shape ({weight.size(0)},), got {tuple(conv.bias.shape)}"
+        )
+    shape = out_shape(x, conv)
+    if min(shape[2:]) < 1:
+        raise ValueError(
+            f"{of} must be at least as large as the kernel, {tuple(weight.shape[2:])} with "
+            f"dilation {tuple(conv.dilation)} and padding {tuple(conv.padding)}, got "
+            f"{tuple(x.shape)}"
+        )
+    if conv.norm is not None:
+        if conv.norm.training:
+            raise ValueError(f"{name}.norm.training must be False: conv_bn_act is for inference")
+        _check_norm(f"{name}.norm", conv.norm, x.new_empty((0, shape[1], 1, 1)))
+
+
+def _check(call: Call) -> None:
+    x, conv, residual, shortcut, concat, act = call
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if act not in ACTS:
+        raise ValueError(f"act={act!r} must be one of: {', '.join(ACTS)}")
+    _check_conv("conv", conv, "x", x)
+    if residual is None:
+        for name, given in (("shortcut", shortcut is not None), ("concat", concat)):
+            if given:
+                raise ValueError(f"residual must be given with {name}, got None")
+        return
+    if residual.device != x.device:
+        raise ValueError(f"residual must be on x's device, {x.device}, got {residual.device}")
+    shape = out_shape(x, conv)
+    made = tuple(residual.shape)
+    if shortcut is not None:
+        if concat:
+            raise ValueError("concat must be False with a shortcut, got True")
+        _check_conv("shortcut", shortcut, "residual", residual)
+        made = out_shape(residual, shortcut)
+    fits = len(made) == 4 and (made[0], *made[2:]) == (shape[0], *shape[2:])
+    if not fits or (not concat and made[1] != shape[1]):
+        channels = "any" if concat else shape[1]
+        what = "the shortcut's output" if shortcut is not None else "residual"
+        raise ValueError(
+            f"{what} must have shape ({shape[0]}, {channels}, {shape[2]}, {shape[3]}), got {made}"
+        )
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    parameters, _, _ = _flatten(call)
+    return [t for t in (call.x, call.residual, *parameters) if t is not None]
+
+
+def _autocast(call: Call) -> Call:
+    """What autocast does to the convolutions' operands."""
+    kind = call.x.device.type
+    if not torch.is_autocast_enabled(kind) or call.x.dtype == torch.float64:
+        return call
+    dtype = torch.get_autocast_dtype(kind)
+    x, residual = call.x.to(dtype), call.residual
+    if call.shortcut is not None:
+        residual = residual.to(dtype)
+    return call._replace(x=x, residual=residual)
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv: ConvNorm,
+    residual: Tensor | None = None,
+    shortcut: ConvNorm | None = None,
+    concat: bool = False,
+    act: Act = "relu",
+    backend: str | None = None,
+) -> Tensor:
+    """Convolution, BatchNorm by its running statistics, residual add (or concatenation) and ReLU.
+
+    One kernel where no gradient is wanted. Where one is (frozen BatchNorm, gradients of the input)
+    it is right, by way of ``bn_act``.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64, NCHW or channels_last.
+        conv: weight (K, C / groups, R, S), bias (K,) or None, stride, padding, dilation (pairs),
+            groups, and a ``Norm`` with ``training=False``, or None.
+        residual: (N, K, P, Q) to add; optional.
+        shortcut: a convolution and BatchNorm of ``residual``, whose result is added in its place
+            (the projection shortcut); optional.
+        concat: put ``residual``, (N, any, P, Q), before the channels instead of adding it.
+        act: ``relu`` (after the add or concatenation), ``relu_before_add``, or ``none``.
+        backend: auto, cpu, cuda, triton or eager; default: what ``fused_res.backend`` or
+            ``FUSED_RES_BACKEND`` says.
+
+    Returns:
+        (N, K, P, Q), with ``concat`` more channels, in the memory format PyTorch gives it.
+
+    Raises:
+        ValueError: a shape, device or value does not fit; a BatchNorm with ``training=True``.
+        TypeError: a dtype does not fit.
+        BackendUnavailable: the backend was named and cannot run this.
+    """
+    call = Call(x, conv, residual, shortcut, concat, act)
+    if torch.compiler.is_compiling():
+        _check(call)
+        return _dispatch(call, backend)
+    try:
+        return _dispatch(call, backend)
+    except Exception:
+        # The kernels check what they are given, in fewer words: what costs half a small call here
+        # is only said when it is needed.
+        _check(call)
+        raise
+
+
+def _dispatch(call: Call, backend: str | None) -> Tensor:
+    x, conv, residual, shortcut, concat, act = call
+    tensors = _tensors(call)
+    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    # a graph has symbols for sizes: what is taken for each is chosen when it runs
+    name = "eager"
+    if not wants_grad:
+        name = (choose if tracing else asked_for)("conv_bn_act", backend, *tensors)
+    if name == "eager" or tracing or not x.is_cpu or conv.weight.dtype != x.dtype:
+        _check(call)
+    if wants_grad:
+        return reference.conv_bn_act(*call, partial(bn_act_norms, backend=backend))
+    if name == "eager" or x.numel() == 0:
+        return reference.conv_bn_act(*call)
+    call = _autocast(call)
+    if residual is not None and call.residual.dtype != call.x.dtype:
+        return reference.conv_bn_act(*call)  # PyTorch's rules of promotion
+    if tracing:
+        lists = _flatten(call)
+        return torch.ops.fused_res.conv_bn_act(
+            call.x, *lists, call.residual, concat, ACTS.index(act), name
+        )
+    return _run(call, name)

@@ -1,0 +1,83 @@
+"""A model's forward as a function in which convolutions outside residual blocks run fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx, nn
+
+from .nn.blocks import FusedForward, child, has_hooks
+from .nn.conv_norm import conv_norm_relu, plain_conv_norm
+from .patterns import Nodes, Tracer, trace
+from .surgery import FuseReport
+
+
+def convolves(module: nn.Module) -> bool:
+    """Whether it has convolutions that are in no fused block."""
+    if isinstance(module, FusedForward):
+        return False
+    return isinstance(module, nn.Conv2d) or any(map(convolves, module.children()))
+
+
+class _Tracer(Tracer):
+    """Sees only what leads to convolutions outside fused blocks; all else is one call."""
+
+    traced_func_name = "_plain_forward"
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        leaf = super().is_leaf_module(module, qualified_name)
+        return leaf or has_hooks(module) or not convolves(module)
+
+
+def graph_of(model: nn.Module, inputs: int) -> fx.Graph:
+    """The graph of ``model._plain_forward``, which is given so many inputs.
+
+    Raises:
+        Unfusable: it does something that a trace does not show.
+    """
+    return trace(model, False, _Tracer(), inputs)
+
+
+def function(model: nn.Module, graph: fx.Graph) -> Callable:
+    """A graph as a function of the model and its inputs; nothing of the model is kept in it."""
+    return type(fx.GraphModule(model, graph)).forward
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_dtype(view: fx.Node) -> bool:
+    return "dtype" in view.kwargs or any(isinstance(a, torch.dtype) for a in view.args)
+
+
+def fuse_convolutions(model: nn.Module, graph: fx.Graph, report: FuseReport) -> None:
+    """Makes a convolution, BatchNorm and ReLU that follow each other one call of the graph."""
+    nodes = Nodes(model, graph)
+    for node in list(graph.nodes):
+        if node.op == "call_method" and node.target == "view" and not _is_dtype(node):
+            node.target = "reshape"  # the same, and takes maps that are channels_last
+        if type(nodes.module(node)) is not nn.Conv2d or len(node.args) != 1:
+            continue
+        chain, bn, relu = [node], None, False
+        after = _only_user(node)
+        if after is not None and type(nodes.module(after)) is nn.BatchNorm2d:
+            chain, bn, after = [*chain, after], after.target, _only_user(after)
+        if after is not None and nodes.is_relu(after):
+            chain, relu = [*chain, after], after.target if after.op == "call_module" else True
+        if len(chain) == 1:
+            continue
+        name = " + ".join(n.target if n.op == "call_module" else "relu" for n in chain)
+        paths = node.target, bn, relu
+        if plain_conv_norm(*(child(model, p) if type(p) is str else p for p in paths)) is None:
+            reason = "hooks, padding that is not zeros, or a BatchNorm without running statistics"
+            report.skipped.append((name, reason))
+            continue
+        with graph.inserting_before(node):  # not later: its input may be overwritten in between
+            modules = [graph.get_attr(p) if type(p) is str else p for p in paths]
+            fused = graph.call_function(conv_norm_relu, (node.args[0], *modules))
+        chain[-1].replace_all_uses_with(fused)
+        for old in reversed(chain):
+            graph.erase_node(old)
+        report.fused.append(name)

@@ -1,0 +1,391 @@
+"""``fused_res.tune`` and ``fused-res tune``: times every way to run a model's convolutions.
+
+Each distinct call of ``conv_bn_act`` in one forward of the model is timed in every implementation
+that can run it, PyTorch's own ops too. The figures are kept by ``tuned``; ``choices`` goes by them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib
+import importlib.util
+import logging
+import re
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, choices, tuned
+from .choices import Choice, Key
+from .cli import UsageError, table
+from .env import settings
+from .measured import Row
+from .ops.conv_bn_act import IMPLEMENTATIONS, Call, run_as
+from .surgery import fuse_, refuse_wrapped
+
+_log = logging.getLogger("fused_res")
+SECONDS = 0.1  # for one implementation of one call
+ROUNDS = 5, 50  # at least and at most
+# Written before every run, so that weights and scratch memory come from memory as in a forward,
+# where other layers ran in between: more than caches hold.
+SCRATCH = {"cpu": 2**26, "cuda": 2**28}
+
+
+class TableNotWritten(OSError):
+    """The measurements hold in this process but could not be saved. ``report``: what was
+    measured."""
+
+    def __init__(self, message: str, report: TuneReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass
+class TuneReport:
+    """What ``tune`` measured. Prints as a table.
+
+    rows: a measurement per distinct call, milliseconds by implementation.
+    chosen: what backend ``auto`` takes for each from now on.
+    paths: the files it was written to, one per device.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    chosen: list[str] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        found = dict.fromkeys(name for row in self.rows for name in row.ms)
+        cells = [
+            [
+                choices.words(row),
+                *(f"{row.ms[name]:.3f}" if name in row.ms else "-" for name in found),
+                chosen,
+                f"{row.ms['eager'] / row.ms[chosen]:.2f}x",
+            ]
+            for row, chosen in zip(self.rows, self.chosen, strict=True)
+        ]
+        header = ["convolution", *(f"{name} ms" for name in found), "chosen", "over eager"]
+        return table(header, cells, "l" + "r" * len(found) + "lr")
+
+
+def _refuse_to_measure() -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError("tune cannot measure inside torch.compile: call it before")
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tune cannot measure while a CUDA graph is captured: call it before")
+
+
+def _calls_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[Key, Call]:
+    """The distinct calls in a forward of a copy, which shares the parameters."""
+    try:
+        model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    except Exception as error:
+        raise ValueError(
+            f"model must be one that can be copied, got {type(error).__name__}: {error}"
+        ) from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fuse_ found no residual block")
+        report = fuse_(model)
+    model.eval()
+    with torch.no_grad(), backends.backend("auto"), choices.recording() as calls:
+        try:
+            model(*inputs)
+        except Exception as error:
+            raise ValueError(
+                f"example must be what model takes, got {', '.join(map(_words, inputs))}, for "
+                f"which it raised {type(error).__name__}: {error}"
+            ) from error
+    if not calls:
+        raise ValueError(
+            f"model must have a residual block that can be fused, got {type(model).__name__}:\n"
+            f"{report}"
+        )
+    return calls
+
+
+def _words(t: Tensor) -> str:
+    dtype = str(t.dtype).removeprefix("torch.")
+    return f"a tensor of shape {tuple(t.shape)}, {dtype} on {t.device}"
+
+
+def _ways(call: Call) -> list[Choice]:
+    """Everything that can run a call, an implementation with configurations in each of them."""
+    ways = [Choice("eager", "")]
+    for name, reason in choices.why_not(call, "auto").items():
+        if reason is None:
+            configs = IMPLEMENTATIONS[name].configs
+            found = [None] if configs is None else configs(call)
+            ways += [Choice(name, "", config) for config in found]
+    return ways
+
+
+def _clock(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a run. On a GPU the longer of the host's and the device's: both must be done for
+    every call, and the other can be at the next one."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    start = time.perf_counter()
+    run()
+    host = time.perf_counter() - start
+    events[1].record()
+    events[1].synchronize()
+    return max(host, events[0].elapsed_time(events[1]) / 1e3)
+
+
+def _time(call: Call, ways: list[Choice], seconds: float) -> list[float | None]:
+    """Milliseconds of each way, the fastest of runs in turns; None: it does not run.
+
+    Not the median: where other processes wanted the processor, more than half of the runs of 2 ms
+    took longer by a slice of the scheduler's, 7 ms.
+    """
+    device = call.x.device
+    scratch = torch.empty(SCRATCH.get(device.type, 2**26), dtype=torch.uint8, device=device)
+
+    def once(way: Choice) -> float:
+        scratch.zero_()
+        for t in (call.x, call.residual):  # what ran before has just written these
+            if t is not None:
+                t.mul_(1)
+        time.sleep(1e-4)  # so that a run begins with a whole slice of the scheduler's
+        return _clock(partial(run_as, call, way), device)
+
+    samples: list[list[float]] = [[] for _ in ways]
+    rounds = [0] * len(ways)
+    for i, way in enumerate(ways):
+        try:
+            run_as(call, way)  # compiles, and makes what is kept for the next
+            start = time.perf_counter()
+            once(way)
+            spent = time.perf_counter() - start
+        except Exception as error:
+            _log.warning("tune: %s %s does not run: %s", way.implementation, way.config, error)
+            continue
+        rounds[i] = max(ROUNDS[0], min(ROUNDS[1], int(seconds / spent)))
+    for turn in range(max(rounds)):
+        for i, way in enumerate(ways):
+            if turn < rounds[i]:
+                samples[i].append(once(way))
+    return [1e3 * min(s) if s else None for s in samples]
+
+
+def _measure(key: Key, call: Call, seconds: float) -> Row | None:
+    """None: there is only one way to run it."""
+    generator = torch.Generator(key.device).manual_seed(0)
+
+    def filled(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        return torch.empty_like(t, device=key.device).normal_(generator=generator)
+
+    call = call._replace(x=filled(call.x), residual=filled(call.residual))
+    ways = _ways(call)
+    if len(ways) == 1:
+        return None
+    by_autocast = call.conv.weight.dtype != key.dtype
+    with torch.autocast(key.device.type, key.dtype) if by_autocast else contextlib.nullcontext():
+        times = _time(call, ways, seconds)
+    ms, config = {}, None
+    for way, t in zip(ways, times, strict=True):
+        if t is not None and t < ms.get(way.implementation, float("inf")):
+            ms[way.implementation] = float(f"{t:.4g}")
+            if way.config is not None:
+                config = way.config._asdict()
+    return choices.row_of(key, ms, config) if len(ms) > 1 and "eager" in ms else None
+
+
+@torch.no_grad()
+def tune(
+    model: nn.Module, example: Tensor | tuple[Tensor, ...], *, seconds: float | None = None
+) -> TuneReport:
+    """Measures how each convolution of ``model`` runs fastest in inference on this device.
+
+    Runs a copy of the model on ``example`` once and times, for each distinct shape, PyTorch's own
+    ops and every kernel that can take their place. From then on backend ``auto`` takes, in this
+    process and (read from a file in ``FUSED_RES_CACHE``) in later ones, for the very shape, dtype,
+    layout and number of threads, what was fastest. Other shapes are not touched. Tuning again
+    measures again.
+
+    Residual blocks are tuned, and of what ``optimize_for_inference`` returned all that it fused.
+    The model is not changed: not its mode, parameters, buffers or hooks.
+
+    Args:
+        model: any module, fused or not; not wrapped, compiled or scripted.
+        example: what it will be called with, a tensor or a tuple of tensors, in the layout
+            (channels_last, say) and under the autocast it will have.
+        seconds: for each implementation of each shape; default: 0.1, and at least five runs. A
+            ResNet-50 at batch 1 takes about 20 s on two CPU cores.
+
+    Returns:
+        TuneReport: milliseconds by shape and implementation, what is taken, where it was written.
+
+    Raises:
+        TypeError: ``model`` is not a module, ``example`` not tensors.
+        ValueError: ``model`` cannot be copied, cannot run ``example``, has no block that can be
+            fused, or is wrapped, compiled or scripted; ``seconds`` is negative.
+        RuntimeError: called inside ``torch.compile`` or while a CUDA graph is captured.
+        TableNotWritten: the file cannot be written (an OSError). What was measured holds in this
+            process all the same, and is its ``report``.
+    """
+    _refuse_to_measure()
+    refuse_wrapped(model, "tune")
+    inputs = (example,) if isinstance(example, Tensor) else example
+    if not isinstance(inputs, (tuple, list)) or not all(isinstance(t, Tensor) for t in inputs):
+        raise TypeError(f"example must be a tensor or a tuple of tensors, got {example!r:.100}")
+    seconds = SECONDS if seconds is None else seconds
+    if not seconds >= 0:
+        raise ValueError(f"seconds={seconds!r} must be at least 0")
+    calls = _calls_of(model, tuple(inputs))
+    report = TuneReport()
+    by_device: dict[torch.device, list[Row]] = {}
+    for i, (key, call) in enumerate(calls.items(), 1):
+        row = _measure(key, call, seconds)
+        if row is None:
+            continue
+        report.rows.append(row)
+        report.chosen.append(choices.taken(row))
+        by_device.setdefault(key.device, []).append(row)
+        _log.info("tune: %d of %d: %s: %s", i, len(calls), choices.words(row), report.chosen[-1])
+    for device, rows in by_device.items():
+        tuned.keep(device, rows)
+    choices.forget()
+    for device, rows in by_device.items():
+        try:
+            report.paths.append(tuned.write(device, rows))
+        except OSError as error:
+            raise TableNotWritten(
+                f"tune could not write {tuned.path_of(tuned.made_by(device))} ({error}): its "
+                f"choices hold in this process only; FUSED_RES_CACHE must name a folder that can "
+                f"be written",
+                report,
+            ) from error
+    return report
+
+
+# --- the command
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be sizes as in 1x3x224x224")
+    return tuple(map(int, text.split("x")))
+
+
+def _model(name: str) -> nn.Module:
+    """The model that a command line names."""
+    source, _, attribute = name.rpartition(":")
+    if not source or not attribute:
+        raise UsageError(
+            f"MODEL {name!r} must be torchvision:NAME, timm:NAME, package.module:NAME or "
+            f"file.py:NAME"
+        )
+    try:
+        if source == "torchvision":
+            return importlib.import_module("torchvision.models").get_model(attribute)
+        if source == "timm":
+            return importlib.import_module("timm").create_model(attribute)
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+        found = getattr(module, attribute)
+        model = found if isinstance(found, nn.Module) else found()
+    except Exception as error:
+        raise UsageError(f"MODEL {name!r}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"MODEL {name!r} must be or make a module, got {type(model).__name__}")
+    return model
+
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in backends.DTYPES}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="torchvision:resnet18, timm:resnet50, package.module:NAME or file.py:NAME, a module "
+        "or what makes one when it is called without arguments",
+    )
+    parser.add_argument("--shape", type=_shape, help="of the input: 1x3x224x224")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU"
+    )
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--list", action="store_true", help="list the tables that were written")
+    parser.add_argument("--clear", action="store_true", help="remove them")
+
+
+def _list() -> str:
+    rows = []
+    here = {tuned.path_of(tuned.made_by(device)) for device in tuned.devices()}
+    for path in tuned.files():
+        try:
+            made, found = tuned.load(path)
+            about = [made["device"], f"torch {made['torch']}", len(found)]
+        except (OSError, ValueError, KeyError) as error:
+            about = [f"cannot be used: {error}", "", ""]
+        rows.append([path, *about, "yes" if path in here else "no"])
+    return table(["table", "device", "versions", "calls", "used here"], rows)
+
+
+@contextlib.contextmanager
+def _progress():
+    """Shows on stderr what is logged."""
+    handler = logging.StreamHandler()
+    level = _log.level
+    if settings.log == "off":  # else it is shown anyway
+        _log.addHandler(handler)
+        _log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _log.removeHandler(handler)
+        _log.setLevel(level)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.list or args.clear:
+        if args.list:
+            print(_list())
+        for path in tuned.files() if args.clear else []:
+            path.unlink()
+            print(f"removed {path}")
+        tuned.forget()
+        choices.forget()
+        return 0
+    if args.model is None or args.shape is None:
+        raise UsageError("MODEL and --shape must be given, or --list or --clear")
+    from .inference import optimize_for_inference
+
+    model = _model(args.model)
+    try:
+        model = model.to(args.device, DTYPES[args.dtype])
+        x = torch.randn(args.shape, dtype=DTYPES[args.dtype], device=args.device)
+        # the convolutions of both: those in residual blocks, and those that only this one runs
+        model = optimize_for_inference(model, x, tune=False, channels_last=args.channels_last)
+        if args.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with _progress():
+            report = tune(model, x)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    print(report)
+    for path in report.paths:
+        print(f"wrote {path}")
+    return 0
