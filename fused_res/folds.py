@@ -29,6 +29,7 @@ class _Fold(NamedTuple):
     value: Any
 
 
+# Of a weight's storage: torch.utils.swap_tensors refuses tensors that have a weak reference.
 _folds: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -72,13 +73,15 @@ def folded(
     stamp = _stamp(tensors, tuple(None if c.norm is None else c.norm.eps for c in convs))
     if stamp is None:
         return make()
-    kind = (kind, *map(id, tensors))
-    of_weight = _folds.setdefault(conv.weight, {})
-    kept = of_weight.get(kind)
+    where = conv.weight.data_ptr()
+    kind = (where, kind, *map(id, tensors))
+    of_storage = _folds.setdefault(conv.weight.untyped_storage(), {})
+    kept = of_storage.get(kind)
     if kept is None or kept.stamp != stamp:
         with torch.no_grad():
             kept = _Fold(stamp, make())
-        while len(of_weight) >= MOST_PER_WEIGHT and kind not in of_weight:
-            of_weight.pop(next(iter(of_weight)), None)
-        of_weight[kind] = kept
+        others = [k for k in tuple(of_storage) if k[0] == where and k != kind]
+        for old in others[: len(others) + 1 - MOST_PER_WEIGHT]:
+            of_storage.pop(old, None)
+        of_storage[kind] = kept
     return kept.value

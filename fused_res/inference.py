@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from . import backends, choices, tuned, tuning
+from . import choices, tuned, tuning
 from .nn.blocks import is_exported
 from .patterns import Unfusable, in_words
 from .surgery import FuseReport, fuse_, fused_class, refuse_wrapped
@@ -275,7 +275,7 @@ def _set_layout(model: nn.Module, layout: torch.memory_format) -> None:
 
 def _tune(model: OptimizedModel, inputs: list[Tensor]) -> None:
     """Measures, if a convolution runs that the user's table does not have."""
-    with backends.backend("auto"), choices.recording() as calls:
+    with choices.recording() as calls:
         model._run(inputs)
     if all(tuned.find(key.device, choices.row_of(key, {})) for key in calls):
         return
@@ -300,6 +300,7 @@ def _check_example(example: Any, cuda_graph: bool) -> tuple[Tensor, ...]:
     return tuple(examples)
 
 
+@torch.inference_mode(False)  # what is made in it has no version counters: nothing could be kept
 def optimize_for_inference(
     model: nn.Module,
     example: Tensor | tuple[Tensor, ...],

@@ -16,10 +16,10 @@ const WinogradKernels& kernels_of(int64_t tile) {
 }
 
 // Transforms of tiles that one core's caches hold beside a panel of weights.
-constexpr int64_t kTilesBytes = 512 << 10;
+constexpr int64_t kTilesBytes = 1024 << 10;
 // Above this, weights come from memory for every group of tiles: so all tiles are one group, up to
 // so many bytes of transforms, whose points and panels the threads share.
-constexpr int64_t kWeightBytes = 8 << 20, kSharedBytes = 24 << 20;
+constexpr int64_t kWeightBytes = 16 << 20, kSharedBytes = 24 << 20;
 constexpr int64_t kLeastTiles = 12;  // fewer rows do not fill the registers
 
 struct Winograd {

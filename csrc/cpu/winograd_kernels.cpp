@@ -67,6 +67,12 @@ void transform(const WinogradArgs& a, const WinogradTiles& t, int64_t lo, int64_
               w_hi = last(w0, a.width);
     const bool inside = h_lo == 0 && w_lo == 0 && h_hi == kSize && w_hi == kSize;
     float* v = t.v + i * t.v_stride;
+    // what the next tile needs beside this one's: its lines are too far apart for the processor to
+    // guess them
+    for (int h = 0; h < kSize; h++)
+      for (int w = kSize; w < kSize + kTile; w++)
+        for (int64_t c = 0; c < a.channels; c += 16)
+          __builtin_prefetch(x + h * row + w * a.x_stride + c, 0, 1);
     over_run(a.channels, [&](int64_t c, auto lanes) {
       V d[kSize * kSize], e[kSize * kSize];
       if (inside) {
@@ -114,6 +120,10 @@ void finish(const WinogradArgs& a, const WinogradTiles& t, int64_t lo, int64_t h
     const int columns = (int)(a.out_width - w0 < kTile ? a.out_width - w0 : kTile);
     const int64_t pixel0 = (image * a.out_height + h0) * a.out_width + w0;
     const float* m = t.m + i * m_stride;
+    for (int h = 0; h < kTile; h++)
+      for (int w = kTile; w < 2 * kTile; w++)
+        for (int64_t c = 0; c < a.out_channels; c += 16)
+          __builtin_prefetch(a.y + (pixel0 + h * a.out_width + w) * a.y_stride + c, 1, 1);
     over_run(a.out_channels, [&](int64_t c, auto lanes) {
       V d[kSize * kSize], e[kTile * kSize];
       for (int p = 0; p < kSize * kSize; p++) d[p] = load(m + p * t.m_plane + c, Full{});

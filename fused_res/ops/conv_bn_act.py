@@ -113,24 +113,20 @@ def _onednn(call: Call) -> Tensor:
         return packed, bias
 
     weight, bias = folded(conv, ("onednn", x.dtype, x.shape, *sizes), pack)
-    # the fused add has no kernel for some grouped convolutions of 16-bit tensors
-    apart = residual is not None and (concat or act == "relu_before_add" or conv.groups > 1)
-    if residual is None or apart:
-        relu = act == "relu_before_add" or (act == "relu" and not apart)
-        post = "relu" if relu else "none"
-        z = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *sizes, post, [], "")
-        if residual is None:
-            return z
-        rest = _with_shortcut(call, _onednn)
-        return _apply_rest(z, rest._replace(act="relu" if act == "relu" else "none"))
-    rest = weight, bias, *sizes, "add", 1.0, "relu" if act == "relu" else None, [], None
+    # Its ReLU makes 0 of NaN. Its add has no kernel for some grouped convolutions of 16 bits.
+    if residual is None or concat or act == "relu_before_add" or conv.groups > 1:
+        z = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *sizes, "none", [], "")
+        return _apply_rest(z, _with_shortcut(call, _onednn))
+    rest = weight, bias, *sizes, "add", 1.0, None, [], None
     if shortcut is not None:
-        residual = _onednn(Call(residual, shortcut, act="none"))
-        return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, *rest)
-    if residual.shape != out_shape(x, conv):
-        raise ValueError("residual does not have the output's shape")
-    residual = residual.contiguous(memory_format=torch.channels_last)
-    return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *rest)
+        to_add = _onednn(Call(residual, shortcut, act="none"))
+        y = torch.ops.mkldnn._convolution_pointwise_.binary(to_add, x, *rest)
+    else:
+        if residual.shape != out_shape(x, conv):
+            raise ValueError("residual does not have the output's shape")
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        y = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *rest)
+    return y.relu_() if act == "relu" else y
 
 
 def _onednn_why_not(call: Call) -> str | None:
@@ -345,6 +341,12 @@ def run_as(call: Call, choice: choices.Choice) -> Tensor:
 
 def _check_conv(name: str, conv: ConvNorm, of: str, x: Tensor) -> None:
     weight = conv.weight
+    for field, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        sizes = getattr(conv, field)
+        if len(sizes) != 2 or min(sizes) < least:
+            raise ValueError(f"{name}.{field} must be two numbers >= {least}, got {tuple(sizes)}")
+    if conv.groups < 1:
+        raise ValueError(f"{name}.groups must be at least 1, got {conv.groups}")
     if x.dim() != 4:
         raise ValueError(f"{of} must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}")
     if weight.dim() != 4 or weight.size(1) * conv.groups != x.size(1):
@@ -360,7 +362,7 @@ def _check_conv(name: str, conv: ConvNorm, of: str, x: Tensor) -> None:
         t = getattr(conv, field)
         if t is not None and t.device != x.device:
             raise ValueError(f"{name}.{field} must be on {of}'s device, {x.device}, got {t.device}")
-        if t is not None and t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if t is not None and t.dtype != x.dtype and not _autocasts(x):
             raise TypeError(f"{name}.{field} must have {of}'s dtype {x.dtype}, got {t.dtype}")
     if conv.bias is not None and conv.bias.shape != weight.shape[:1]:
         raise ValueError(
@@ -414,12 +416,16 @@ def _tensors(call: Call) -> list[Tensor]:
     return [t for t in (call.x, call.residual, *parameters) if t is not None]
 
 
+def _autocasts(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def _autocast(call: Call) -> Call:
     """What autocast does to the convolutions' operands."""
-    kind = call.x.device.type
-    if not torch.is_autocast_enabled(kind) or call.x.dtype == torch.float64:
+    if not _autocasts(call.x) or call.x.dtype == torch.float64:
         return call
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(call.x.device.type)
     x, residual = call.x.to(dtype), call.residual
     if call.shortcut is not None:
         residual = residual.to(dtype)
@@ -474,7 +480,7 @@ def conv_bn_act(
 
 
 def _dispatch(call: Call, backend: str | None) -> Tensor:
-    x, conv, residual, shortcut, concat, act = call
+    x, conv, residual, _, concat, act = call
     tensors = _tensors(call)
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
