@@ -8,7 +8,7 @@
 """
 
 from . import reference
-from .backends import BackendUnavailable, backend
+from .backends import BackendUnavailable, backend, empty_cache
 from .inference import OptimizedModel, optimize_for_inference
 from .nn import FusedResBlock
 from .reference import Norm
@@ -26,6 +26,7 @@ __all__ = [
     "TuneReport",
     "__version__",
     "backend",
+    "empty_cache",
     "fuse_",
     "optimize_for_inference",
     "reference",

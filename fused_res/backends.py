@@ -127,6 +127,12 @@ if STATUS["cpu"] is None:
     cpu_isa(settings.cpu_isa)
 
 
+def empty_cache() -> int:
+    """Frees the memory of large outputs that the CPU kernels keep for the next ones, up to 256 MB
+    of it; returns how many bytes that was."""
+    return 0 if STATUS["cpu"] else torch.ops.fused_res.empty_cache()
+
+
 def check_name(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of: {', '.join(BACKENDS)}")
