@@ -137,7 +137,8 @@ def fuse_(
         if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
             return False
         try:
-            plan = plan_of(module)
+            with torch.inference_mode(False):  # whose tensors torch.fx cannot trace
+                plan = plan_of(module)
         except Unfusable as reason:
             report.skipped.append((name, str(reason)))
             return True

@@ -131,6 +131,7 @@ def _clock(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of a run. On a GPU the longer of the host's and the device's: both must be done for
     every call, and the other can be at the next one."""
     if device.type != "cuda":
+        time.sleep(1e-4)  # so that the run begins with a whole slice of the scheduler's
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
@@ -158,7 +159,6 @@ def _time(call: Call, ways: list[Choice], seconds: float) -> list[float | None]:
         for t in (call.x, call.residual):  # what ran before has just written these
             if t is not None:
                 t.mul_(1)
-        time.sleep(1e-4)  # so that a run begins with a whole slice of the scheduler's
         return _clock(partial(run_as, call, way), device)
 
     samples: list[list[float]] = [[] for _ in ways]
@@ -193,8 +193,11 @@ def _measure(key: Key, call: Call, seconds: float) -> Row | None:
     ways = _ways(call)
     if len(ways) == 1:
         return None
-    by_autocast = call.conv.weight.dtype != key.dtype
-    with torch.autocast(key.device.type, key.dtype) if by_autocast else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if call.conv.weight.dtype != key.dtype:
+            stack.enter_context(torch.autocast(key.device.type, key.dtype))
+        if key.device.type == "cuda":
+            stack.enter_context(torch.cuda.device(key.device))  # events are of the current one
         times = _time(call, ways, seconds)
     ms, config = {}, None
     for way, t in zip(ways, times, strict=True):

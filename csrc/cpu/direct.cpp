@@ -17,6 +17,9 @@ const DirectKernels& kernels_of_isa() {
 // Gathered rows that stay in a core's second cache while the panels pass; enough of them that a
 // panel pays, a multiple of what the registers hold.
 constexpr int64_t kRowsBytes = 256 << 10, kLeastRows = 28, kMostRowsOfGroup = 112;
+// Weights up to this stay there too, so few rows at a time will do: all channels of a pixel are
+// then written together.
+constexpr int64_t kCachedWeights = 2 << 20;
 // Where there are too few rows for every thread to have its own: what is gathered for all.
 constexpr int64_t kSharedBytes = 4 << 20;
 constexpr int kSizes = 8;  // integers of a source: kernel, stride, padding, dilation
@@ -34,7 +37,10 @@ struct Direct {
   void run() const {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t fit = kRowsBytes / (stride * (int64_t)sizeof(float));
-    const int64_t most = std::clamp(fit / kLeastRows * kLeastRows, kLeastRows, kMostRowsOfGroup);
+    const bool cached = panels * args.depth * kPanel * (int64_t)sizeof(float) <= kCachedWeights;
+    const int64_t most =
+        cached ? kLeastRows
+               : std::clamp(fit / kLeastRows * kLeastRows, kLeastRows, kMostRowsOfGroup);
     const int64_t groups = ceil_div(ceil_div(rows, most), threads) * threads;
     if (rows / groups < kLeastRows) return run_shared(threads);
     torch::stable::parallel_for(0, groups, 1, [&](int64_t lo, int64_t hi) {
@@ -157,6 +163,7 @@ Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptT
   if (output.y.numel() == 0) return output.y;
   args.u = (const float*)u.const_data_ptr();
   args.bias = shift.data();
+  args.cached = u.numel() * (int64_t)sizeof(float) <= kCachedWeights;
   args.y = output.data;
   args.out_channels = out_channels;
   args.y_stride = output.stride;

@@ -21,6 +21,7 @@ struct DirectArgs {
   DirectSource sources[2];  // whose outputs are added: the second is a block's projection
   int64_t count, depth;     // of the sources, and of both together
   const float *u, *bias;    // [panel][depth][kPanel], [panel][kPanel]
+  bool cached;              // the weights stay in the cache from one tile of rows to the next
   float* y;                 // strides are floats from pixel to pixel
   int64_t out_height, out_width, out_channels, y_stride;
   const float* residual;  // null: none

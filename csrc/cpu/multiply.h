@@ -62,10 +62,11 @@ inline void multiply_rows(int64_t rows, const float* v, int64_t v_stride, const 
   }
 }
 
-// out(row, column, sums, first, last): the sums of one part of the depth after the other
+// out(row, column, sums, first, last): the sums of one part of the depth after the other. fetch:
+// the weights may be in no cache yet.
 template <class Out>
 inline void multiply_panel(int64_t rows, int64_t depth, const float* v, int64_t v_stride,
-                           const float* u, const Out& out) {
+                           const float* u, bool fetch, const Out& out) {
   // blocks of nearly equal size: a short last one would run at a fraction of the speed
   const int64_t blocks = (rows + kMostRows - 1) / kMostRows;
   for (int64_t c = 0; c < depth; c += kSummed) {
@@ -76,7 +77,7 @@ inline void multiply_panel(int64_t rows, int64_t depth, const float* v, int64_t 
         out(lo + r, n, sum, c == 0, c_end == depth);
       };
       const float* at = v + lo * v_stride;
-      if (b == 0)
+      if (fetch && b == 0)
         multiply_rows<kMostRows, true>(hi - lo, at, v_stride, u, c, c_end, out_rows);
       else
         multiply_rows<kMostRows, false>(hi - lo, at, v_stride, u, c, c_end, out_rows);

@@ -4,7 +4,7 @@
 
 namespace fused_res {
 
-constexpr int64_t kSamples = 64;  // of each tensor: a cache miss each
+constexpr int64_t kSamples = 32;  // of each tensor: a cache miss each
 
 // A number made of the tensors' addresses, sizes, types and kSamples values evenly spread over each
 int64_t stamp_cpu(const std::vector<Tensor>& tensors) {

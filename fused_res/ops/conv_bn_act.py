@@ -172,6 +172,8 @@ def _winograd_why_not(tile: int, call: Call) -> str | None:
         return "the convolution has a stride or dilation"
     if call.conv.weight.size(0) % 8 or call.conv.weight.size(1) % 8:
         return "its channels are not in eights"
+    if min(call.x.shape[2:]) < 3:
+        return "the map is smaller than a tile"
     return None if call.shortcut is None else _onednn_why_not(call)
 
 
@@ -488,7 +490,8 @@ def _dispatch(call: Call, backend: str | None) -> Tensor:
     name = "eager"
     if not wants_grad:
         name = (choose if tracing else asked_for)("conv_bn_act", backend, *tensors)
-    if name == "eager" or tracing or not x.is_cpu or conv.weight.dtype != x.dtype:
+    unseen = conv.weight.dtype != x.dtype or (concat and call.shortcut is not None)
+    if name == "eager" or tracing or unseen or not x.is_cpu:
         _check(call)
     if wants_grad:
         return reference.conv_bn_act(*call, partial(bn_act_norms, backend=backend))
