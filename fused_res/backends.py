@@ -159,6 +159,11 @@ def backend(name: str) -> Iterator[None]:
         _override = before
 
 
+def named() -> str:
+    """The backend that is used where none is given with a call; may be ``auto``."""
+    return _override or settings.backend
+
+
 def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot run ``op`` on such tensors; None where it can."""
     if backend == "eager":
@@ -225,7 +230,7 @@ def asked_for(op: str, requested: str | None, *tensors: torch.Tensor | None) -> 
         ValueError: ``requested`` is not a backend's name.
         BackendUnavailable: a backend was named and cannot run this.
     """
-    name = check_name(requested) if requested is not None else (_override or settings.backend)
+    name = check_name(requested) if requested is not None else named()
     if name == "eager":
         return "eager"
     x = tensors[0]

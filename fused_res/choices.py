@@ -128,8 +128,8 @@ def taken(row: Row) -> str:
 # Weights in Winograd's form are 4 (tiles of 4) or 1.8 times larger and are read once for all tiles:
 # with fewer tiles than this the products wait for them (512 channels, 7x7, batch 1).
 LEAST_TILES = 12
-# oneDNN's calls cost 30 us more than ours. Its kernels are 5 to 15 % faster but for those of 1x1 that
-# add something to what they make.
+# oneDNN's calls cost 30 us more than ours. Its kernels are 5 to 15 % faster but for those of 1x1
+# that add something to what they make.
 MOST_DIRECT = 2e7  # multiplications
 
 
@@ -153,6 +153,7 @@ def _expected(key: Key, able: list[str]) -> str:
 MOST_CHOICES = 10_000
 _chosen: dict[tuple[Key, str], Choice] = {}
 _recorded: dict[Key, object] | None = None
+_forgotten = 0
 
 
 def choose(call, backend: str) -> Choice:
@@ -168,7 +169,14 @@ def choose(call, backend: str) -> Choice:
 
 def forget() -> None:
     """Chooses anew from now on: the tables have changed."""
+    global _forgotten
+    _forgotten += 1
     _chosen.clear()
+
+
+def state() -> tuple:
+    """Changes when a call may be run by something else than before."""
+    return _forgotten, backends.named()
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 On a CPU a convolution runs on a weight multiplied by BatchNorm's scale and laid out for its kernel.
 That copy is kept outside the modules, so no ``state_dict``, copy or pickle has it, and lives as
 long as the weight does. Each use compares a stamp of all it was made from: addresses, version
-counters (every in-place change counts up), and samples of the values, because a change through
-``.data`` does not count. On a GPU nothing is kept: kernels read the parameters themselves.
+counters (which most in-place changes count up), how many steps optimizers have made (PyTorch's
+fused ones do not count) and samples of the values (nor do changes through ``.data``). On a GPU
+nothing is kept: kernels read the parameters themselves.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .ops import library
@@ -51,12 +53,20 @@ def _tensors(conv: ConvNorm) -> list[Tensor]:
     return [t for t in (conv.weight, conv.bias, *(conv.norm or ())[:4]) if t is not None]
 
 
-def _stamp(tensors: list[Tensor], eps: tuple) -> tuple | None:
-    """Changes whenever what is made of ``tensors`` may; None where that cannot be told."""
-    if any(t.is_inference() for t in tensors):  # these have no version counter
-        return None
-    versions = [t._version for t in tensors]
-    return eps, *versions, torch.ops.fused_res.stamp(tensors)
+_steps = 0
+
+
+def _count_step(*_) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def stamp(tensors: list[Tensor]) -> tuple:
+    """Changes whenever what is made of ``tensors``, which are no inference tensors, may."""
+    return _steps, torch.ops.fused_res.stamp(tensors), *[t._version for t in tensors]
 
 
 def folded(
@@ -70,18 +80,18 @@ def folded(
     """
     convs = (conv,) if second is None else (conv, second)
     tensors = [t for c in convs for t in _tensors(c)]
-    stamp = _stamp(tensors, tuple(None if c.norm is None else c.norm.eps for c in convs))
-    if stamp is None:
+    if any(t.is_inference() for t in tensors):  # these have no version counter
         return make()
+    now = *[None if c.norm is None else c.norm.eps for c in convs], *stamp(tensors)
     where = conv.weight.data_ptr()
     kind = (where, kind, *map(id, tensors))
     of_storage = _folds.setdefault(conv.weight.untyped_storage(), {})
     kept = of_storage.get(kind)
-    if kept is None or kept.stamp != stamp:
+    if kept is None or kept.stamp != now:
         with torch.no_grad():
-            kept = _Fold(stamp, make())
+            kept = _Fold(now, make())
         others = [k for k in tuple(of_storage) if k[0] == where and k != kind]
-        for old in others[: len(others) + 1 - MOST_PER_WEIGHT]:
+        for old in others[: max(len(others) + 1 - MOST_PER_WEIGHT, 0)]:
             of_storage.pop(old, None)
         of_storage[kind] = kept
     return kept.value

@@ -9,16 +9,26 @@ are nothing but convolutions and BatchNorms, else with one op per normalisation.
 from __future__ import annotations
 
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import reference
+from .. import choices, reference
 from ..env import BACKENDS
+from ..folds import stamp
 from ..ops.bn_act import bn_act_norms
-from ..ops.conv_bn_act import conv_bn_act, out_shape
+from ..ops.conv_bn_act import (
+    Call,
+    Run,
+    conv_bn_act,
+    fuses_convolutions,
+    out_shape,
+    prepared,
+    under_modes,
+)
 from ..ops.res_block import whole
 from ..reference import Act, ConvNorm, Norm
 
@@ -219,39 +229,117 @@ def conv_norm_of(conv: nn.Module, bn: nn.Module | None) -> ConvNorm | None:
     return ConvNorm(conv.weight, conv.bias, *sizes, conv.groups, norm)
 
 
+class _Prepared(NamedTuple):
+    """A block for inference on inputs of one size, and what it was made from: looking all of that
+    up again costs more than a small kernel."""
+
+    hooks: tuple[dict, ...]  # empty
+    kinds: tuple[tuple[nn.Module, type], ...]
+    cells: tuple[tuple[dict, str, object], ...]  # where something was found, and what
+    tensors: list[Tensor]
+    stamp: tuple
+    steps: list[Run]
+
+    def holds(self) -> bool:
+        return (
+            not any(self.hooks)
+            and all(type(module) is kind for module, kind in self.kinds)
+            and all(found.get(key) is value for found, key, value in self.cells)
+            and stamp(self.tensors) == self.stamp
+        )
+
+
+_prepared: WeakKeyDictionary[nn.Module, dict[tuple, _Prepared]] = WeakKeyDictionary()
+MOST_SIZES = 4  # of a block's inputs
+_CELLS = {
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode", "forward"),
+    nn.BatchNorm2d: ("training", "eps"),
+}
+
+
+def _prepare(
+    block: nn.Module, convs: list[nn.Module], norms: list[nn.Module | None], steps: list[Run]
+) -> _Prepared | None:
+    modules = [*convs, *(bn for bn in norms if bn is not None)]
+    hooks, cells, tensors = [], [(block.__dict__, "backend", block.__dict__.get("backend"))], []
+    for module in modules:
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+                     "_backward_pre_hooks"):  # fmt: skip
+            hooks.append(getattr(module, name))
+        kind = nn.Conv2d if module in convs else nn.BatchNorm2d
+        cells += [(module.__dict__, key, module.__dict__.get(key)) for key in _CELLS[kind]]
+        for found, keys in (
+            (module._parameters, ("weight", "bias")),
+            (module._buffers, ("running_mean", "running_var")),
+        ):
+            cells += [(found, key, found.get(key)) for key in keys]
+            tensors += [found[key] for key in keys if found.get(key) is not None]
+    if any(t.is_inference() for t in tensors):
+        return None
+    kinds = tuple((module, type(module)) for module in modules)
+    return _Prepared(tuple(hooks), kinds, tuple(cells), tensors, stamp(tensors), steps)
+
+
 def _run_inference(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor | None:
     """``block.forward(x)`` with one op per convolution; None where it is not for inference."""
+    grads = torch.is_grad_enabled()
+    fast = not grads and not torch.compiler.is_compiling() and not under_modes(x)
+    if fast:
+        key = x.shape, x.stride(), x.dtype, torch.get_num_threads(), *choices.state()
+        of_block = _prepared.get(block)
+        kept = None if of_block is None else of_block.get(key)
+        if kept is not None and kept.holds():
+            out = x
+            for run in kept.steps[:-1]:
+                out = run(out, None)
+            return kept.steps[-1](out, x)
     stages = plan.branch if plan.shortcut is None else (*plan.branch, plan.shortcut)
     norms = [None if s.norm is None else child(block, s.norm) for s in stages]
     if any(bn is not None and (bn.training or bn.running_mean is None) for bn in norms):
         return None
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(p.requires_grad for p in block.parameters())
-    ):
+    if grads and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
         return None
-    convs = []
+    if not fuses_convolutions(x, block.backend):
+        return None
+    modules, convs = [], []
     for stage, bn in zip(stages, norms, strict=True):
         if stage.conv is None:  # a shortcut that only pools
             continue
-        conv = conv_norm_of(child(block, stage.conv), bn)
+        modules.append(child(block, stage.conv))
+        conv = conv_norm_of(modules[-1], bn)
         if conv is None:
             return None
         convs.append(conv)
     out = residual = x
+    steps = []
+
+    def run(call: Call) -> Tensor:
+        step = prepared(call, block.backend) if fast else None
+        if step is None:
+            return conv_bn_act(*call, block.backend)
+        steps.append(step)
+        return step(call.x, call.residual)
+
     for stage, conv in zip(plan.branch, convs, strict=False):
         for name in stage.before:
             out = child(block, name)(out)
         if stage is not plan.branch[-1]:
-            out = conv_bn_act(
-                out, conv, act="relu" if stage.relu else "none", backend=block.backend
-            )
+            out = run(Call(out, conv, act="relu" if stage.relu else "none"))
     for name in () if plan.shortcut is None else plan.shortcut.before:
         residual = child(block, name)(residual)
     conv, *shortcut = convs[len(plan.branch) - 1 :]
     concat = plan.skip == "concat"
     if not shortcut and not concat and residual.shape != out_shape(out, conv):
         return None  # broadcast
-    return conv_bn_act(out, conv, residual, *(shortcut or [None]), concat, act, block.backend)
+    y = run(Call(out, conv, residual, *(shortcut or [None]), concat, act))
+    if len(steps) == len(plan.branch) and not any(stage.before for stage in stages):
+        made = _prepare(block, modules, norms, steps)
+        if made is not None:
+            of_block = _prepared.setdefault(block, {})
+            while len(of_block) >= MOST_SIZES:
+                of_block.pop(next(iter(of_block)), None)
+            of_block[key] = made
+    return y
 
 
 def run_block(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor:

@@ -4,11 +4,12 @@
 library's and the rest ``bn_act``. An *implementation* is one way to run a call: ``triton``
 (``kernels/conv_bn_act.py``), ``cudnn``, ``onednn`` (each library's convolution with the rest in its
 epilogue), ``winograd2`` and ``winograd4`` (``csrc/cpu/winograd.cpp``). A backend has one or more;
-``fused_res.choices`` says which is taken.
+``bn_act`` is the library's convolution and that op. ``fused_res.choices`` says which is taken.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import choices, reference
-from ..backends import DTYPES, asked_for, choose
+from .. import choices, env, reference
+from ..backends import DTYPES, SUPPORT, asked_for, choose, named, why_not_tensors
 from ..folds import folded, scale_and_shift
 from ..reference import ACTS, Act, ConvNorm, Norm
 from . import direct, library, winograd  # noqa: F401  define the ops
@@ -31,6 +32,7 @@ library.define(
     "bool concat, int act, str backend) -> Tensor"
 )
 _PARAMETERS, _INTEGERS = 6, 7
+PLAIN = (Tensor, torch.nn.Parameter)  # a subclass has its own convolution
 
 
 class Call(NamedTuple):
@@ -70,7 +72,10 @@ def out_shape(x: Tensor, conv: ConvNorm) -> tuple[int, int, int, int]:
     )
 
 
-# --- implementations: each makes (N, K, P, Q) of any layout from a call of one dtype
+# --- implementations: each makes, of a call of one dtype, what runs calls of its sizes, from x and
+# the residual alone, for as long as nothing changes that its convolutions are made of
+
+Run = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def _folded(conv: ConvNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -84,26 +89,32 @@ def _folded(conv: ConvNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return weight.to(dtype).contiguous(memory_format=torch.channels_last), shift.to(dtype)
 
 
-def _apply_rest(z: Tensor, call: Call) -> Tensor:
+# BatchNorm is in the weights, which 16 bits round once more: 1.3 times PyTorch's error on average
+# over a net, up to 1.9.
+FLOAT32_ALONE = "it is for float32 alone"
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _apply_rest(z: Tensor, residual: Tensor | None, concat: bool, act: str) -> Tensor:
     """What follows the convolution and BatchNorm, in PyTorch's ops; ``z`` is overwritten."""
-    if call.act == "relu_before_add":
+    if act == "relu_before_add":
         z = z.relu_()
-    if call.residual is not None:
-        z = torch.cat((call.residual, z), 1) if call.concat else z.add_(call.residual)
-    return z.relu_() if call.act == "relu" else z
+    if residual is not None:
+        z = torch.cat((residual, z), 1) if concat else z.add_(residual)
+    return z.relu_() if act == "relu" else z
 
 
-def _with_shortcut(call: Call, convolve) -> Call:
-    """The call with its shortcut's convolution run."""
+def _shortcut(call: Call, prepare: Callable[[Call], Run]) -> Run | None:
     if call.shortcut is None:
-        return call
-    to_add = convolve(Call(call.residual, call.shortcut, act="none"))
-    return call._replace(residual=to_add, shortcut=None)
+        return None
+    return prepare(Call(call.residual, call.shortcut, act="none"))
 
 
-def _onednn(call: Call) -> Tensor:
-    x, conv, residual, shortcut, concat, act = call
-    x = x.contiguous(memory_format=torch.channels_last)
+def _onednn(call: Call) -> Run:
+    x, conv, residual, _, concat, act = call
     sizes = [conv.padding, conv.stride, conv.dilation, conv.groups]
 
     def pack():
@@ -112,41 +123,41 @@ def _onednn(call: Call) -> Tensor:
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, x.shape)
         return packed, bias
 
-    weight, bias = folded(conv, ("onednn", x.dtype, x.shape, *sizes), pack)
-    # Its ReLU makes 0 of NaN. Its add has no kernel for some grouped convolutions of 16 bits.
-    if residual is None or concat or act == "relu_before_add" or conv.groups > 1:
-        z = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *sizes, "none", [], "")
-        return _apply_rest(z, _with_shortcut(call, _onednn))
-    rest = weight, bias, *sizes, "add", 1.0, None, [], None
-    if shortcut is not None:
-        to_add = _onednn(Call(residual, shortcut, act="none"))
-        y = torch.ops.mkldnn._convolution_pointwise_.binary(to_add, x, *rest)
-    else:
-        if residual.shape != out_shape(x, conv):
+    weight, bias = folded(conv, ("onednn", x.shape, *sizes), pack)
+    shortcut = _shortcut(call, _onednn)
+    # Its ReLU makes 0 of NaN. Its add has no kernel for some grouped convolutions.
+    apart = residual is None or concat or act == "relu_before_add" or conv.groups > 1
+    shape = out_shape(x, conv)
+    ops = torch.ops.mkldnn
+
+    def run(x, residual):
+        x = _nhwc(x)
+        if shortcut is not None:
+            residual = shortcut(residual, None)
+        if apart:
+            z = ops._convolution_pointwise(x, weight, bias, *sizes, "none", [], "")
+            return _apply_rest(z, residual, concat, act)
+        if residual.shape != shape:
             raise ValueError("residual does not have the output's shape")
-        residual = residual.contiguous(memory_format=torch.channels_last)
-        y = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *rest)
-    return y.relu_() if act == "relu" else y
+        rest = weight, bias, *sizes, "add", 1.0, None, [], None
+        if shortcut is None:
+            y = ops._convolution_pointwise.binary(x, _nhwc(residual), *rest)
+        else:
+            y = ops._convolution_pointwise_.binary(residual, x, *rest)
+        return y.relu_() if act == "relu" else y
+
+    return run
 
 
 def _onednn_why_not(call: Call) -> str | None:
-    dtype = call.x.dtype
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return "oneDNN is not there, or switched off"
-    supported = {
-        torch.float32: lambda: True,
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return None if dtype in supported and supported[dtype]() else f"no kernel for {dtype} here"
+    if call.x.dtype != torch.float32:
+        return FLOAT32_ALONE
+    usable = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return None if usable else "oneDNN is not there, or switched off"
 
 
-def _winograd(tile: int, call: Call) -> Tensor:
-    call = _with_shortcut(call, _onednn)
-    x, conv, residual, _, concat, act = call
-    x = x.contiguous(memory_format=torch.channels_last)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
+def _winograd(tile: int, call: Call) -> Run:
+    _, conv, _, _, concat, act = call
 
     def pack():
         _check(call)
@@ -155,42 +166,42 @@ def _winograd(tile: int, call: Call) -> Tensor:
         return u, None if shift is None else shift.float()
 
     u, bias = folded(conv, ("winograd", tile), pack)
-    return torch.ops.fused_res.winograd(
-        x, u, bias, residual, conv.weight.size(0), conv.padding, tile, concat, ACTS.index(act)
-    )
+    shortcut = _shortcut(call, _onednn)
+    rest = conv.weight.size(0), conv.padding, tile, concat, ACTS.index(act)
+
+    def run(x, residual):
+        if shortcut is not None:
+            residual = shortcut(residual, None)
+        if residual is not None:
+            residual = _nhwc(residual)
+        return torch.ops.fused_res.winograd(_nhwc(x), u, bias, residual, *rest)
+
+    return run
 
 
 def _winograd_why_not(tile: int, call: Call) -> str | None:
-    conv = call.conv
-    if tile > winograd_limit():
-        return f"FUSED_RES_WINOGRAD={winograd_limit()}"
+    conv, limit = call.conv, env.settings.winograd
     if call.x.dtype != torch.float32:
-        return f"it has no kernel for {call.x.dtype}"
+        return FLOAT32_ALONE
+    if tile > limit:
+        return f"FUSED_RES_WINOGRAD={limit}"
     if conv.weight.shape[2:] != (3, 3) or conv.groups != 1:
         return "the convolution is not a 3x3 of one group"
     if tuple(conv.stride) != (1, 1) or tuple(conv.dilation) != (1, 1):
         return "the convolution has a stride or dilation"
-    if call.conv.weight.size(0) % 8 or call.conv.weight.size(1) % 8:
+    if conv.weight.size(0) % 8 or conv.weight.size(1) % 8:
         return "its channels are not in eights"
     if min(call.x.shape[2:]) < 3:
         return "the map is smaller than a tile"
     return None if call.shortcut is None else _onednn_why_not(call)
 
 
-def _sizes(conv: ConvNorm) -> list[int]:
-    return [*conv.weight.shape[2:], *conv.stride, *conv.padding, *conv.dilation]
-
-
-def _direct(call: Call) -> Tensor:
-    x, conv, residual, shortcut, concat, act = call
-    inputs, convs = [x], [conv]
-    if shortcut is not None:
-        if act == "relu_before_add":
-            return _direct(_with_shortcut(call, _direct))
-        inputs, convs, residual = [x, residual], [conv, shortcut], None
-    inputs = [t.contiguous(memory_format=torch.channels_last) for t in inputs]
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
+def _direct(call: Call) -> Run:
+    _, conv, _, shortcut, concat, act = call
+    before = None
+    if shortcut is not None and act == "relu_before_add":
+        before, shortcut = _shortcut(call, _direct), None
+    convs = [conv] if shortcut is None else [conv, shortcut]
 
     def pack():
         _check(call)
@@ -200,44 +211,59 @@ def _direct(call: Call) -> Tensor:
         return u, sum(shifts).float() if shifts else None
 
     u, bias = folded(conv, ("direct",), pack, shortcut)
-    sizes = [n for c in convs for n in _sizes(c)]
-    return torch.ops.fused_res.direct(
-        inputs, u, bias, residual, conv.weight.size(0), sizes, concat, ACTS.index(act)
-    )
+    sizes = [n for c in convs for n in (*c.weight.shape[2:], *c.stride, *c.padding, *c.dilation)]
+    both = shortcut is not None
+    rest = conv.weight.size(0), sizes, concat, ACTS.index(act)
+
+    def run(x, residual):
+        if before is not None:
+            residual = before(residual, None)
+        if residual is not None:
+            residual = _nhwc(residual)
+        inputs, add = ([_nhwc(x), residual], None) if both else ([_nhwc(x)], residual)
+        return torch.ops.fused_res.direct(inputs, u, bias, add, *rest)
+
+    return run
 
 
 def _direct_why_not(call: Call) -> str | None:
     if call.x.dtype != torch.float32:
-        return f"it has no kernel for {call.x.dtype}"
+        return FLOAT32_ALONE
     grouped = call.conv.groups != 1 or (call.shortcut is not None and call.shortcut.groups != 1)
     return "the convolution has groups" if grouped else None
 
 
-def winograd_limit() -> int:
-    from ..env import settings
+def _with_bn_act(call: Call, backend: str | None) -> Tensor:
+    """The library's convolution and ``bn_act``: with gradients."""
 
-    return settings.winograd
+    def bn_act(x, norm, residual=None, residual_norm=None, act="relu"):
+        if residual is not None and residual.dtype != x.dtype:  # PyTorch's rules of promotion
+            return reference.bn_act(x, norm, residual, residual_norm, act)
+        return bn_act_norms(x, norm, residual, residual_norm, act, backend)
+
+    return reference.conv_bn_act(*call, bn_act)
+
+
+def _bn_act(call: Call) -> Tensor:
+    return _with_bn_act(call, "cpu")
 
 
 def _cudnn(call: Call) -> Tensor:
-    call = _with_shortcut(call, _cudnn)
-    x, conv, residual, _, concat, act = call
-    x = x.contiguous(memory_format=torch.channels_last)
+    x, conv, residual, shortcut, concat, act = call
+    if shortcut is not None:
+        residual = _cudnn(Call(residual, shortcut, act="none"))
+    x = _nhwc(x)
     weight, bias = _folded(conv, x.dtype)  # at every call: in a CUDA graph too
     sizes = conv.stride, conv.padding, conv.dilation, conv.groups
     if residual is not None and not concat and act == "relu":
-        residual = residual.contiguous(memory_format=torch.channels_last)
-        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *sizes)
+        return torch.cudnn_convolution_add_relu(x, weight, _nhwc(residual), 1.0, bias, *sizes)
     if act == "none" or (concat and act == "relu"):
-        z = F.conv2d(x, weight, bias, *sizes)
-        return _apply_rest(z, call)
+        return _apply_rest(F.conv2d(x, weight, bias, *sizes), residual, concat, act)
     z = torch.cudnn_convolution_relu(x, weight, bias, *sizes)
-    return z if residual is None else _apply_rest(z, call._replace(act="none"))
+    return z if residual is None else _apply_rest(z, residual, concat, "none")
 
 
 def _cudnn_why_not(call: Call) -> str | None:
-    if call.x.dtype == torch.float64:
-        return "no kernel for float64"
     usable = torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled
     return None if usable else "cuDNN is not there, or switched off"
 
@@ -262,13 +288,22 @@ def _triton_why_not(call: Call) -> str | None:
     return kernels.why_not(*call)
 
 
+def _anew(run: Callable[..., Tensor]) -> Callable[..., Run]:
+    """Of an implementation that keeps nothing of what it is made for."""
+
+    def prepare(call, *config):
+        return lambda x, residual: run(call._replace(x=x, residual=residual), *config)
+
+    return prepare
+
+
 class Implementation(NamedTuple):
-    """``configs``: makes a list of those that ``run`` takes with a call; None: it takes none."""
+    """``configs``: lists those that ``prepare`` takes with a call; None: it takes none."""
 
     backend: str
-    run: object
-    why_not: object
-    configs: object = None
+    prepare: Callable[..., Run]
+    why_not: Callable[[Call], str | None]
+    configs: Callable[[Call], list] | None = None
 
 
 # Of a backend the library first, then ours: a later one is taken where it is clearly faster.
@@ -277,8 +312,9 @@ IMPLEMENTATIONS = {
     "direct": Implementation("cpu", _direct, _direct_why_not),
     "winograd2": Implementation("cpu", partial(_winograd, 2), partial(_winograd_why_not, 2)),
     "winograd4": Implementation("cpu", partial(_winograd, 4), partial(_winograd_why_not, 4)),
-    "cudnn": Implementation("cuda", _cudnn, _cudnn_why_not),
-    "triton": Implementation("triton", _triton, _triton_why_not, _triton_configs),
+    "bn_act": Implementation("cpu", _anew(_bn_act), lambda call: None),
+    "cudnn": Implementation("cuda", _anew(_cudnn), _cudnn_why_not),
+    "triton": Implementation("triton", _anew(_triton), _triton_why_not, _triton_configs),
 }
 
 
@@ -331,14 +367,49 @@ def _run(call: Call, backend: str) -> Tensor:
 
 def run_as(call: Call, choice: choices.Choice) -> Tensor:
     """A call by an implementation that can run it."""
-    layout = _layout(call)
     if choice.implementation == "eager":
         y = reference.conv_bn_act(*call)
-    elif choice.config is None:
-        y = IMPLEMENTATIONS[choice.implementation].run(call)
     else:
-        y = IMPLEMENTATIONS[choice.implementation].run(call, choice.config)
-    return y.contiguous(memory_format=layout)
+        config = () if choice.config is None else (choice.config,)
+        prepare = IMPLEMENTATIONS[choice.implementation].prepare
+        y = prepare(call, *config)(call.x, call.residual)
+    return y.contiguous(memory_format=_layout(call))
+
+
+def under_modes(x: Tensor) -> bool:
+    """Whether something wants to see, or to change, the ops that ``x`` goes through."""
+    return (
+        type(x) not in PLAIN
+        or why_not_tensors(x) is not None
+        or torch.autograd.forward_ad._current_level >= 0  # the tangents may be the parameters'
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _autocasts(x)
+    )
+
+
+def fuses_convolutions(x: Tensor, backend: str | None) -> bool:
+    """Whether ``conv_bn_act`` is for such tensors; where not, ``bn_act`` may be."""
+    name = backend or named()
+    if name == "eager" or (x.is_cpu and _autocasts(x)):
+        return False
+    if x.is_cpu and name in ("auto", "cpu"):
+        return x.dtype == torch.float32  # others run bn_act, for which there is a faster way
+    return True
+
+
+def prepared(call: Call, backend: str | None) -> Run | None:
+    """What runs calls of this one's sizes on a CPU, without gradients, while nothing changes that
+    the convolutions are made of; None where there is no such thing: ``conv_bn_act`` runs it."""
+    x = call.x
+    if not x.is_cpu or x.numel() == 0 or not _channels_last(x):
+        return None
+    name = asked_for("conv_bn_act", backend, x, call.residual)
+    if name == "eager":
+        return None
+    implementation = IMPLEMENTATIONS.get(choices.choose(call, name).implementation)
+    if implementation is None or implementation.backend != "cpu":
+        return None
+    return implementation.prepare(call)
 
 
 def _check_conv(name: str, conv: ConvNorm, of: str, x: Tensor) -> None:
@@ -445,8 +516,8 @@ def conv_bn_act(
 ) -> Tensor:
     """Convolution, BatchNorm by its running statistics, residual add (or concatenation) and ReLU.
 
-    One kernel where no gradient is wanted. Where one is (frozen BatchNorm, gradients of the input)
-    it is right, by way of ``bn_act``.
+    One kernel where no gradient is wanted. Where one is (frozen BatchNorm, gradients of the input),
+    and for 16-bit tensors on a CPU, the library's convolution and ``bn_act``.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64, NCHW or channels_last.
@@ -490,16 +561,21 @@ def _dispatch(call: Call, backend: str | None) -> Tensor:
     name = "eager"
     if not wants_grad:
         name = (choose if tracing else asked_for)("conv_bn_act", backend, *tensors)
+    if not tracing and any(type(t) not in PLAIN for t in tensors):
+        return reference.conv_bn_act(*call)
     unseen = conv.weight.dtype != x.dtype or (concat and call.shortcut is not None)
     if name == "eager" or tracing or unseen or not x.is_cpu:
         _check(call)
     if wants_grad:
-        return reference.conv_bn_act(*call, partial(bn_act_norms, backend=backend))
+        return _with_bn_act(call, backend)
     if name == "eager" or x.numel() == 0:
-        return reference.conv_bn_act(*call)
+        return _with_bn_act(call, backend)
+    if x.is_cpu and _autocasts(x):
+        return _with_bn_act(call, backend)
     call = _autocast(call)
-    if residual is not None and call.residual.dtype != call.x.dtype:
-        return reference.conv_bn_act(*call)  # PyTorch's rules of promotion
+    promotes = residual is not None and call.residual.dtype != call.x.dtype
+    if promotes or (name != "auto" and call.x.dtype not in SUPPORT["conv_bn_act"][name]):
+        return reference.conv_bn_act(*call)  # by PyTorch's rules
     if tracing:
         lists = _flatten(call)
         return torch.ops.fused_res.conv_bn_act(
