@@ -46,6 +46,9 @@ class Resources(NamedTuple):
     shared_stores: int
     fp32: int  # additions, multiplications and both in one
     fp64: int
+    mma: int  # products of matrices in registers
+    wgmma: int  # in shared memory: sm_90's, and sm_100's tcgen05
+    tma: int  # loads of tensors' boxes
     barriers: int
 
     @property
@@ -65,6 +68,9 @@ SASS = {
     "shared_stores": r"STSM?\b",
     "fp32": r"F(ADD|MUL|FMA)2?\b",
     "fp64": r"D(ADD|MUL|FMA)\b",
+    "mma": r"HMMA\b",
+    "wgmma": r"(HGMMA|UTC\w*MMA)\b",
+    "tma": r"UTMALDG\b",
     "barriers": r"BAR\b",
 }
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
-from sheets import CL, STEP, Suite, caption, to_markdown, unique
+from sheets import CL, OURS, STEP, Suite, caption, to_markdown, unique
 
 GRAPHED = "-graphed"
 COMPILED = "compile"
 CUDNN = "cudnn-fused"
+OPTIMIZED = "fused_res-optimized"
 
 
 class GpuSuite(Suite):
@@ -123,6 +124,63 @@ def _nets(suite: GpuSuite, rival: str) -> list[str]:
     return to_markdown(header, body)
 
 
+def _inference(suite: GpuSuite, rival: str) -> list[str]:
+    body = []
+    graphs = "eager" + GRAPHED, CUDNN + GRAPHED, "compile-max-autotune-freezing"
+    for line in suite.lines:
+        ours = suite.found(line, rival), suite.found(line, rival + GRAPHED)
+        body.append(
+            [
+                line[0],
+                suite.over(line, rival, "eager"),
+                suite.over(line, rival, COMPILED),
+                suite.over(line, rival, CUDNN),
+                suite.over(line, rival + GRAPHED, *graphs),
+                *(
+                    " / ".join(_number(row.get(field), digits) for row in ours)
+                    for field, digits in (
+                        ("median_ms", ".3g"),
+                        ("images_per_s", ".0f"),
+                        ("percent_of_roofline", ".3g"),
+                    )
+                ),
+            ]
+        )
+    header = ["net or block", f"over eager {CL}", *AGAINST[2:], "ms", "images/s", "% of roofline"]
+    return to_markdown(header, body)
+
+
+def implementation(row: dict) -> str:
+    """Of a row of ``convs``: ``eager``, ``cudnn``, ``triton``."""
+    return row["rival"].removeprefix(OURS).split("-")[0]
+
+
+def best(rows: list[dict]) -> dict[str, dict]:
+    """The fastest row of each implementation that was timed."""
+    timed = sorted((r for r in rows if r["median_ms"] is not None), key=lambda r: -r["median_ms"])
+    return {implementation(row): row for row in timed}
+
+
+def _convs(suite: GpuSuite) -> list[str]:
+    names = unique(implementation(row) for row in suite.rows)
+    body = []
+    for workload in suite.workloads:
+        found = best([row for row in suite.rows if row["workload"] == workload])
+        ours = [row for name, row in found.items() if name != "eager"]
+        least = min(ours, key=lambda row: row["median_ms"], default={})
+        over = least.get("speedup_over", {}).get(f"eager {CL}")
+        ms = [_number(found.get(name, {}).get("median_ms"), ".3g") for name in names]
+        share = _number(least.get("percent_of_roofline"), ".3g")
+        config = found.get("triton", {}).get("config") or {"": "-"}
+        config = " ".join(map(str, config.values()))
+        body.append(
+            [workload.removeprefix("conv "), *ms, _number(over), share, " ".join(map(str, config))]
+        )
+    header = ["convolution", *(f"{name}, ms" for name in names), "fastest over eager",
+              "% of roofline", "Triton's configuration"]  # fmt: skip
+    return to_markdown(header, body)
+
+
 def _autotune(suite: GpuSuite, rival: str) -> list[str]:
     tuned = "compile-max-autotune"
     body = [
@@ -155,9 +213,17 @@ INTRO = {
     "nets": "Whole nets under bfloat16 autocast ({rival}, channels_last), training with the "
     "optimizer's step: images a second and peak memory above the parameters, eager "
     "channels_last → ours, and the speed-up.",
+    "inference": "Inference ({rival}, channels_last): speed-up; then ours as it is / in a CUDA "
+    "graph, and its share of what the measured peaks allow a kernel for each convolution.",
     "autotune": "Against torch.compile's max-autotune ({rival}): speed-up.",
 }
-TABLES = {"ops": _ops, "blocks": _blocks, "nets": _nets, "autotune": _autotune}
+CONVS = (
+    "The convolutions of ResNet-18 and ResNet-50, each with BatchNorm, residual and ReLU, called "
+    "from Python: each implementation, Triton's in its fastest configuration."
+)
+INTRO["inference-all"] = INTRO["inference"]
+TABLES = {"ops": _ops, "blocks": _blocks, "nets": _nets, "inference": _inference,
+          "inference-all": _inference, "autotune": _autotune}  # fmt: skip
 
 
 def peaks(rows: list[dict]) -> str:
@@ -179,8 +245,13 @@ def parts(suites: dict[str, list[dict]]) -> list[str]:
         if not suites.get(name):
             continue
         suite = GpuSuite(suites[name])
-        for rival in suite.backends:
+        # what is tuned takes the best of our backends
+        optimized = [r for r in suite.backends if r == OPTIMIZED]
+        for rival in optimized or suite.backends:
             out.append(INTRO[name].format(rival=rival) + " Under 1 is slower.")
             out.append("\n".join(make(suite, rival)))
         out += [behind(suite), caption(suites[name])]
+    if suites.get("convs"):
+        suite = GpuSuite(suites["convs"])
+        out += [CONVS, "\n".join(_convs(suite)), caption(suite.rows)]
     return out

@@ -2,27 +2,35 @@
 it: ``python benchmarks/kernels_report.py`` (``make kernels-report``). Exit 1 where one spills.
 
 CUDA C++: every instance in the library, as ``cuda_resources.py`` compiles them. Triton: the
-configurations that ``kernels/bn_act.py`` launches, recorded from calls with the shapes below.
+configurations that ``kernels`` launches, recorded from calls with the shapes below.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
+import itertools
 import re
 import sys
 import tempfile
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import cuda_resources as cuda
 import torch
 import triton
 from cuda_resources import Resources
 from fused_res.kernels import bn_act as kernels
+from fused_res.kernels import conv_bn_act as conv_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_res.reference import ConvNorm, Norm
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,10 +47,21 @@ SHAPES = {
 }
 DTYPES = (torch.bfloat16, torch.float32)
 RESIDUALS = ("tensor", "norm")
+# Of the inference op: the input, and the output channels.
+CONV_SHAPE = (64, 64, 56, 56)
+CONV_FILTERS = 256
 _TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.uint8: "u8",
 }  # fmt: skip
+
+# By name, those of both modules that are launched: helpers' names begin with _.
+KERNELS = {
+    name: f
+    for module in (kernels, conv_kernels)
+    for name, f in vars(module).items()
+    if hasattr(f, "arg_names") and name[0] != "_"
+}
 
 # --- Triton: what is compiled
 
@@ -58,63 +77,136 @@ class Configuration(NamedTuple):
     constants: tuple[tuple[str, object], ...]
     divisible: tuple[int, ...]
     warps: int
+    stages: int | None = None  # None: Triton's own choice
 
     @property
     def tile(self) -> str:
         c = dict(self.constants)
+        if "BN" in c:
+            pixels = c["M"] if "M" in c else f"{c['IMAGES']}x{c['TH']}x{c['TW']}"
+            return f"{pixels} x {c['BN']} x {c['BK']}, {self.stages} stages"
         if "R" not in c:
             return f"{c['K']}x{c['B']}"
         return f"{c['R']}x{8 * c['G']}" + (f" x{c['UNROLL']}" if "UNROLL" in c else "")
 
 
-def _record(shape, dtype, layout: str, residual: str) -> list[Configuration]:
-    found = []
-    norm = residual == "norm"
+def _type(value) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
+    if isinstance(value, torch.Tensor):
+        return "*" + _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if abs(value) < 2**31 else "i64"
 
-    def launch(kernel, grid, *args, warps, **constants):
+
+@contextlib.contextmanager
+def _recording(module, *words: str):
+    """Yields a list of what ``module`` would launch; nothing is."""
+    found = []
+
+    def launch(kernel, grid, *args, warps, stages=None, **constants):
         named = dict(zip(kernel.arg_names, args, strict=False)) | constants
         signature, fixed, divisible = {}, {}, []
         for i, name in enumerate(kernel.arg_names):
             value = named[name]
-            is_tensor = isinstance(value, torch.Tensor)
-            is_one = not is_tensor and value == 1 and name not in kernels.COUNTS
-            if name in constants or value is None or is_one:
+            counts = isinstance(value, int) and name not in module.COUNTS
+            if name in constants or value is None or (counts and value == 1):
                 signature[name], fixed[name] = "constexpr", value
-            elif is_tensor:
-                signature[name] = "*" + _TYPES[value.dtype]
+                continue
+            signature[name] = _type(value)
+            if isinstance(value, torch.Tensor) or (counts and value % 16 == 0):
                 divisible.append(i)
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                signature[name] = "i32" if abs(value) < 2**31 else "i64"
-                if value % 16 == 0 and name not in kernels.COUNTS:
-                    divisible.append(i)
         found.append(
             Configuration(
-                kernel.fn.__name__, _TYPES[dtype], layout, residual, tuple(signature.items()),
-                tuple(fixed.items()), tuple(divisible), warps,
+                kernel.fn.__name__, *words, tuple(signature.items()), tuple(fixed.items()),
+                tuple(divisible), warps, stages,
             )
         )  # fmt: skip
 
+    with mock.patch.object(module, "_launch", launch):
+        yield found
+
+
+def _record(shape, dtype, layout: str, residual: str) -> list[Configuration]:
+    norm = residual == "norm"
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
     w = torch.empty(shape[1], device="meta")
     second = (w, w, w, w) if norm else (None,) * 4
-    launched, kernels._launch = kernels._launch, launch
-    try:
+    with _recording(kernels, _TYPES[dtype], layout, residual) as found:
         _, mask, stats = kernels.forward(
             x, w, w, w, w, True, 0.1, 1e-5, x, norm, *second, norm, 0.1, 1e-5, 1, True)  # fmt: skip
         kernels.backward(
             x, x, w, True, x if norm else None, norm, w if norm else None, norm, stats, mask, 1,
             True, True, True)  # fmt: skip
-    finally:
-        kernels._launch = launched
+    return found
+
+
+def record_bare() -> list[Configuration]:
+    """bn_act with all left out that may be: each is a compilation of its own."""
+    none, found = (None,) * 4, []
+    for shape in SHAPES["channels_last"]:
+        x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        x = x.to(memory_format=torch.channels_last)
+        w = torch.empty(shape[1], device="meta")
+        for training in (True, False):
+            running = none if training else (None, None, w, w)
+            with _recording(kernels, "bf16", "channels_last", "none") as launched:
+                _, mask, stats = kernels.forward(
+                    x, *running, training, 0.1, 1e-5, None, False, *none, False, 0.1, 1e-5, 0,
+                    False)  # fmt: skip
+                for need_x in (True, False):
+                    kernels.backward(
+                        x, x, None, training, None, False, None, False, stats, mask, 0, need_x,
+                        False, not need_x)  # fmt: skip
+            found += launched
+    return list(dict.fromkeys(found))
+
+
+def record_conv(config: conv_kernels.Config, dtype, residual: str) -> Configuration:
+    """3x3 in steps of 2."""
+    n, c, h, w = CONV_SHAPE
+    k = CONV_FILTERS
+
+    def empty(*shape):
+        t = torch.empty(shape, dtype=dtype, device="meta")
+        return t.to(memory_format=torch.channels_last)
+
+    def stage(size: int) -> ConvNorm:
+        channels = torch.empty(k, device="meta")
+        norm = Norm(channels, channels, channels, channels)
+        padding = (size // 2, size // 2)
+        return ConvNorm(empty(k, c, size, size), None, (2, 2), padding, (1, 1), 1, norm)
+
+    shortcut, other = None, empty(n, k, h // 2, w // 2)
+    if residual == "projection":
+        shortcut, other = stage(1), empty(n, c, h, w)
+    size = other.element_size()
+    config = config._replace(BK=max(16, config.BK * 2 // size))
+    with _recording(conv_kernels, _TYPES[dtype], "3x3/2", residual) as found:
+        conv_kernels.forward(empty(n, c, h, w), stage(3), other, shortcut, config=config)
+    return found[0]
+
+
+def conv_configurations() -> list[Configuration]:
+    """Every configuration of the inference op, with what takes the most registers of what it is
+    for; the widest of each kind in float32 too."""
+    found, kinds = [], set()
+    for config in conv_kernels.CONFIGS:
+        narrow = config.M * config.BN <= conv_kernels.WIDEST
+        residual = "projection" if narrow else "tensor"
+        if config.kind != "exact":
+            found.append(record_conv(config, torch.bfloat16, residual))
+        if narrow and config.kind not in kinds:
+            kinds.add(config.kind)
+            found.append(record_conv(config, torch.float32, residual))
     return found
 
 
 def configurations() -> list[Configuration]:
-    """Every configuration that the shapes above launch, once; "any" where it does not depend on
-    the dtype, the layout or the residual."""
+    """Every configuration of bn_act that the shapes above launch, once; "any" where it does not
+    depend on the dtype, the layout or the residual."""
     found: dict[Configuration, list[Configuration]] = {}
     for layout, shapes in SHAPES.items():
         for shape in shapes:
@@ -146,6 +238,9 @@ AMDGCN = {
     "shared_stores": r"ds_(write|store)",
     "fp32": r"v_(pk_)?(add|sub|subrev|mul|fma|fmac|mac|mad)_f32",
     "fp64": r"v_(add|mul|fma|fmac)_f64",
+    "mma": r"v_mfma_",
+    "wgmma": r"(?!)",  # there is no such thing
+    "tma": r"(?!)",
     "barriers": r"s_barrier",
 }
 
@@ -163,14 +258,17 @@ def read_amdgcn(text: str, shared: int) -> Resources:
 def compile_for(c: Configuration, target: str) -> Resources:
     """Compiles one configuration; raises what the compiler raises."""
     source = ASTSource(
-        fn=getattr(kernels, c.kernel),
+        fn=KERNELS[c.kernel],
         signature=dict(c.signature),
         constexprs={(i,): dict(c.constants)[n] for i, (n, t) in enumerate(c.signature)
                     if t == "constexpr"},
         attrs={(i,): [["tt.divisibility", 16]] for i in c.divisible},
     )  # fmt: skip
     gpu = TARGETS[target]
-    built = triton.compile(source, target=gpu, options=kernels.options(c.warps, gpu.warp_size))
+    options = kernels.options(c.warps, gpu.warp_size)
+    if c.stages is not None:
+        options["num_stages"] = c.stages
+    built = triton.compile(source, target=gpu, options=options)
     if target.startswith("gfx"):
         return read_amdgcn(built.asm["amdgcn"], built.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -184,8 +282,11 @@ def _compile(job: tuple[Configuration, str]) -> tuple[Configuration, str, Resour
     return *job, compile_for(*job)
 
 
-def report(targets=tuple(TARGETS), workers: int = 2) -> list[tuple[Configuration, str, Resources]]:
-    jobs = [(c, target) for c in configurations() for target in targets]
+def report(sections: Iterable[Section], workers: int = 2):
+    """(Configuration, target, Resources) of every compilation of the sections."""
+    jobs = []
+    for section in sections:
+        jobs += itertools.product(section.configurations(), section.targets)
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         return list(pool.map(_compile, jobs, chunksize=4))
 
@@ -206,17 +307,35 @@ COLUMNS = {
     "shared_loads": "shared loads", "shared_stores": "shared stores", "fp32": "fp32",
     "fp64": "fp64", "barriers": "barriers",
 }  # fmt: skip
+CONV_COLUMNS = {
+    "registers": "registers", "shared": "shared", "stack": "stack", "spills": "spills",
+    "mma": "mma", "wgmma": "wgmma", "tma": "TMA", "loads": "loads", "wide_loads": "16 B",
+    "shared_loads": "shared loads", "shared_stores": "shared stores", "barriers": "barriers",
+}  # fmt: skip
 
 
-def header(labels: tuple[str, ...]) -> list[str]:
-    return [*labels, "dtype", *COLUMNS.values()]
+class Section(NamedTuple):
+    """A part of kernels.md. kernels: of Triton, that it is about."""
+
+    name: str
+    labels: tuple[str, ...]
+    targets: list[str]
+    kernels: tuple[str, ...] = ()
+    columns: dict[str, str] = COLUMNS
+
+    def configurations(self) -> list[Configuration]:
+        every = configurations() if self.columns is COLUMNS else conv_configurations()
+        return [c for c in every if c.kernel in self.kernels]
+
+    def header(self) -> list[str]:
+        return [*self.labels, "dtype", *self.columns.values()]
 
 
 def _cell(values: list[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else "/".join(map(str, values))
 
 
-def tables(rows: list[Row], labels: tuple[str, ...]) -> str:
+def tables(rows: list[Row], section: Section) -> str:
     """Markdown: a table for each kernel, where dtypes with the same figures share a row."""
     kernels_rows: dict[str, dict[tuple, list[str]]] = {}
     for row in rows:
@@ -224,9 +343,10 @@ def tables(rows: list[Row], labels: tuple[str, ...]) -> str:
         same.setdefault((row.what, row.found), []).append(row.dtype)
     parts = []
     for kernel, merged in kernels_rows.items():
-        lines = [header(labels), ["---"] * (len(labels) + 1) + ["--:"] * len(COLUMNS)]
+        words = ["---"] * (len(section.labels) + 1)
+        lines = [section.header(), words + ["--:"] * len(section.columns)]
         for (what, found), dtypes in merged.items():
-            figures = [_cell([getattr(r, field) for r in found]) for field in COLUMNS]
+            figures = [_cell([getattr(r, field) for r in found]) for field in section.columns]
             lines.append([*what, ", ".join(dtypes), *figures])
         text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
         parts.append(f"#### {kernel}\n\n{text}")
@@ -241,22 +361,24 @@ def _caption(compiler: str, targets: list[str], rows: list[Row]) -> str:
     )
 
 
-class Section(NamedTuple):
-    name: str
-    labels: tuple[str, ...]
-    targets: list[str]
-
-
+_BN_ACT = tuple(name for name in KERNELS if not name.startswith("conv"))
+_LABELS = ("tile", "warps", "layout", "residual")
+_CONV_LABELS = ("tile", "warps", "convolution", "residual")
 SECTIONS = (
     Section("cuda", ("variant",), list(cuda.ARCHITECTURES)),
-    Section("triton-nvidia", ("tile", "warps", "layout", "residual"), list(TARGETS)[:3]),
-    Section("triton-amd", ("tile", "warps", "layout", "residual"), list(TARGETS)[3:]),
+    Section("triton-nvidia", _LABELS, ["sm_80", "sm_90", "sm_100"], _BN_ACT),
+    Section("triton-amd", _LABELS, ["gfx942"], _BN_ACT),
+    Section("conv-tma", _CONV_LABELS, ["sm_90", "sm_100"], ("conv_descriptor",), CONV_COLUMNS),
+    Section("conv-nvidia", _CONV_LABELS, ["sm_80"], ("conv_pointer",), CONV_COLUMNS),
+    Section("conv-amd", _CONV_LABELS, ["gfx942"], ("conv_pointer",), CONV_COLUMNS),
 )
 
 
-def cuda_rows(targets: list[str]) -> list[Row]:
+def cuda_rows(section: Section) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        compiled = list(pool.map(partial(cuda.compile_kernels, folder=Path(folder)), targets))
+        compiled = list(
+            pool.map(partial(cuda.compile_kernels, folder=Path(folder)), section.targets)
+        )
     rows = []
     for instances in zip(*compiled, strict=True):
         ((name, dtype, variant),) = {(k.name, k.dtype, k.variant) for k in instances}
@@ -264,9 +386,9 @@ def cuda_rows(targets: list[str]) -> list[Row]:
     return rows
 
 
-def triton_rows(targets: list[str]) -> list[Row]:
+def triton_rows(section: Section) -> list[Row]:
     found: dict[Configuration, list[Resources]] = {}
-    for c, _, resources in report(tuple(targets)):
+    for c, _, resources in report([section]):
         found.setdefault(c, []).append(resources)
     order = list(dict.fromkeys(c.kernel for c in found))
     return [
@@ -307,8 +429,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"CUDA C++ is left out: {missing}\n", file=sys.stderr)
                 continue
             compiler, make = f"nvcc {cuda.version()}", cuda_rows
-        rows = make(targets)
-        text = f"{_caption(compiler, targets, rows)}\n\n{tables(rows, section.labels)}"
+        rows = make(section._replace(targets=targets))
+        text = f"{_caption(compiler, targets, rows)}\n\n{tables(rows, section)}"
         print(f"{text}\n")
         if args.write:
             args.write.write_text(replaced(args.write.read_text(), section.name, text))

@@ -53,16 +53,21 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
-def versions() -> dict:
+def _version(package: str) -> str | None:
     try:
-        triton = importlib.metadata.version("triton")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        triton = None
+        return None
+
+
+def versions() -> dict:
     return {
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": _version("triton"),
         "python": platform.python_version(),
         "fused_res": fused_res.__version__,
+        "onnxruntime": _version("onnxruntime"),
+        "openvino": _version("openvino"),
     }
 
 

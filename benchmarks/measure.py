@@ -8,9 +8,12 @@ import statistics
 import time
 from collections.abc import Callable
 
+import convs
 import nets
 import programs
+import roofline
 import torch
+from peaks import peak_tflops
 from programs import Program
 from rivals import Rival
 from rows import OUT_OF_TIME
@@ -80,7 +83,7 @@ def compare(
     floor = {name: half_ulp(size(e), workload.dtype) for name, e in exact.items()}
     if workload.dtype in HALVES:
         found = {key: error for key, error in found.items() if key[1] == "rms"}
-    if workload.suite == "nets":
+    if workload.net:
         sizes = {name: rms(e) for name, e in exact.items() if name != "y"}
         relative = [found[name, "rms"] / size for name, size in sizes.items() if size]
         found = {("y", "rms"): found["y", "rms"]}
@@ -104,8 +107,10 @@ def exact_result(workload: Workload, v: object) -> dict[str, Tensor]:
     # cuDNN's float64 convolutions are few and may be slow; PyTorch's own are matrix products
     before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
     try:
-        if workload.suite == "nets":
+        if workload.net:
             return nets.exact_result(workload, v)
+        if workload.conv:
+            return convs.ConvProgram(convs.eager, workload, programs.double(v)).result()
         return programs.exact_program(workload, v).result()
     finally:
         torch.backends.cudnn.enabled = before
@@ -127,13 +132,14 @@ class Measurement:
         self.quality: dict[str, tuple[float, float]] = {}
         self.timed: dict[str, dict[str, Rounds]] = {d: {} for d in workload.directions}
         self.copy: dict[str, float] = {}
+        self.peak_tflops: float | None = None
         self.peak: dict[str, float | None] = {}
         self.saved: dict[str, int] = {}
         self.eager: dict = {}
         self.values = self.exact = None
 
     def prepare(self) -> None:
-        source = nets if self.workload.suite == "nets" else programs
+        source = nets if self.workload.net else convs if self.workload.conv else programs
         self.values = source.values(self.workload, self.device)
         self.exact = exact_result(self.workload, self.values)
 
@@ -152,8 +158,9 @@ class Measurement:
         if rival.name == "eager":
             self.eager = {key: max(e, self.eager.get(key, 0.0)) for key, e in found.items()}
         ratio, where = over_eager(found, self.eager, floor)
-        self.quality[rival.label] = found["y", "rms"] / rms(self.exact["y"]), ratio
-        if not ratio <= rival.slack:
+        relative = found["y", "rms"] / rms(self.exact["y"])
+        self.quality[rival.label] = relative, ratio
+        if not (ratio <= rival.slack or relative <= rival.bound):
             self.refused[rival.label] = (
                 f"wrong result: error of {where} is {ratio:.3g}x eager's, over {rival.slack}x"
             )
@@ -199,14 +206,19 @@ class Measurement:
 
     def _time(self, built: dict[str, Program], least_ms: float, memory: bool) -> None:
         for direction in self.workload.directions:
-            if self.workload.suite != "nets":
+            if self.workload.suite != "nets" and direction not in self.copy:
                 megabytes = 16 if least_ms < 10 else 1024 if self.cuda else 256
                 self.copy[direction] = copy_gbps(self.device, megabytes)
+            if self.workload.inference and self.peak_tflops is None:
+                n = 128 if least_ms < 10 else 8192 if self.cuda else 1024
+                self.peak_tflops = peak_tflops(self.device, n, self.workload.dtype)
             calls = {
                 label: self._stepper(self.by_label[label], program.calls[direction])
                 for label, program in built.items()
             }
-            self.timed[direction].update(rotate(calls, self.rounds, self.device, least_ms))
+            settle = self.workload.inference  # there are runtimes with threads of their own
+            timed = rotate(calls, self.rounds, self.device, least_ms, settle)
+            self.timed[direction].update(timed)
         if memory and self.workload.suite == "blocks" and self.workload.training:
             self.saved = {
                 label: program.saved_bytes()
@@ -246,6 +258,9 @@ class Measurement:
     def _row(self, label: str, direction: str, **fields: object) -> dict:
         rival, workload = self.by_label[label], self.workload
         error, ratio = self.quality.get(label, (None, None))
+        if workload.conv:
+            config = rival.config and rival.config._asdict()
+            fields |= {"call": convs.described(workload), "config": config}
         return {
             "suite": workload.suite,
             "workload": workload.name,
@@ -290,7 +305,12 @@ class Measurement:
             fields["images_per_s"] = 1e3 * self.workload.shape[0] / median
             fields["peak_mib"] = self.peak[label]
         else:
-            size = ideal_bytes(self.workload)[direction]
+            inference = self.workload.inference
+            size = (
+                roofline.moved_bytes(self.workload)
+                if inference
+                else ideal_bytes(self.workload)[direction]
+            )
             gbps, copy = size / median / 1e6, self.copy[direction]
             fields |= {
                 "bytes": size,
@@ -298,6 +318,14 @@ class Measurement:
                 "percent_of_copy": 100 * gbps / copy,
                 "copy_gbps": copy,
             }
+            if inference:
+                bound = roofline.bound_ms(self.workload, self.peak_tflops, copy)
+                fields |= {
+                    "images_per_s": 1e3 * self.workload.shape[0] / median,
+                    "tflops": roofline.flops(self.workload) / median / 1e9,
+                    "peak_tflops": self.peak_tflops,
+                    "percent_of_roofline": 100 * bound / median,
+                }
         return self._row(label, direction, **fields)
 
 
@@ -315,8 +343,8 @@ def measure(
     """Checks every candidate, times those that are right, and returns rows without environment.
 
     The candidates called ``eager`` set the error that the others are allowed a multiple of. The
-    rivals of a net run one after the other and not in turns: their graphs together would not fit
-    in the GPU's memory, and their peaks of memory could not be told apart.
+    rivals of a net run one after the other on a GPU and not in turns: their graphs together would
+    not fit in its memory, and their peaks of memory could not be told apart.
 
     Args:
         memory: count what blocks save for backward.
@@ -326,8 +354,8 @@ def measure(
     """
     deadline = deadline or Deadline()
     share = share or deadline
-    m = Measurement(workload, candidates, device, rounds)
-    alone = workload.suite == "nets"
+    m = Measurement(workload, candidates, device, min(rounds, workload.most_rounds or rounds))
+    alone = workload.alone
     for group in [[rival] for rival in candidates] if alone else [candidates]:
         built: dict[str, Program] = {}
         for rival in group:

@@ -1,4 +1,4 @@
-"""Whole nets: an optimizer's step and an evaluation under bfloat16 autocast.
+"""Whole nets: an optimizer's step and an evaluation under bfloat16 autocast, and their values.
 
 Images repeat: a batch is copies of at most 16. BatchNorm's statistics and the mean loss of the
 copies are those of the few, so that the very step that is timed can be held against float64 at the
@@ -7,9 +7,11 @@ cost of 16 images.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,33 @@ def resnet(
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
+@cache
+def torchvision_models() -> ModuleType:
+    """``torchvision.models``, beside a PyTorch without CUDA too.
+
+    There torchvision's own library may not load, and its import asks for two operators of it, which
+    no ResNet calls: they are declared instead.
+    """
+    try:
+        from torchvision import models
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        operators = torch.library.Library("torchvision", "DEF")
+        operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        from torchvision import models
+
+        models.operators = operators  # they live as long as this object
+    return models
+
+
+def _torchvision(name: str) -> nn.Module:
+    return getattr(torchvision_models(), name)(weights=None)
+
+
 @dataclass(frozen=True)
 class Net:
     """``compile_s``: what torch.compile of a training step may take; it is not begun with less."""
@@ -65,6 +94,9 @@ NETS = {
     "ResNet-50": Net(
         partial(resnet, "bottleneck", (256, 512, 1024, 2048), (3, 4, 6, 3), 1000, True), 75.0
     ),
+    "ResNet-18": Net(partial(resnet, "basic", (64, 128, 256, 512), (2, 2, 2, 2), 1000, True), 40.0),
+    "torchvision ResNet-18": Net(partial(_torchvision, "resnet18"), 40.0),
+    "torchvision ResNet-50": Net(partial(_torchvision, "resnet50"), 75.0),
     "ResNet-18 CIFAR": Net(partial(ResNet18, 64), 40.0),
     "ResNet-20 CIFAR": Net(partial(resnet, "basic", (16, 32, 64), (3, 3, 3), 10, False), 40.0),
     "100 blocks": Net(partial(NetResDeep, 32, 100), 75.0),
@@ -101,7 +133,7 @@ class Values:
 def values(workload: Workload, device: str = "cpu", seed: int = 0) -> Values:
     generator = torch.Generator(device).manual_seed(seed)
     batch = workload.shape[0]
-    few = min(DISTINCT, batch // 2)
+    few = max(1, min(DISTINCT, batch // 2))
     x = torch.randn((few, *workload.shape[1:]), generator=generator, device=device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,13 +1,20 @@
-"""Who runs a workload: PyTorch, torch.compile, cuDNN's fused calls in eval mode, and fused_res."""
+"""Who runs a workload: PyTorch, torch.compile, in eval mode cuDNN's fused calls and other
+runtimes, and fused_res."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
+import convs
+import inference
+import roofline
 import torch
+from convs import ConvProgram
 from folding import FoldedBlock
+from inference import InferenceProgram
 from nets import NETS, NetProgram, folded, fused
 from programs import Program, block_program, op_program
 from torch import Tensor
@@ -21,6 +28,12 @@ from fused_res.ops.bn_act import bn_act
 # timed with this much more error than eager
 COMPILE_SLACK = 32.0
 OUR_SLACK = 1.5
+# or, for inference in float32, this relative RMS error in each convolution: Winograd's F(4x4, 3x3)
+WINOGRAD_BOUND = 5e-6
+# cuDNN's fused calls want BatchNorm in the weights, which 16 bits round twice. Pooling averages out
+# what each pixel's rounding does, and not that: of 12 nets' logits the error was 1.0 to 1.9 times
+# eager's. `auto` does not take them for 16 bits.
+FOLDED_SLACK = 3.0
 
 Build = Callable[[Workload, dict], Program]
 
@@ -29,6 +42,8 @@ Build = Callable[[Workload, dict], Program]
 class Rival:
     """``slack``: how many times PyTorch's own error this rival may have.
 
+    ``bound``: the relative RMS error that it may have whatever PyTorch's is. ``config``: the
+    configuration that Triton's kernel is given.
     ``graphed``: its calls are captured in CUDA graphs. ``core``: without it the others say little.
     ``seconds``: what building it may take; it is not begun when less time is left.
     """
@@ -40,6 +55,8 @@ class Rival:
     graphed: bool = False
     core: bool = False
     seconds: float = 2.0
+    bound: float = 0.0
+    config: NamedTuple | None = None
 
     @property
     def label(self) -> str:
@@ -61,12 +78,14 @@ def graphed(rival: Rival) -> Rival:
     return replace(rival, name=name, slack=slack, graphed=True, core=False)
 
 
-def fused_backends(device: str, dtype: torch.dtype = torch.float32) -> list[str]:
+def fused_backends(
+    device: str, dtype: torch.dtype = torch.float32, op: str = "bn_act"
+) -> list[str]:
     return [
         name
         for name in BACKENDS
         if name not in ("auto", "eager")
-        and why_not("bn_act", name, torch.device(device).type, dtype) is None
+        and why_not(op, name, torch.device(device).type, dtype) is None
     ]
 
 
@@ -78,6 +97,14 @@ def compile_modes(*names: str) -> dict[str, dict]:
     fixed = {"fullgraph": True, "dynamic": False}
     modes = {f"compile-{name}": {**fixed, "mode": name} for name in names if name != "default"}
     return {"compile": fixed, **modes} if "default" in names else modes
+
+
+def inference_modes(suite: str, gpu: bool) -> dict[str, dict]:
+    """Arguments of ``inference.compiled`` by the rival's name: frozen, on a CPU not frozen too."""
+    if suite == "inference-all":
+        return {"compile-max-autotune-freezing": {"mode": "max-autotune", "freezing": True}}
+    frozen = {"compile-freezing": {"freezing": True}}
+    return frozen if gpu else {"compile": {"freezing": False}, **frozen}
 
 
 def _static(build: Build, options: dict) -> Build:
@@ -157,15 +184,64 @@ class _Nets:
         return partial(NetProgram, swap=partial(folded, dtype=dtype), autocast=None)
 
 
+def _inference(workload: Workload, device: str, modes: dict[str, dict], gpu: bool) -> list[Rival]:
+    seconds = NETS[workload.net].compile_s * 0.6 if workload.net else 20.0
+    found = {}
+
+    def rival(name: str, slack: float, prepare: inference.Prepare, layout: str = CL, **fields):
+        build = partial(InferenceProgram, prepare, layout=layout)
+        found[f"{name} {layout}"] = Rival(name, layout, slack, build, **fields)
+
+    rival("eager", 1.0, inference.eager, core=True)
+    if not gpu:
+        rival("eager", 1.0, inference.eager, "NCHW")
+    bound = 0.0
+    if workload.dtype == torch.float32:
+        convolutions = sum(kernel.flops > 0 for kernel in roofline.kernels(workload))
+        bound = WINOGRAD_BOUND * convolutions**0.5
+    rival("fused_res-optimized", OUR_SLACK, inference.optimized, core=True, bound=bound)
+    if gpu:
+        rival("cudnn-fused", COMPILE_SLACK, inference.cudnn_fused, core=True)
+        for backend in fused_backends(device, workload.dtype, "conv_bn_act"):
+            prepare = partial(inference.with_backend, backend=backend)
+            rival(f"fused_res-{backend}", slack, prepare, bound=bound)
+        for each in list(found.values()):
+            found[f"{each.name}-graphed {each.layout}"] = graphed(each)
+    else:
+        for name, prepare in inference.RUNTIMES.items():
+            rival(name, COMPILE_SLACK, prepare, "NCHW")
+    for name, options in modes.items():
+        if workload.net and name == "compile":
+            continue  # frozen is what it is at its best, and a net compiles for long
+        prepare = partial(inference.compiled, **options)
+        times = 3 if "autotune" in name else 1
+        rival(name, COMPILE_SLACK, prepare, seconds=seconds * times)
+    return list(found.values())
+
+
+def _convs(workload: Workload, device: str) -> list[Rival]:
+    """PyTorch's ops, and every implementation of ``conv_bn_act``."""
+    out = [Rival("eager", CL, 1.0, partial(ConvProgram, convs.eager), core=True)]
+    for name, config, run in convs.implementations(workload, device):
+        full = "-".join(map(str, (f"fused_res-{name}", *(config or ()))))
+        out.append(Rival(full, CL, OUR_SLACK, partial(ConvProgram, run), config=config))
+    return out
+
+
 def rivals(
     workload: Workload, device: str, modes: dict[str, dict], gpu: bool = False
 ) -> list[Rival]:
     """Who runs ``workload``, torch.compile in ``modes``.
 
     Args:
+        modes: by the rival's name, of ``compile_modes`` or, for inference, ``inference_modes``.
         gpu: the rivals that a GPU is asked, wherever they run: with CUDA graphs, cuDNN's fused
             calls and torch.compile of ours, the most important first.
     """
+    if workload.conv:
+        return _convs(workload, device)
+    if workload.inference:
+        return _inference(workload, device, modes, gpu)
     if workload.suite == "nets":
         builds = _Nets(workload)
     else:
@@ -181,7 +257,9 @@ def rivals(
         build = _static(builds.compiled(options), options)
         compiled.append(Rival(name, layout, COMPILE_SLACK, build, seconds=seconds))
     backends = fused_backends(device, workload.dtype)
-    ours = [Rival(f"fused_res-{b}", layout, OUR_SLACK, builds.ours(b)) for b in backends]
+    folds = workload.net and not workload.training and workload.dtype != torch.float32
+    slack = {b: FOLDED_SLACK if folds and b == "cuda" else OUR_SLACK for b in backends}
+    ours = [Rival(f"fused_res-{b}", layout, slack[b], builds.ours(b)) for b in backends]
     if not gpu:
         return [*eager.values(), *compiled, *ours]
 
@@ -194,7 +272,7 @@ def rivals(
             Rival(
                 f"fused_res-{b}-compile",
                 layout,
-                OUR_SLACK,
+                slack,
                 builds.compiled(modes["compile"], b),
                 seconds=builds.compile_s,
             )

@@ -34,11 +34,15 @@ ROW_TYPES: dict[str, tuple[type, ...]] = {
     "commit": (str,),
     "date": (str,),
 }
-# fields that only some suites' rows have: nets and peaks
+# fields that only some suites' rows have: nets, peaks, inference and convs
 EXTRA_TYPES: dict[str, tuple[type, ...]] = {
     "images_per_s": (float, type(None)),
     "peak_mib": (float, type(None)),
     "tflops": (float, type(None)),
+    "peak_tflops": (float, type(None)),
+    "percent_of_roofline": (float, type(None)),
+    "call": (dict,),
+    "config": (dict, type(None)),
 }
 OUT_OF_TIME = "out of time"
 
@@ -92,9 +96,14 @@ def _figures(row: dict) -> str:
         out += f" {row['gbps']:6.1f} GB/s {row['percent_of_copy']:4.0f} %"
     if row["page_faults"] is not None:
         out += f" {row['page_faults']:7.0f} faults"
-    for field, unit in ("images_per_s", "images/s"), ("peak_mib", "MiB"), ("tflops", "TFLOP/s"):
+    for field, unit, digits in (
+        ("images_per_s", "images/s", "8.0f"),
+        ("peak_mib", "MiB", "8.0f"),
+        ("tflops", "TFLOP/s", "8.3g"),
+        ("percent_of_roofline", "% of roofline", "4.0f"),
+    ):
         if row.get(field) is not None:
-            out += f" {row[field]:8.0f} {unit}"
+            out += f" {row[field]:{digits}} {unit}"
     return out
 
 

@@ -20,9 +20,9 @@ import peaks
 import torch
 from machine import ROOT, environment
 from measure import Deadline, measure
-from rivals import compile_modes, rivals
+from rivals import compile_modes, inference_modes, rivals
 from rows import OUT_OF_TIME, lines, losses, validate, write_rows
-from workloads import CPU_SUITES, GPU_SUITES, Workload, suites
+from workloads import CPU_SUITES, GPU_SUITES, NAMED, Workload, suites
 
 START = time.monotonic()
 RESULTS = ROOT / "benchmarks" / "results"
@@ -97,9 +97,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def workloads(args: argparse.Namespace) -> list[tuple[str, Workload]]:
-    """(suite, workload) of everything to time; max-autotune only where it is named."""
+    """(suite, workload) of everything to time; what takes minutes only where it is named."""
     known = suites(args.gpu, args.quick)
-    wanted = [s for s in known if s != "autotune"] if args.suite == "all" else [args.suite]
+    wanted = [s for s in known if s not in NAMED] if args.suite == "all" else [args.suite]
     return [(s, w) for s in wanted for w in known.get(s, []) if args.filter in w.name]
 
 
@@ -107,6 +107,8 @@ def modes(args: argparse.Namespace, suite: str, first: bool) -> dict[str, dict]:
     """torch.compile's modes that run a workload, ``first`` of its suite or not."""
     if not args.compile or (args.gpu and args.quick and not first):
         return {}
+    if suite.startswith("inference"):
+        return inference_modes(suite, args.gpu)
     if suite == "autotune":
         return compile_modes("max-autotune")
     names = ["default"]
@@ -182,6 +184,7 @@ def run_child(args: argparse.Namespace, argv: list[str], sheet: Sheet, allocator
     if args.seconds is not None:
         argv = [*argv, "--seconds", str(args.seconds - (time.monotonic() - START))]
     with tempfile.TemporaryDirectory() as folder:
+        environ["FUSED_RES_CACHE"] = folder  # what was tuned before does not choose
         handed = Path(folder) / "rows.json"
         handed.write_text(json.dumps([sheet.where, sheet.rows]))
         command = [sys.executable, __file__, *argv, "--child", allocator, "--handed", str(handed)]
@@ -206,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps(where))
     if os.getloadavg()[0] > 0.5:
         print(f"warning: the machine is busy, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
-    if args.compile and not args.max_autotune and args.suite != "autotune":
+    if args.compile and not args.max_autotune and args.suite not in NAMED:
         print("torch.compile's max-autotune is left out: slow to compile, see --help")
     sheet = Sheet(args.out, where, "cuda" if args.device == "cuda" else "default", {})
     if args.gpu:

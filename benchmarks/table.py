@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 import gpu_tables
-from sheets import CL, OURS, STEP, Suite, caption, load, to_markdown
+from sheets import CL, OURS, STEP, Suite, caption, load, to_markdown, unique
 
 from fused_res.env import BACKENDS
 
 RESULTS = Path(__file__).resolve().parent / "results"
+FROZEN = "compile-freezing"
+PYTORCH = ("eager", "compile", FROZEN)
+RUNTIMES = ["onnxruntime", "openvino"]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -64,6 +68,40 @@ def targets(suites: dict[str, list[dict]]) -> list[tuple[bool, str]]:
             ]
             saved = [None if x is None else 1 - 1 / x for x in saved]
             claim(f"{rival}: share of saved bytes spared, bottleneck", saved, 0.15, 1, 1)
+    if "inference" in suites:
+        found = Suite(suites["inference"])
+        single, many = (
+            [w for w in found.workloads if re.search(rf"ResNet-\d+ batch {n}$", w)] for n in (1, 16)
+        )
+        blocks = [w for w in found.workloads if "ResNet" not in w]
+        for rival in found.ours:
+            for allocator in found.allocators:
+                what = f"{rival}, allocator {allocator}: inference of"
+
+                def over(names: list[str], *bases: str, rival=rival, allocator=allocator):
+                    return [found.speedup(w, rival, "eval", allocator, list(bases)) for w in names]
+
+                for names, batch, eager, frozen in (single, 1, 1.35, 1.10), (many, 16, 1.3, 1.05):
+                    nets = f"{what} ResNet-18, ResNet-50, batch {batch}, over"
+                    claim(f"{nets} eager {CL}", over(names, f"eager {CL}"), eager, 2, 2)
+                    claim(f"{nets} torch.compile, frozen", over(names, FROZEN), frozen, 2, 2)
+                claim(f"{what} blocks over the best of PyTorch", over(blocks, *PYTORCH), 1.0, 6, 6)
+    return out
+
+
+def goals(suites: dict[str, list[dict]]) -> list[tuple[bool, str]]:
+    """(met, what) of what is aimed at and not demanded: to be the fastest runtime there is."""
+    if "inference" not in suites:
+        return []
+    found, out = Suite(suites["inference"]), []
+    for rival in found.ours:
+        for allocator in found.allocators:
+            for workload in found.workloads:
+                over = found.speedup(workload, rival, "eval", allocator, RUNTIMES)
+                shown = "-" if over is None else f"{over:.2f}"
+                what = f"{rival}, allocator {allocator}: {workload} over the faster of"
+                met = over is not None and over >= 1
+                out.append((met, f"{what} {' and '.join(RUNTIMES)}, >= 1.00: {shown}"))
     return out
 
 
@@ -75,8 +113,8 @@ def _cells(values: list[float | None]) -> str:
     return " / ".join("-" if x is None else f"{x:.2f}" for x in values)
 
 
-def _milliseconds(values: list[float | None]) -> str:
-    return " / ".join("-" if x is None else f"{x:.3g}" for x in values)
+def _milliseconds(values: list[float | None], digits: str = ".3g") -> str:
+    return " / ".join("-" if x is None else format(x, digits) for x in values)
 
 
 def _ops(suite: Suite, rival: str) -> list[str]:
@@ -145,11 +183,47 @@ def _blocks(suite: Suite, rival: str) -> list[str]:
     return to_markdown(header, body)
 
 
+def _inference(suite: Suite, rival: str) -> list[str]:
+    body = []
+    for workload in suite.workloads:
+        rows = [suite.row(workload, rival, "eval", a) or {} for a in suite.allocators]
+
+        def over(*bases: str, workload=workload) -> str:
+            return _cells(
+                [suite.speedup(workload, rival, "eval", a, list(bases)) for a in suite.allocators]
+            )
+
+        def figures(field: str, digits: str = ".3g", rows=rows) -> str:
+            return _milliseconds([row.get(field) for row in rows], digits)
+
+        body.append(
+            [
+                workload,
+                over("eager NCHW"),
+                over(f"eager {CL}"),
+                over("compile"),
+                over(FROZEN),
+                over("onnxruntime"),
+                over("openvino"),
+                figures("median_ms"),
+                figures("images_per_s", ".0f"),
+                figures("percent_of_roofline"),
+            ]
+        )
+    header = ["net or block", "over eager NCHW", f"over eager {CL}", "over torch.compile",
+              "over torch.compile, frozen", "over ONNX Runtime", "over OpenVINO", "ms", "images/s",
+              "% of roofline"]  # fmt: skip
+    return to_markdown(header, body)
+
+
 INTRO = {
     "ops": "BatchNorm + residual add + ReLU in training ({rival}): speed-up over eager PyTorch in "
     "the same layout and over torch.compile, and the share of the measured copy bandwidth reached.",
     "blocks": "A whole block in training, forward and backward ({rival}, channels_last): speed-up "
     "over PyTorch, and what is saved for backward, PyTorch's → ours.",
+    "inference": "Inference, `optimize_for_inference` ({rival}, channels_last): speed-up over "
+    "PyTorch and over other runtimes, and the share reached of what the measured peak rate and "
+    "copy bandwidth allow a kernel for each convolution (over 100 %: Winograd multiplies less).",
 }
 
 
@@ -160,7 +234,7 @@ def markdown(results: Path) -> str:
         if not device.startswith("cpu-"):
             parts += gpu_tables.parts(suites)
             continue
-        for name, make in ("ops", _ops), ("blocks", _blocks):
+        for name, make in ("ops", _ops), ("blocks", _blocks), ("inference", _inference):
             rows = suites.get(name)
             if not rows:
                 continue
@@ -173,29 +247,46 @@ def markdown(results: Path) -> str:
     return "\n\n".join(parts) if parts else "No results yet."
 
 
+def _where(row: dict) -> dict:
+    device = {"device": row["device"]["name"], "isa": row["device"]["isa"]}
+    return {**device, "dtype": row["dtype"], "layout": row["layout"]}
+
+
+def _calls(rows: list[dict]) -> list[dict]:
+    """What was measured of each call: an implementation's fastest, and Triton's configuration."""
+    out = []
+    for workload in unique(row["workload"] for row in rows):
+        found = gpu_tables.best([row for row in rows if row["workload"] == workload])
+        if found:
+            row = next(iter(found.values()))
+            ms = {name: row["median_ms"] for name, row in found.items()}
+            config = found.get("triton", {}).get("config")
+            call = {"op": "conv_bn_act", **row["call"], "ms": ms, "config": config}
+            out.append({**_where(row), **call})
+    return out
+
+
 def dispatch(results: Path) -> str:
-    """JSON of what ``fused_res/measured.py`` reads: steps of bn_act on GPUs, by backend."""
+    """JSON of what ``fused_res/measured.py`` reads, of GPUs.
+
+    Steps of bn_act, by backend; calls of conv_bn_act, by implementation.
+    """
     found: dict[tuple, dict] = {}
+    calls: list[dict] = []
     for device, suites in load(results).items():
-        for row in suites.get("ops", []) if not device.startswith("cpu-") else []:
+        if device.startswith("cpu-"):
+            continue
+        calls += _calls(suites.get("convs", []))
+        for row in suites.get("ops", []):
             backend = row["rival"].removeprefix(OURS)
             if row["direction"] != STEP or row["refused"] or backend not in BACKENDS:
                 continue
             key = device, row["workload"]
             measured = found.setdefault(
-                key,
-                {
-                    "device": row["device"]["name"],
-                    "isa": row["device"]["isa"],
-                    "op": "bn_act",
-                    "dtype": row["dtype"],
-                    "layout": row["layout"],
-                    "shape": row["shape"],
-                    "ms": {},
-                },
+                key, {**_where(row), "op": "bn_act", "shape": row["shape"], "ms": {}}
             )
             measured["ms"][backend] = row["median_ms"]
-    rows = [json.dumps(row) for row in found.values() if "eager" in row["ms"]]
+    rows = [json.dumps(row) for row in [*found.values(), *calls] if "eager" in row["ms"]]
     return "[\n" + ",\n".join(rows) + "\n]\n" if rows else "[]\n"
 
 
@@ -220,17 +311,21 @@ def main(argv: list[str] | None = None) -> int:
     mode.add_argument(
         "--dispatch", type=Path, metavar="FILE", help="write what `auto` follows, measured.json"
     )
-    mode.add_argument("--targets", action="store_true", help="hold CPU results against the targets")
+    mode.add_argument(
+        "--targets",
+        action="store_true",
+        help="hold CPU results against the targets, and show how far the goals are",
+    )
     args = parser.parse_args(argv)
     if args.targets:
-        lines = [
-            line
-            for device, suites in load(args.results).items()
-            if device.startswith("cpu-")
-            for line in targets(suites)
+        cpus = [
+            suites for device, suites in load(args.results).items() if device.startswith("cpu-")
         ]
+        lines, aims = ([line for suites in cpus for line in f(suites)] for f in (targets, goals))
         for met, what in lines:
             print(f"{'pass' if met else 'FAIL'}  {what}")
+        for met, what in aims:
+            print(f"{'met ' if met else 'not '}  goal: {what}")
         return 0 if lines and all(met for met, _ in lines) else 1
     if args.dispatch:
         args.dispatch.write_text(dispatch(args.results))

@@ -40,22 +40,35 @@ def repeat_ms(call: Callable[[], object], times: int, device: str) -> float:
 
 
 def rotate(
-    calls: dict[str, Callable[[], object]], rounds: int, device: str, least_ms: float = 20.0
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    least_ms: float = 20.0,
+    settle: bool = False,
 ) -> dict[str, Rounds]:
     """Times the calls A B C A B C ..., ``least_ms`` or longer each: ms and faults a call.
 
     What else the machine does hits all rivals of a round alike, so ratios are taken round by round.
+
+    Args:
+        settle: a call that is not timed begins every turn, but for calls of 100 ms and more: the
+            threads of another runtime, which had the turn before, spin on for a while.
     """
     synchronize(device)
-    times = {}
+    times, unsettled = {}, set()
     # torch.compile's CUDA graphs are replayed from the third call on
     first = 3 if torch.device(device).type == "cuda" else 1
     for name, call in calls.items():
         repeat_ms(call, first, device)
-        times[name] = max(1, round(0.5 + least_ms / max(repeat_ms(call, 1, device), 1e-4)))
+        ms = repeat_ms(call, 1, device)
+        times[name] = max(1, round(0.5 + least_ms / max(ms, 1e-4)))
+        if settle and ms < 100:
+            unsettled.add(name)
     out = {name: Rounds([], []) for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            if name in unsettled:
+                call()
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             out[name].ms.append(repeat_ms(call, times[name], device) / times[name])
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults

@@ -13,12 +13,31 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
+class Conv:
+    """A call of ``conv_bn_act``: a square kernel, padded so that a stride of 1 keeps the size.
+
+    residual: ``none``, ``add``, or ``shortcut``: a 1x1 of another tensor, which has
+    ``shortcut_channels`` and ``shortcut_stride`` times the output's size.
+    """
+
+    out_channels: int
+    size: int
+    stride: int = 1
+    residual: str = "none"
+    shortcut_channels: int = 0
+    shortcut_stride: int = 1
+
+
+@dataclass(frozen=True)
 class Workload:
-    """``layout`` is that of x, or None where each rival has its own (``blocks``, ``nets``).
+    """``layout`` is that of x, or None where each rival has its own (all but ``ops``).
 
     ``directions`` are the calls that are timed: ``forward`` and ``forward+backward`` in training,
     ``eval`` (no gradients, BatchNorm by its running statistics), ``train`` (an optimizer's whole
-    step). The last one is checked. ``net`` names one of ``nets.NETS``.
+    step). The last one is checked. ``net`` names one of ``nets.NETS``; ``conv`` is of ``convs``.
+
+    most_rounds: of those asked for, where one call takes a second.
+    alone: rivals run one after the other, where all of them would not fit in the memory.
     """
 
     suite: str
@@ -30,8 +49,15 @@ class Workload:
     out_channels: int | None = None
     stride: int = 1
     net: str | None = None
+    conv: Conv | None = None
     dtype: torch.dtype = torch.float32
     directions: tuple[str, ...] = ("forward", STEP)
+    most_rounds: int | None = None
+    alone: bool = False
+
+    @property
+    def inference(self) -> bool:
+        return self.suite in ("inference", "convs")
 
     @property
     def training(self) -> bool:
@@ -60,6 +86,23 @@ def _block(kind: str, shape: tuple[int, int, int, int], width: int | None = None
     return Workload("blocks", name, shape, None, kind, width)
 
 
+def _inference_block(
+    kind: str, shape: tuple[int, int, int, int], width: int | None = None
+) -> Workload:
+    block = _block(kind, shape, width)
+    return replace(block, suite="inference", directions=("eval",))
+
+
+def _inference_net(
+    net: str, batch: int, pixels: int = 224, most_rounds: int | None = None
+) -> Workload:
+    name = f"{net} batch {batch}"
+    shape = batch, 3, pixels, pixels
+    return Workload(
+        "inference", name, shape, net=net, directions=("eval",), most_rounds=most_rounds
+    )
+
+
 OP_SHAPES = (
     (32, 64, 56, 56),
     (32, 64, 32, 32),
@@ -78,10 +121,26 @@ CPU_SUITES = {
         _block("single", (64, 32, 16, 16)),
         _block("single", (64, 32, 8, 8)),
     ],
+    "inference": [
+        _inference_net("torchvision ResNet-18", 1),
+        _inference_net("torchvision ResNet-18", 16, most_rounds=7),
+        _inference_net("torchvision ResNet-50", 1),
+        _inference_net("torchvision ResNet-50", 16, most_rounds=5),
+        _inference_block("basic", (1, 64, 56, 56)),
+        _inference_block("basic", (32, 64, 56, 56)),
+        _inference_block("basic", (1, 512, 7, 7)),
+        _inference_block("basic", (32, 512, 7, 7)),
+        _inference_block("bottleneck", (1, 256, 56, 56), 64),
+        _inference_block("bottleneck", (16, 256, 56, 56), 64),
+    ],
 }
 CPU_QUICK = {
     "ops": [_op((8, 16, 12, 12), layout) for layout in FORMATS],
     "blocks": [_block("bottleneck", (4, 64, 12, 12), 16), _block("single", (8, 16, 9, 9))],
+    "inference": [
+        _inference_net("small ResNet", 1, 32),
+        _inference_block("basic", (2, 16, 9, 9)),
+    ],
 }
 
 # --- on a GPU: the most important first, for a run that is out of time leaves out the rest
@@ -118,7 +177,51 @@ def _net(net: str, batch: int, direction: str, pixels: int = 32) -> Workload:
         net=net,
         dtype=torch.bfloat16,
         directions=(direction,),
+        alone=True,
     )
+
+
+def _in(dtype: str, workload: Workload) -> Workload:
+    """An inference workload of a GPU."""
+    name = f"{workload.name} {dtype}"
+    return replace(workload, name=name, dtype=DTYPES[dtype], alone=workload.net is not None)
+
+
+def _conv(shape: tuple[int, int, int, int], dtype: str, conv: Conv) -> Workload:
+    channels = f"{shape[1]}-{conv.out_channels}ch {shape[2]}x{shape[3]}"
+    what = "" if conv.stride == 1 else f" stride {conv.stride}"
+    if conv.residual != "none":
+        what += f" {conv.residual}"
+    if conv.residual == "shortcut":
+        what += f" {conv.shortcut_channels}ch stride {conv.shortcut_stride}"
+    name = f"conv {conv.size}x{conv.size} {channels}{what} batch {shape[0]} {dtype}"
+    return Workload("convs", name, shape, CL, conv=conv, dtype=DTYPES[dtype], directions=("eval",))
+
+
+def _convs(bottleneck: bool, batch: int, dtype: str) -> list[Workload]:
+    """The calls of a ResNet-50 or, of basic blocks, a ResNet-18 on images of 224 pixels."""
+    width, size = 64, 56
+    out = [_conv((batch, 3, 224, 224), dtype, Conv(64, 7, 2))]
+    for stage in range(4):
+        inner = 64 << stage
+        last = 4 * inner if bottleneck else inner
+        for stride in (2 if stage else 1, 1):  # the first block; all others are alike
+            after = size // stride
+            residual = ("add",) if width == last else ("shortcut", width, stride)
+            here, then = (batch, width, size, size), (batch, inner, after, after)
+            if bottleneck:
+                out.append(_conv(here, dtype, Conv(inner, 1)))
+                out.append(_conv((batch, inner, size, size), dtype, Conv(inner, 3, stride)))
+            else:
+                out.append(_conv(here, dtype, Conv(inner, 3, stride)))
+            out.append(_conv(then, dtype, Conv(last, 1 if bottleneck else 3, 1, *residual)))
+            width, size = last, after
+    return out
+
+
+def _gpu_inference_block(*args, out: int | None = None, stride: int = 1) -> Workload:
+    block = _gpu_block(*args, out=out, stride=stride)[1]
+    return _in("bf16", replace(block, suite="inference"))
 
 
 GPU_SUITES = {
@@ -171,6 +274,42 @@ GPU_SUITES = {
         _net("100 blocks", 256, "eval"),
     ],
 }
+GPU_SUITES["inference"] = [
+    _in("bf16", _inference_net("ResNet-50", 256)),
+    _in("bf16", _inference_net("ResNet-50", 1)),
+    _in("bf16", _inference_net("ResNet-18", 32)),
+    _gpu_inference_block("bottleneck", (32, 256, 56, 56), 64),
+    _gpu_inference_block("basic", (32, 512, 7, 7)),
+]
+# run only when it is named: it takes minutes
+GPU_SUITES["inference-all"] = [
+    *(
+        _in(dtype, _inference_net(net, batch))
+        for dtype in ("bf16", "fp16")
+        for net in ("ResNet-50", "ResNet-18")
+        for batch in (1, 256, 32, 8)
+    ),
+    *(
+        _gpu_inference_block(*block)
+        for batch in (256, 1, 32, 8)
+        for block in (
+            ("bottleneck", (batch, 256, 56, 56), 64),
+            ("basic", (batch, 64, 56, 56)),
+            ("basic", (batch, 512, 7, 7)),
+            ("bottleneck", (batch, 2048, 7, 7), 512),
+        )
+    ),
+    *(
+        _gpu_inference_block("bottleneck", (batch, 512, 28, 28), 256, out=1024, stride=2)
+        for batch in (256, 1)
+    ),
+]
+GPU_SUITES["convs"] = [
+    workload
+    for dtype in ("bf16", "fp16")
+    for batch in (256, 1, 32, 8)
+    for workload in dict.fromkeys([*_convs(True, batch, dtype), *_convs(False, batch, dtype)])
+]
 GPU_SUITES["autotune"] = [
     *GPU_SUITES["blocks"][:6],
     _net("ResNet-20 CIFAR", 128, "train"),
@@ -194,7 +333,20 @@ GPU_QUICK = {
         _net("narrow ResNet-18", 8, "eval"),
     ],
     "autotune": _gpu_block("single", (8, 16, 9, 9))[:1],
+    "inference": [
+        _in("bf16", _inference_net("small ResNet", 8, 32)),
+        _in("fp16", _inference_net("small ResNet", 1, 32)),
+        _gpu_inference_block("bottleneck", (4, 32, 12, 12), 16, out=64, stride=2),
+    ],
+    "inference-all": [_gpu_inference_block("basic", (2, 16, 9, 9))],
+    "convs": [
+        _conv((2, 16, 9, 9), "fp16", Conv(24, 3, 2)),
+        _conv((2, 16, 9, 9), "fp16", Conv(16, 3, 1, "add")),
+        _conv((2, 16, 9, 9), "bf16", Conv(24, 1, 1, "shortcut", 8, 2)),
+    ],
 }
+# suites that run only when they are named
+NAMED = ("autotune", "inference-all", "convs")
 
 
 def suites(gpu: bool, quick: bool) -> dict[str, list[Workload]]:
@@ -224,6 +376,8 @@ def _convolutions(workload: Workload) -> list[tuple[int, int, int, int, int]]:
 
 def ideal_bytes(workload: Workload) -> dict[str, int]:
     """Bytes an ideal bn_act (the op, or every one of a block beside library convolutions) moves.
+
+    Of inference, where convolutions are fused too, ``roofline.moved_bytes`` tells.
 
     Statistics need a pass of their own: in training x is read twice forward, x and dy backward.
     """

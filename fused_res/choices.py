@@ -209,7 +209,7 @@ def _first(call, key: Key, backend: str) -> Choice:
 
 def why_not(call, backend: str) -> dict[str, str | None]:
     """Why each implementation of a backend cannot run a call; None where it can."""
-    from .ops.conv_bn_act import IMPLEMENTATIONS
+    from .ops.conv_bn_act import FLOAT32_ALONE, IMPLEMENTATIONS
 
     reasons = {}
     for name, implementation in IMPLEMENTATIONS.items():
@@ -217,6 +217,9 @@ def why_not(call, backend: str) -> dict[str, str | None]:
             continue
         if backend == "auto" and implementation.backend == "triton" and backends.INTERPRETED:
             continue  # is for tests
+        if backend == "auto" and name == "cudnn" and call.x.dtype != torch.float32:
+            reasons[name] = FLOAT32_ALONE
+            continue
         reasons[name] = backends.why_not(
             OP, implementation.backend, call.x.device.type, call.x.dtype
         ) or implementation.why_not(call)

@@ -139,9 +139,11 @@ def _stats(x, lo, hi, block, channels, inner, CHANNELS_LAST: tl.constexpr, R: tl
 @triton.jit
 def _channel(p, c, ok, missing: tl.constexpr):
     """A per-channel tensor in float64; ``missing`` where it is None."""
-    if p is None:
-        return tl.full(c.shape, missing, tl.float64)
-    return tl.load(p + c, mask=ok, other=missing).to(tl.float32).to(tl.float64)
+    if p is None:  # what follows a return is compiled too
+        value = tl.full(c.shape, missing, tl.float64)
+    else:
+        value = tl.load(p + c, mask=ok, other=missing).to(tl.float32).to(tl.float64)
+    return value
 
 
 @triton.jit
@@ -796,8 +798,9 @@ def forward(x, weight, bias, running_mean, running_var, training, momentum, eps,
                 blocks = g.blocks(tile["G"])
                 chunk, chunks = g.chunks(tile, blocks)
                 partial = x.new_empty((2, chunks, 2, g.channels), dtype=torch.float64)
+                second_x = x if residual is None else residual  # compiled, if not run
                 _launch(
-                    forward_stats, (blocks, chunks, trains + trains2), x, residual, partial, g.rows,
+                    forward_stats, (blocks, chunks, trains + trains2), x, second_x, partial, g.rows,
                     chunk, g.channels, g.inner, 0 if trains else 1, warps=config.warps,
                     CHANNELS_LAST=g.channels_last, **tile,
                 )  # fmt: skip

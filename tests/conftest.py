@@ -4,6 +4,8 @@ import importlib.util
 import pytest
 import torch
 
+from fused_res import choices, tuned, tuning
+
 # Without a GPU Triton's kernels run in its interpreter: so says this variable where they are
 # imported. It is set for that and in tests/test_triton.py; to other tests there is no Triton.
 importlib.import_module("fused_res")
@@ -11,6 +13,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("fused_res.kernels.bn_act")
+        importlib.import_module("fused_res.kernels.conv_bn_act")
 
 
 def pytest_collection_modifyitems(items):
@@ -24,3 +27,25 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """What is tuned goes to a folder of the tests' own, also from processes that they start."""
+    folder = str(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSED_RES_CACHE", folder)
+        patch.setattr(tuned, "settings", tuned.settings._replace(cache=folder))
+        patch.setattr(tuning, "ROUNDS", (1, 1))  # the figures do not matter
+        patch.setattr(tuning, "SCRATCH", {"cpu": 1, "cuda": 1})
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def untuned(cache):
+    """What one test measures chooses for no other."""
+    yield
+    for path in tuned.files():
+        path.unlink()
+    tuned.forget()
+    choices.forget()

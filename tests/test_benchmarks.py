@@ -1,9 +1,11 @@
 """The benchmark runner and its tables, on tiny tensors. No timing is asserted anywhere."""
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -12,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_res import reference
+from fused_res import choices, measured, reference
+from fused_res.ops import conv_bn_act
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -38,27 +41,31 @@ workloads = module_fixture("workloads")
 programs = module_fixture("programs")
 rivals = module_fixture("rivals")
 nets = module_fixture("nets")
+roofline = module_fixture("roofline")
+inference = module_fixture("inference")
 measuring = pytest.fixture(scope="module")(lambda: importlib.import_module("measure"))
 
 
 def run_quickly(out, *options):
     command = [sys.executable, str(BENCHMARKS / "run.py"), "--quick", "--rounds", "2"]
     command += ["--device", "cpu", "--threads", "1", "--out", str(out), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environ = {**os.environ, "FUSED_RES_CACHE": f"{out}-cache"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """One whole quick run, both suites and both allocators."""
+    """One whole quick run, all suites and both allocators."""
     return run_quickly(tmp_path_factory.mktemp("results"))
 
 
 @pytest.fixture(scope="module")
-def gpu_results(tmp_path_factory):
+def gpu_results(run, tmp_path_factory):
     """The suites of a GPU on a CPU; torch.compile in the smallest of them."""
     out = run_quickly(tmp_path_factory.mktemp("gpu"), "--gpu")
+    run.main(["--gpu", "--quick", "--suite", "convs", "--rounds", "2", "--out", str(out)])
     return run_quickly(out, "--gpu", "--suite", "autotune", "--compile")
 
 
@@ -66,14 +73,23 @@ def read(results):
     return {p.stem: json.loads(p.read_text()) for p in results.glob("*/*.json")}
 
 
+RUNTIMES = {"onnxruntime", "openvino"}
+
+
 def test_rows_are_valid(results, rows, rivals):
     suites = read(results)
-    assert set(suites) == {"ops", "blocks"}
+    assert set(suites) == {"ops", "blocks", "inference"}
     assert not list(results.glob("*/*.part"))
     for found in suites.values():
         for row in found:
             rows.validate(row)
-            assert set(row) == set(rows.ROW_TYPES)
+            if row["rival"] in RUNTIMES and not importlib.util.find_spec(row["rival"]):
+                assert f"No module named '{row['rival']}'" in row["refused"]
+                continue
+            if row["suite"] == "inference":
+                check_inference(row)
+            else:
+                assert set(row) == set(rows.ROW_TYPES)
             assert row["refused"] is None
             assert row["device"]["threads"] == 1
             if row["rival"] == "eager":
@@ -82,13 +98,24 @@ def test_rows_are_valid(results, rows, rivals):
                 assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
                 assert row["bytes"] > 0 and row["percent_of_copy"] > 0
         assert {r["allocator"] for r in found} == {"default", "raised"}
-        assert {r["rival"] for r in found} == {
-            "eager",
-            *(f"fused_res-{b}" for b in rivals.fused_backends("cpu")),
-        }
+        ours = {f"fused_res-{b}" for b in rivals.fused_backends("cpu")}
+        if found[0]["suite"] == "inference":
+            ours = {"fused_res-optimized", *RUNTIMES}
+        assert {r["rival"] for r in found} == {"eager", *ours}
 
 
-def test_committed_rows_are_of_todays_workloads(rows, workloads):
+def check_inference(row):
+    seconds = row["median_ms"] / 1e3
+    assert row["images_per_s"] == pytest.approx(row["shape"][0] / seconds)
+    assert row["gbps"] == pytest.approx(row["bytes"] / seconds / 1e9)
+    arithmetic = row["tflops"] / row["peak_tflops"]
+    # kernel by kernel the slower of the two counts: no less than either of all, no more than both
+    low, high = max(arithmetic, row["gbps"] / row["copy_gbps"]), arithmetic
+    high += row["gbps"] / row["copy_gbps"]
+    assert 0 < 100 * low <= row["percent_of_roofline"] * 1.001 <= 100 * high * 1.002
+
+
+def test_committed_rows_are_of_todays_workloads(rows, workloads, roofline):
     paths = list((BENCHMARKS / "results").glob("cpu-*/*.json"))
     assert paths
     for path in paths:
@@ -100,13 +127,16 @@ def test_committed_rows_are_of_todays_workloads(rows, workloads):
             workload = known[row["workload"]]
             assert row["shape"] == list(workload.shape)
             if row["median_ms"] is not None:
-                assert row["bytes"] == workloads.ideal_bytes(workload)[row["direction"]]
+                size = workloads.ideal_bytes(workload)[row["direction"]]
+                if workload.inference:
+                    size = roofline.moved_bytes(workload)
+                assert row["bytes"] == size
 
 
 def test_suites_of_a_gpu(gpu_results, rows, rivals):
     """Every rival of every suite is built, right and timed; and written under the suite's name."""
     suites = read(gpu_results)
-    assert set(suites) == {"peaks", "ops", "blocks", "nets", "autotune"}
+    assert set(suites) == {"peaks", "ops", "blocks", "nets", "autotune", "inference", "convs"}
     ours = {f"fused_res-{b}" for b in rivals.fused_backends("cpu")}
     ours |= {f"{name}-graphed" for name in ours}
     plain = {"eager", "eager-graphed", *ours}
@@ -115,9 +145,14 @@ def test_suites_of_a_gpu(gpu_results, rows, rivals):
         for row in found:
             rows.validate(row)
             assert row["refused"] is None, row
+            if suite in ("inference", "convs"):
+                check_inference(row)
         seen = {d: {r["rival"] for r in found if r["direction"] == d} for d in ("eval", "train")}
         if suite in ("blocks", "nets"):
             assert seen["eval"] == evaluated
+        if suite == "inference":
+            optimized = {"fused_res-optimized", "fused_res-optimized-graphed"}
+            assert evaluated - ours | optimized <= seen["eval"]
         if suite == "nets":
             assert seen["train"] == plain
             assert all(r["images_per_s"] > 0 and r["peak_mib"] is None for r in found)
@@ -126,6 +161,100 @@ def test_suites_of_a_gpu(gpu_results, rows, rivals):
     assert "compile-max-autotune" in {r["rival"] for r in suites["autotune"]}
     copy, *matmuls = suites["peaks"]
     assert copy["gbps"] > 0 and len(matmuls) == 4 and all(r["tflops"] > 0 for r in matmuls)
+
+
+def test_roofline_of_blocks(roofline, workloads):
+    """x 8 channels of 4x4 and 4 images, in bf16."""
+    x, pixels = 2 * 4 * 8 * 16, 4 * 16
+    identity = workloads._gpu_inference_block("basic", (4, 8, 4, 4))
+    first, last = roofline.kernels(identity)
+    weights = 2 * 8 * 8 * 9
+    assert first == roofline.Kernel(pixels * 8 * weights // 8, x + weights + x)
+    assert last == roofline.Kernel(first.flops, first.bytes + x)  # the last reads the residual
+    # 8 channels to 16 at a quarter of the pixels: the projection is in the last kernel
+    strided = workloads._gpu_inference_block("basic", (4, 8, 4, 4), out=16, stride=2)
+    first, last = roofline.kernels(strided)
+    weights, y = 2 * 16 * (16 * 9 + 8), x // 2
+    assert last == roofline.Kernel(pixels // 4 * weights, y + x // 4 + weights + y)
+    # the slower of arithmetic and bytes, for each
+    arithmetic, copies = (roofline.bound_ms(strided, *rates) for rates in ((1, 1e9), (1e9, 1)))
+    assert arithmetic == pytest.approx(roofline.flops(strided) / 1e9)
+    assert copies == pytest.approx(roofline.moved_bytes(strided) / 1e6)
+
+
+def test_roofline_of_nets(roofline, workloads):
+    """ResNet-50: 4.1 billion multiplications an image, He et al., 2016, with strides in the 3x3."""
+    nets = {
+        name: workloads._inference_net(name, 2)
+        for name in ("ResNet-18", "ResNet-50", "torchvision ResNet-18", "torchvision ResNet-50")
+    }
+    assert roofline.flops(nets["ResNet-50"]) / 4 == pytest.approx(4.09e9, rel=1e-3)
+    for depth, bottleneck in (18, False), (50, True):
+        own, theirs = nets[f"ResNet-{depth}"], nets[f"torchvision ResNet-{depth}"]
+        assert roofline.kernels(own) == roofline.kernels(theirs)
+        # the calls that are tuned are the net's
+        tuned = {roofline.kernels(w)[0] for w in workloads._convs(bottleneck, 2, "bf16")}
+        half = workloads._in("bf16", own)
+        assert tuned == {kernel for kernel in roofline.kernels(half)[:-1] if kernel.flops}
+
+
+@pytest.mark.parametrize("runtime", sorted(RUNTIMES))
+def test_runtimes(measuring, rivals, workloads, runtime, monkeypatch):
+    """One that is not installed has a row that says so; one that is computes the same."""
+    workload = workloads.CPU_QUICK["inference"][1]
+    candidates = [r for r in rivals.rivals(workload, "cpu", {}) if r.name in ("eager", runtime)]
+    options = {"rounds": 1, "least_ms": 0.1}
+    if importlib.util.find_spec(runtime):
+        found = measuring.measure(workload, candidates, **options)
+        assert {row["refused"] for row in found} == {None}
+    monkeypatch.setitem(sys.modules, runtime, None)
+    found = measuring.measure(workload, candidates, **options)
+    assert {row["rival"]: row["refused"] for row in found if row["median_ms"] is None} == {
+        runtime: f"ModuleNotFoundError: import of {runtime} halted; None in sys.modules"
+    }
+
+
+def test_frozen_weights_are_frozen(inference, rivals):
+    """The rival is what it is called: only a frozen graph keeps weights that have changed."""
+    modes = rivals.inference_modes("inference", gpu=False)
+    x = torch.randn(2, 8, 5, 5)
+    for name, options in modes.items():
+        net = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1), torch.nn.BatchNorm2d(8)).eval()
+        with torch.no_grad():
+            call = inference.compiled(net, x, **options)
+            before = call(x).clone()
+            torch.testing.assert_close(before, net(x))
+            net[0].weight.mul_(2)
+            assert torch.equal(call(x), before) == (name == "compile-freezing")
+    assert set(modes) == {"compile", "compile-freezing"}
+
+
+@pytest.mark.parametrize(("factor", "right"), [(1 + 2e-6, True), (1 + 1e-4, False)])
+def test_what_inference_may_be_off_by(measuring, rivals, inference, workloads, factor, right):
+    """In float32 ours may have Winograd's error, which is more than 1.5 times PyTorch's."""
+    workload = workloads.CPU_QUICK["inference"][1]
+    eager, *_, ours = [r for r in rivals.rivals(workload, "cpu", {}) if r.name[:2] in ("ea", "fu")]
+
+    def prepare(module, x):
+        return lambda x: module(x) * factor
+
+    build = partial(inference.InferenceProgram, prepare)
+    found = measuring.measure(
+        workload, [eager, dataclasses.replace(ours, build=build)], rounds=1, least_ms=0.1
+    )
+    assert found[1]["error_over_eager"] > 1.5
+    assert (found[1]["refused"] is None) == right
+
+
+def test_a_turn_begins_with_a_call_that_is_not_timed():
+    timing = importlib.import_module("timing")
+    calls = []
+    counts = []
+    for settle in (False, True):
+        calls.clear()
+        timing.rotate({"a": lambda: calls.append(1)}, 3, "cpu", least_ms=1e-6, settle=settle)
+        counts.append(len(calls))
+    assert counts[1] == counts[0] + 3
 
 
 def test_gpu_workloads_are_told_apart(workloads):
@@ -236,9 +365,11 @@ def test_wrong_net_is_not_timed(measuring, rivals, nets, workloads, swap, reason
 
 
 def test_nets_run_the_backend_that_is_named(nets):
-    for net in nets.NETS.values():
+    for name, net in nets.NETS.items():
         blocks = [m for m in nets.fused(net.make(), "eager").modules() if hasattr(m, "plan")]
         assert blocks and all(block.backend == "eager" for block in blocks)
+        if name.startswith("torchvision"):
+            continue  # for a CPU, where nothing takes a net apart
         norms = [m for m in nets.sequence(net.make()) if isinstance(m, torch.nn.BatchNorm2d)]
         assert len(norms) <= 1  # the stem's; all others are in blocks
 
@@ -366,6 +497,8 @@ def test_table_round_trip(results, table, tmp_path, capsys):
     assert table.main([*common, "--check", str(page)]) == 0
     written = page.read_text()
     assert written.startswith("before\n") and written.endswith("after\n") and "old" not in written
+    for found in read(results).values():
+        assert f"| {found[0]['workload'].removeprefix('bn_act ')} |" in written
     row = read(results)["ops"][0]
     assert row["device"]["name"] in written and row["commit"] in written
     assert row["versions"]["torch"] in written and row["date"][:10] in written
@@ -399,6 +532,31 @@ def test_targets(table):
     assert [met for met, _ in table.targets(synthetic(0.9, 1.25))] == [False, False, True]
 
 
+def inferred(eager, frozen, runtime):
+    """Rows as the inference suite has them, as fast over each baseline as is said."""
+    names = [f"torchvision ResNet-{d} batch {n}" for d in (18, 50) for n in (1, 16)]
+    names += [f"basic 64ch 56x56 batch {n}" for n in range(6)]
+    over = {"eager NCHW": 9.0, "eager channels_last": eager, "onnxruntime NCHW": runtime}
+    over |= {"compile channels_last": 9.0, "compile-freezing channels_last": frozen}
+    common = {"rival": "fused_res-optimized", "layout": "channels_last", "allocator": "default"}
+    row = {**common, "direction": "eval", "speedup_over": over}
+    return {"inference": [{**row, "workload": name} for name in names]}
+
+
+def test_targets_of_inference(table):
+    """Batch 1 over eager, over frozen; batch 16 likewise; blocks over the best."""
+    for speeds, expected in (
+        ((1.4, 1.2), [True] * 5),
+        ((1.32, 1.07), [False, False, True, True, True]),
+        ((1.4, 0.9), [True, False, True, False, False]),
+        ((0.9, 1.4), [False, True, False, True, False]),
+    ):
+        assert [met for met, _ in table.targets(inferred(*speeds, 1.0))] == expected
+    assert not table.goals(synthetic(1.0, 1.0))
+    assert [met for met, _ in table.goals(inferred(1.0, 1.0, 1.0))] == [True] * 10
+    assert [met for met, _ in table.goals(inferred(2.0, 2.0, 0.9))] == [False] * 10
+
+
 def test_targets_need_every_workload(results, table):
     for suites in table.load(results).values():
         assert not all(met for met, _ in table.targets(suites))
@@ -427,10 +585,61 @@ def test_tables_of_a_gpu(fabricated, table, tmp_path):
     assert table.main([*common, "--check", str(page)]) == 0
     text = page.read_text()
     for shown in ("NVIDIA X (sm_90, 132 multiprocessors), bfloat16", "images/s", "1234 → 1234",
-                  "% of copy", "TFLOP/s", "saved for backward", "max-autotune",
+                  "% of copy", "TFLOP/s", "saved for backward", "max-autotune", "% of roofline",
+                  "16-24ch 9x9 stride 2 batch 2 fp16",
                   "loses to the fastest rival in"):  # fmt: skip
         assert shown in text, shown
     assert table.main([*common, "--targets"]) == 1  # they are a CPU's
+
+
+def test_what_auto_follows(fabricated, table, tmp_path, monkeypatch):
+    """Each implementation's fastest time, of Triton's configurations too, decides for its call."""
+    eager = json.loads((fabricated / "convs.json").read_text())[0]
+    fast, slow = (dict(kind="pointer", M=m, BN=32) for m in (64, 128))
+    rows = [eager | {"median_ms": 2.0}]
+    rows += [
+        eager | {"rival": f"fused_res-{name}", "median_ms": ms, "config": config, "refused": why}
+        for name, ms, config, why in (
+            ("cudnn", 1.5, None, None),
+            ("triton-pointer-128-32", 0.9, slow, None),
+            ("triton-pointer-64-32", 0.5, fast, None),
+            ("triton-pointer-32-32", None, slow, "wrong result"),
+        )
+    ]
+    (tmp_path / "nvidia-x").mkdir()
+    (tmp_path / "nvidia-x" / "convs.json").write_text(json.dumps(rows))
+    path = tmp_path / "measured.json"
+    assert table.main(["--results", str(tmp_path), "--dispatch", str(path)]) == 0
+    (found,) = [measured.Row(**row) for row in json.loads(path.read_text())]
+    assert found.ms == {"eager": 2.0, "cudnn": 1.5, "triton": 0.5}
+    monkeypatch.setattr(measured, "rows", lambda: (found._replace(shape=tuple(found.shape)),))
+    measured.verdict.cache_clear()
+    weight, norm = torch.zeros(24, 16, 3, 3), reference.Norm(*torch.ones(4, 24))
+    conv = reference.ConvNorm(weight, None, (2, 2), (1, 1), (1, 1), 1, norm)
+    x = torch.zeros(2, 16, 9, 9, dtype=torch.float16).to(memory_format=torch.channels_last)
+    key = choices.row_of(choices.key_of(conv_bn_act.Call(x, conv)), {})
+    try:
+        verdict = measured.verdict(key.op, ("NVIDIA X", "sm_90"), key.dtype, key.layout, key.shape,
+                                   ("cudnn", "triton"), key.like)  # fmt: skip
+    finally:
+        measured.verdict.cache_clear()
+    assert (verdict.backend, verdict.config) == ("triton", fast)
+
+
+def test_every_configuration_of_tritons_is_timed(rivals, measuring, workloads, monkeypatch):
+    if not importlib.util.find_spec("triton"):
+        pytest.skip("no Triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    kernels = importlib.import_module("fused_res.kernels.conv_bn_act")
+    convs = importlib.import_module("convs")
+    monkeypatch.setattr(convs, "why_not", lambda *args: None)
+    workload = workloads._conv((1, 16, 3, 3), "fp16", workloads.Conv(16, 1))
+    found = measuring.measure(workload, rivals.rivals(workload, "cpu", {}), rounds=1, least_ms=1e-3)
+    expected = kernels.candidates(*convs.call_of(workload, convs.values(workload)))
+    triton = [row for row in found if "-triton-" in row["rival"]]
+    assert [row["config"] for row in triton] == [config._asdict() for config in expected]
+    assert len({row["rival"] for row in triton}) == len(triton) > 1
+    assert {row["refused"] for row in triton} == {None}
 
 
 def test_tables_of_rows_that_are_missing(fabricated, table, rows, tmp_path, capsys):

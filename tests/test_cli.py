@@ -65,11 +65,11 @@ def test_doctor_json(capsys):
     for entry in facts["ops"]:
         assert entry["available"] == (entry["reason"] is None)
     on_cpu = [entry for entry in facts["ops"] if entry["device"] == "cpu"]
-    for dtype in {entry["dtype"] for entry in on_cpu}:
-        chosen = [e["backend"] for e in on_cpu if e["dtype"] == dtype and e["auto"]]
-        assert chosen == [
-            backends.choose("bn_act", "auto", torch.empty(0, dtype=getattr(torch, dtype)))
-        ]
+    for op, dtype in {(entry["op"], entry["dtype"]) for entry in on_cpu}:
+        entries = [e for e in on_cpu if (e["op"], e["dtype"]) == (op, dtype)]
+        probe = torch.empty(0, dtype=getattr(torch, dtype))
+        chosen = [e["backend"] for e in entries if e["auto"]]
+        assert chosen == [backends.choose(op, "auto", probe)]
 
 
 def test_doctor_without_the_cpu_library(monkeypatch):

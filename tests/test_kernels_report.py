@@ -14,7 +14,7 @@ with pytest.MonkeyPatch.context() as patch:
     import cuda_resources
     import kernels_report as report
 
-RESOURCES = cuda_resources.Resources(72, 512, *[0] * 11)
+RESOURCES = cuda_resources.Resources(72, 512, *[0] * 14)
 SECTIONS = pytest.mark.parametrize("section", report.SECTIONS, ids=lambda section: section.name)
 
 
@@ -34,10 +34,10 @@ def test_tables_have_the_writers_format(section):
     for title, table in zip(parts[::2], parts[1::2], strict=True):
         assert re.fullmatch(r"#### \w+", title)
         head, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
-        assert head == report.header(section.labels)
+        assert head == section.header()
         for row in rows:
             assert len(row) == len(head), row
-            figures = row[-len(report.COLUMNS) :]
+            figures = row[-len(section.columns) :]
             assert all(re.fullmatch(figure, cell) for cell in figures), row
 
 
@@ -48,10 +48,10 @@ def test_no_kernel_is_missing(section):
         declared = cuda_resources.declared()
         assert len(declared) == sum(path.read_text().count("__global__") for path in sources)
         wanted = set(map(cuda_resources.short, declared))
-    else:  # helpers' names begin with _
-        functions = vars(report.kernels).items()
-        wanted = {name for name, f in functions if hasattr(f, "arg_names") and name[0] != "_"}
-        assert set(report.kernels.CONFIGS) < wanted
+    else:
+        wanted = set(section.kernels)
+        shown = {name for other in report.SECTIONS for name in other.kernels}
+        assert shown == set(report.KERNELS) and set(report.kernels.CONFIGS) < shown
     assert set(re.findall("^#### (.*)$", written(section.name), re.M)) == wanted
 
 
@@ -60,7 +60,7 @@ def test_dtypes_and_architectures_that_agree_are_merged():
         report.Row("stats", ("NCHW",), dtype, (RESOURCES, RESOURCES._replace(registers=registers)))
         for dtype, registers in (("bf16", 80), ("fp16", 80), ("fp32", 72))
     ]
-    lines = report.tables(rows, ("layout",)).splitlines()
+    lines = report.tables(rows, report.Section("stats", ("layout",), [])).splitlines()
     assert lines[0] == "#### stats" and len(lines) == 6
     assert lines[4].startswith("| NCHW | bf16, fp16 | 72/80 | 512 | 0 |")
     assert lines[5].startswith("| NCHW | fp32 | 72 | 512 | 0 |")
@@ -73,8 +73,10 @@ def test_spills_are_written_and_told(spilled, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         report,
         "triton_rows",
-        lambda targets: [
-            report.Row("stats", ("16x64", "4", "NCHW", "any"), "bf16", (resources,) * len(targets))
+        lambda section: [
+            report.Row(
+                "stats", ("16x64", "4", "NCHW", "any"), "bf16", (resources,) * len(section.targets)
+            )
         ],
     )
     path = tmp_path / "kernels.md"
@@ -83,7 +85,7 @@ def test_spills_are_written_and_told(spilled, monkeypatch, tmp_path, capsys):
     assert report.main(["--write", str(path)]) == int(spilled is not None)
     text, told = path.read_text(), capsys.readouterr()
     assert text.startswith(f"before\n{sections[0]}\n") and text.endswith("\nafter\n")
-    assert text.count("#### stats") == 2
+    assert text.count("#### stats") == len(report.SECTIONS) - 1
     assert "no nvcc" in told.err
     assert (
         "spills: stats, tile 16x64, warps 4, layout NCHW, residual any, bf16 on sm_90" in told.out

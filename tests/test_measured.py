@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_res import FusedResBlock, backends, doctor, measured
 from fused_res.measured import Row, verdict
+from fused_res.ops.conv_bn_act import IMPLEMENTATIONS
 
 H100 = ("NVIDIA H100 80GB HBM3", "sm_90")
 H200 = ("NVIDIA H200", "sm_90")
@@ -44,7 +45,7 @@ def ask(shape, device=H100, dtype="bfloat16", layout="channels_last", able=BOTH)
 
 def test_the_fastest_is_taken_and_the_reason_says_why(table):
     table(row((256, 64, 56, 56), 1.0, cuda=0.5, triton=0.6))
-    backend, reason = ask((256, 64, 56, 56))
+    backend, reason, _ = ask((256, 64, 56, 56))
     assert backend == "cuda"
     assert "2.00x PyTorch at 256x64x56x56 channels_last on NVIDIA H100" in reason
     assert ask((256, 64, 56, 56), able=("triton",)).backend == "triton"
@@ -52,7 +53,7 @@ def test_the_fastest_is_taken_and_the_reason_says_why(table):
 
 def test_a_kernel_that_does_not_win_is_not_taken(table):
     table(row((256, 64, 56, 56), 1.0, cuda=0.99, triton=1.2))
-    backend, reason = ask((256, 64, 56, 56))
+    backend, reason, _ = ask((256, 64, 56, 56))
     assert backend == "eager"
     assert "1.01x PyTorch" in reason
 
@@ -65,7 +66,7 @@ def test_other_shapes_follow_the_nearest(table):
     assert ask((128, 96, 56, 56)).backend == "cuda"
     assert ask((64, 16, 8, 8)).backend == "eager"
     for far in ((1, 512, 14, 14), (256, 2048, 56, 56), (4096, 64, 112, 112)):
-        backend, reason = ask(far)
+        backend, reason, _ = ask(far)
         assert backend is None and "was not measured" in reason
 
 
@@ -85,6 +86,40 @@ def test_a_sibling_answers_with_a_margin(table):
     table(row(shape, 1.0, cuda=0.8), row(shape, 1.0, device=H200, cuda=1.1))
     assert ask(shape, device=H200).backend == "eager"  # its own measurement is better
     assert ask(shape, device=("NVIDIA A100-SXM4-80GB", "sm_80")).backend is None
+
+
+LIKE = "3x3 stride 1x1 padding 1x1, add, relu"
+
+
+def conv(shape, like=LIKE, config=None, **ms):
+    of = (*H100, "conv_bn_act", "bfloat16", "channels_last")
+    return Row(*of, shape, ms, like, config)
+
+
+def ask_conv(shape, like=LIKE, able=("cudnn", "triton"), device=H100):
+    return verdict("conv_bn_act", device, "bfloat16", "channels_last", shape, able, like)
+
+
+def test_a_convolution_follows_the_nearest_of_its_kind(table):
+    wins = conv((32, 64, 56, 56, 64), config={"M": 128}, eager=1.0, cudnn=0.9, triton=0.5)
+    loses = conv((32, 512, 7, 7, 512), eager=1.0, cudnn=0.9, triton=1.5)
+    table(row((32, 64, 56, 56), 1.0, cuda=0.5), wins, loses)
+    name, reason, config = ask_conv((16, 64, 56, 56, 96))
+    assert (name, config) == ("triton", {"M": 128})
+    assert f"triton 2.00x PyTorch at 32x64x56x56x64 {LIKE} channels_last on NVIDIA H1" in reason
+    assert ask_conv((32, 256, 14, 14, 512)).backend == "cudnn"
+    assert ask_conv((32, 64, 56, 56, 64), able=()).backend is None
+    assert ask_conv((32, 64, 56, 56, 512)).backend is None  # so many channels out are far
+    assert ask_conv((32, 64, 56, 56, 64), like=LIKE.replace("add", "concat 64")).backend is None
+    assert ask((32, 64, 56, 56)).backend == "cuda"  # another op's rows
+
+
+def test_ours_must_beat_the_library_too(table):
+    table(conv((32, 64, 56, 56, 64), eager=1.0, cudnn=0.8, triton=0.79))
+    assert ask_conv((32, 64, 56, 56, 64)).backend == "cudnn"
+    table(conv((32, 64, 56, 56, 64), eager=1.0, cudnn=0.8, triton=0.75))
+    assert ask_conv((32, 64, 56, 56, 64)).backend == "triton"
+    assert ask_conv((32, 64, 56, 56, 64), device=H200).backend == "cudnn"  # a sibling's margin
 
 
 def test_auto_follows_the_table(table, monkeypatch, caplog):
@@ -120,8 +155,9 @@ def test_tensors_that_no_measurement_is_for(table, monkeypatch):
 def test_the_shipped_table_is_valid():
     measured.rows.cache_clear()
     for r in measured.rows():
-        assert r.op in backends.SUPPORT and len(r.shape) == 4
-        assert r.ms["eager"] > 0 and set(r.ms) <= {"eager", *backends.SUPPORT[r.op]}
+        known = IMPLEMENTATIONS if r.op == "conv_bn_act" else backends.SUPPORT[r.op]
+        assert len(r.shape) == (5 if r.like else 4)
+        assert r.ms["eager"] > 0 and set(r.ms) <= {"eager", *known}
 
 
 def test_doctor_says_what_auto_takes_and_why(table, monkeypatch, capsys):

@@ -36,14 +36,14 @@ def rows():
         "if __name__ == '__main__':\n"
         "    print(json.dumps([dict(kernel=c.kernel, tile=c.tile, dtype=c.dtype, layout=c.layout,\n"
         "                           residual=c.residual, target=target, **r._asdict())\n"
-        "                      for c, target, r in report.report()]))"
+        "                      for c, target, r in report.report(report.SECTIONS[1:])]))"
     )
     return json.loads(python(code))
 
 
 def test_every_kernel_compiles_for_every_target_without_spills(rows):
     assert {row["target"] for row in rows} == set(SHARED)
-    assert {row["kernel"] for row in rows} == {
+    bn_act = {
         f"{way}_{what}"
         for way, whats in {
             "forward": ("stats", "finish", "apply", "small"),
@@ -51,6 +51,7 @@ def test_every_kernel_compiles_for_every_target_without_spills(rows):
         }.items()
         for what in whats
     }
+    assert {row["kernel"] for row in rows} == bn_act | {"conv_descriptor", "conv_pointer"}
     for row in rows:
         limit = 512 if row["target"] == "gfx942" else 255
         assert row["stack"] <= STACK and row["registers"] <= limit, row
@@ -65,6 +66,41 @@ def test_tensors_are_moved_16_bytes_at_a_time(rows):
             for kind in ("loads", "stores"):
                 wide = row[f"wide_{kind}"]
                 assert wide > 0 and row[kind] - wide <= 4, row
+
+
+def test_convolutions_run_on_tensor_cores(rows):
+    """From shared memory that TMA fills where there is such a thing; float32 that is not to be
+    rounded only where they take it."""
+    for row in rows:
+        if row["kernel"] == "conv_descriptor":
+            assert row["wgmma"] > 0 and row["tma"] > 0 and row["mma"] == 0, row
+        elif row["kernel"] == "conv_pointer":
+            exact = row["dtype"] == "fp32" and row["tile"].endswith("2 stages")
+            assert (row["mma"] > 0) != (exact and row["target"] == "sm_80"), row
+
+
+def test_programs_fit_a_multiprocessor_as_configurations_say():
+    """Of an H100: 65536 registers and 228 KB of shared memory, of which a program's first is the
+    system's."""
+    code = (
+        "for config in report.conv_kernels.CONFIGS:\n"
+        "    if config.kind == 'descriptor' and config.programs > 1:\n"
+        "        c = report.record_conv(config, report.torch.bfloat16, 'tensor')\n"
+        "        r = report.compile_for(c, 'sm_90')\n"
+        "        registers = 32 * config.warps * ((r.registers + 7) // 8 * 8)\n"
+        "        print(config.programs * registers <= 65536,\n"
+        "              config.programs * (r.shared + 1024) <= 228 * 1024)"
+    )
+    assert set(python(code).split()) == {"True"}
+
+
+def test_calls_with_parts_left_out_compile():
+    code = (
+        "found = report.record_bare()\n"
+        "assert len({c.kernel for c in found}) >= 6\n"
+        "print(len([report.compile_for(c, 'sm_90') for c in found]))"
+    )
+    assert int(python(code)) >= 8
 
 
 def test_a_planted_spill_is_seen():

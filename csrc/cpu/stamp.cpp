@@ -23,15 +23,16 @@ int64_t stamp_cpu(const std::vector<Tensor>& tensors) {
     mix((uint64_t)t.scalar_type());
     for (size_t d = 0; d < size.size(); d++) mix(size[d]), mix(stride[d]);
     const int64_t bytes = t.element_size(), count = t.numel();
-    if (!t.is_cpu() || count == 0) continue;
+    if (!t.is_cpu() || count == 0 || bytes < 2) continue;
     const bool dense = t.is_contiguous() || (t.dim() == 4 && channels_last_contiguous(t));
     if (dense && (t.dim() == 1 || count * bytes <= kWhole)) {
       const int64_t end = count * bytes;
-      for (int64_t i = 0; i < end; i += 8) {
-        uint64_t value = 0;
-        std::memcpy(&value, p + i, std::min<int64_t>(end - i, 8));
+      uint64_t value;
+      for (int64_t i = 0; i + 8 <= end; i += 8) {
+        std::memcpy(&value, p + i, 8);
         mix(value);
       }
+      for (int64_t i = end / 8 * 8; i < end; i++) mix((unsigned char)p[i]);
       continue;
     }
     // the last two dimensions, a kernel's, are counted through as one: each tap is seen
@@ -52,7 +53,11 @@ int64_t stamp_cpu(const std::vector<Tensor>& tensors) {
     };
     for (int64_t i = 0; i < samples; i++) {
       uint64_t value = 0;
-      std::memcpy(&value, p + at * bytes, std::min<int64_t>(bytes, 8));
+      uint16_t half;
+      for (int64_t b = 0; b < bytes; b += 2) {
+        std::memcpy(&half, p + at * bytes + b, 2);
+        value = value << 16 | half;
+      }
       mix(value);
       for (size_t d = 0; d < outer; d++) step(d);
       for (size_t d = size.size(); d-- > outer;)
