@@ -204,6 +204,8 @@ def _inference(workload: Workload, device: str, modes: dict[str, dict], gpu: boo
         rival("cudnn-fused", COMPILE_SLACK, inference.cudnn_fused, core=True)
         for backend in fused_backends(device, workload.dtype, "conv_bn_act"):
             prepare = partial(inference.with_backend, backend=backend)
+            folds = workload.net and backend == "cuda" and workload.dtype != torch.float32
+            slack = FOLDED_SLACK if folds else OUR_SLACK
             rival(f"fused_res-{backend}", slack, prepare, bound=bound)
         for each in list(found.values()):
             found[f"{each.name}-graphed {each.layout}"] = graphed(each)

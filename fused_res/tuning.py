@@ -238,7 +238,7 @@ def tune(
         example: what it will be called with, a tensor or a tuple of tensors, in the layout
             (channels_last, say) and under the autocast it will have.
         seconds: for each implementation of each shape; default: 0.1, and at least five runs. A
-            ResNet-50 at batch 1 takes about 20 s on two CPU cores.
+            ResNet-50 at batch 1 takes under half a minute on a CPU.
 
     Returns:
         TuneReport: milliseconds by shape and implementation, what is taken, where it was written.

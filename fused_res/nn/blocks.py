@@ -257,11 +257,18 @@ _CELLS = {
 }
 
 
-def _prepare(
-    block: nn.Module, convs: list[nn.Module], norms: list[nn.Module | None], steps: list[Run]
-) -> _Prepared | None:
-    modules = [*convs, *(bn for bn in norms if bn is not None)]
+def _prepare(block: nn.Module, stages: tuple[Stage, ...], steps: list[Run]) -> _Prepared | None:
     hooks, cells, tensors = [], [(block.__dict__, "backend", block.__dict__.get("backend"))], []
+    convs, norms = [], []
+    for stage in stages:
+        for path, found in ((stage.conv, convs), (stage.norm, norms)):
+            module = block
+            for name in path.split(".") if path else ():
+                cells.append((module._modules, name, module._modules[name]))
+                module = module._modules[name]
+            if path:
+                found.append(module)
+    modules = [*convs, *norms]
     for module in modules:
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
                      "_backward_pre_hooks"):  # fmt: skip
@@ -301,12 +308,11 @@ def _run_inference(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Te
         return None
     if not fuses_convolutions(x, block.backend):
         return None
-    modules, convs = [], []
+    convs = []
     for stage, bn in zip(stages, norms, strict=True):
         if stage.conv is None:  # a shortcut that only pools
             continue
-        modules.append(child(block, stage.conv))
-        conv = conv_norm_of(modules[-1], bn)
+        conv = conv_norm_of(child(block, stage.conv), bn)
         if conv is None:
             return None
         convs.append(conv)
@@ -333,7 +339,7 @@ def _run_inference(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Te
         return None  # broadcast
     y = run(Call(out, conv, residual, *(shortcut or [None]), concat, act))
     if len(steps) == len(plan.branch) and not any(stage.before for stage in stages):
-        made = _prepare(block, modules, norms, steps)
+        made = _prepare(block, stages, steps)
         if made is not None:
             of_block = _prepared.setdefault(block, {})
             while len(of_block) >= MOST_SIZES:
