@@ -11,7 +11,7 @@ from workloads import Workload
 
 from fused_res import choices, reference
 from fused_res.backends import why_not
-from fused_res.ops.conv_bn_act import IMPLEMENTATIONS, Call
+from fused_res.ops.conv_bn_act import IMPLEMENTATIONS, Call, run_as
 from fused_res.reference import ConvNorm, Norm
 
 
@@ -91,9 +91,8 @@ def implementations(workload: Workload, device: str) -> list[tuple[str, object, 
             continue
         if implementation.why_not(call):
             continue
-        if implementation.configs is None:
-            found.append((name, None, implementation.run))
-            continue
-        for config in implementation.configs(call):
-            found.append((name, config, partial(implementation.run, config=config)))
+        configs = [None] if implementation.configs is None else implementation.configs(call)
+        for config in configs:
+            choice = choices.Choice(name, "timed", config)
+            found.append((name, config, partial(run_as, choice=choice)))
     return found

@@ -220,11 +220,11 @@ class Cases(nn.Module):
         a = self.c[0](x)
         b = F.relu(self.n[0](a))  # a has another use
         n = self.n[1](self.c[1](x))
-        r = F.relu(input=n)  # n has another use: the convolution and norm are one op, no ReLU
+        r = F.relu(n)  # n has another use: the convolution and norm are one op, no ReLU
         z = self.c[2](x)
         x.mul_(2)  # after the convolution, before its norm
         z = self.n[2](z)
-        return a + b + r + n + z.relu_() + self.n[3](self.c[3](x))
+        return a + b + r + n + z.relu_() + F.relu(input=self.n[3](self.c[3](x)))
 
 
 def test_values_used_elsewhere():
@@ -234,7 +234,7 @@ def test_values_used_elsewhere():
     assert torch.equal(x, given), "the example is written to"
     expected, exact = model(x.clone()).detach(), copy.deepcopy(model).double()(x.double()).detach()
     rule(ours(x.clone()), expected, exact)
-    assert ours.report.fused == ["c.1 + n.1", "c.2 + n.2 + relu", "c.3 + n.3"]
+    assert ours.report.fused == ["c.1 + n.1", "c.2 + n.2 + relu", "c.3 + n.3 + relu"]
 
 
 @pytest.mark.parametrize(
@@ -401,6 +401,22 @@ def test_hooks_run(where, when):
         for m in (model, ours):
             m.get_submodule(where).register_forward_hook(hook)
     torch.testing.assert_close(ours(x), model(x).detach(), rtol=1e-4, atol=1e-3)
+
+
+def test_a_hook_runs_in_every_call():
+    calls = []
+    model = HandWritten()
+    model.layers.register_forward_hook(lambda module, args, output: calls.append(output.shape))
+    ours = optimized(model, x := torch.randn(2, 3, 13, 13))
+    calls.clear()
+    for _ in range(3):
+        ours(x)
+    assert len(calls) == 3
+
+
+def test_an_empty_shortcut_is_none():
+    ours = optimized(HandWritten(), GOOD)
+    assert ours.layers[0].plan.shortcut is None and ours.layers[1].plan.shortcut is not None
 
 
 def test_a_hook_on_a_relu_runs():
