@@ -33,8 +33,9 @@ $(VENV)/.tests: $(VENV)/.installed
 run: $(VENV)/.installed
 	$(VENV)/bin/fused-res demo
 
+# A process for each core: most tests are small, or one compiler's work.
 test: $(VENV)/.tests
-	$(PY) -m pytest tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n auto --dist loadfile
 
 lint: $(VENV)/.tests
 	$(PY) -m ruff check .
