@@ -128,9 +128,10 @@ def taken(row: Row) -> str:
 # Weights in Winograd's form are 4 (tiles of 4) or 1.8 times larger and are read once for all tiles:
 # with fewer tiles than this the products wait for them (512 channels, 7x7, batch 1).
 LEAST_TILES = 12
-# oneDNN's calls cost 30 us more than ours. Its kernels are 5 to 15 % faster but for those of 1x1
-# that add something to what they make.
-MOST_DIRECT = 2e7  # multiplications
+# oneDNN's calls cost 30 us more than ours. Its kernels are up to 15 % faster, but for 1x1 ones that
+# add something to what they make. Outputs that glibc maps afresh each time cost it more than that.
+MOST_DIRECT, MOST_DIRECT_1X1 = 2e7, 1.2e8  # multiplications
+MAPPED_BYTES = 32 << 20
 
 
 def _expected(key: Key, able: list[str]) -> str:
@@ -146,8 +147,10 @@ def _expected(key: Key, able: list[str]) -> str:
                 return f"winograd{tile}"
     pixels = n * height * width // (key.stride[0] * key.stride[1])
     work = pixels * out_channels * channels * kernel[0] * kernel[1]
+    small = work < (MOST_DIRECT_1X1 if kernel == [1, 1] else MOST_DIRECT)
     adds = kernel == [1, 1] and key.residual in ("add", "shortcut")
-    return "direct" if "direct" in able and (adds or work < MOST_DIRECT) else able[0]
+    mapped = 4 * pixels * out_channels > MAPPED_BYTES
+    return "direct" if "direct" in able and (small or adds or mapped) else able[0]
 
 
 MOST_CHOICES = 10_000

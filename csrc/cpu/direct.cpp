@@ -18,8 +18,8 @@ const DirectKernels& kernels_of_isa() {
 // panel pays, a multiple of what the registers hold.
 constexpr int64_t kRowsBytes = 256 << 10, kLeastRows = 28, kMostRowsOfGroup = 112;
 // Weights up to this stay there too, so few rows at a time will do: all channels of a pixel are
-// then written together.
-constexpr int64_t kCachedWeights = 2 << 20;
+// then written together, which pays for more where there are many.
+constexpr int64_t kCachedWeights = 512 << 10, kCachedOfWide = 2 << 20;
 // Where there are too few rows for every thread to have its own: what is gathered for all.
 constexpr int64_t kSharedBytes = 4 << 20;
 constexpr int kSizes = 8;  // integers of a source: kernel, stride, padding, dilation
@@ -163,7 +163,8 @@ Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptT
   if (output.y.numel() == 0) return output.y;
   args.u = (const float*)u.const_data_ptr();
   args.bias = shift.data();
-  args.cached = u.numel() * (int64_t)sizeof(float) <= kCachedWeights;
+  const int64_t weights = u.numel() * (int64_t)sizeof(float);
+  args.cached = weights <= (out_channels >= args.depth ? kCachedOfWide : kCachedWeights);
   args.y = output.data;
   args.out_channels = out_channels;
   args.y_stride = output.stride;

@@ -8,6 +8,7 @@ are nothing but convolutions and BatchNorms, else with one op per normalisation.
 
 from __future__ import annotations
 
+from operator import is_
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -234,8 +235,11 @@ class _Prepared(NamedTuple):
     up again costs more than a small kernel."""
 
     hooks: tuple[dict, ...]  # empty
-    kinds: tuple[tuple[nn.Module, type], ...]
-    cells: tuple[tuple[dict, str, object], ...]  # where something was found, and what
+    modules: tuple[nn.Module, ...]
+    kinds: tuple[type, ...]
+    places: tuple[dict, ...]  # where something was found, by which key, and what
+    keys: tuple[str, ...]
+    found: tuple[object, ...]
     tensors: list[Tensor]
     stamp: tuple
     steps: list[Run]
@@ -243,8 +247,8 @@ class _Prepared(NamedTuple):
     def holds(self) -> bool:
         return (
             not any(self.hooks)
-            and all(type(module) is kind for module, kind in self.kinds)
-            and all(found.get(key) is value for found, key, value in self.cells)
+            and all(map(is_, map(type, self.modules), self.kinds))
+            and all(map(is_, map(dict.get, self.places, self.keys), self.found))
             and stamp(self.tensors) == self.stamp
         )
 
@@ -283,8 +287,11 @@ def _prepare(block: nn.Module, stages: tuple[Stage, ...], steps: list[Run]) -> _
             tensors += [found[key] for key in keys if found.get(key) is not None]
     if any(t.is_inference() for t in tensors):
         return None
-    kinds = tuple((module, type(module)) for module in modules)
-    return _Prepared(tuple(hooks), kinds, tuple(cells), tensors, stamp(tensors), steps)
+    places, names, values = zip(*cells, strict=True)
+    kinds = tuple(map(type, modules))
+    return _Prepared(
+        tuple(hooks), tuple(modules), kinds, places, names, values, tensors, stamp(tensors), steps
+    )
 
 
 def _run_inference(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor | None:
