@@ -177,6 +177,7 @@ COMMANDS = {
     "fused-res doctor": "test_cli.py",
     "fused-res check": "test_cli.py",
     "fused-res demo": ".ci/run",
+    "fused-res tune my_model.py:net --shape 1x3x224x224": "test_tuning.py",
 }
 
 
