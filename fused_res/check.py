@@ -288,6 +288,43 @@ def check_block(block_type: Callable[..., nn.Module], backend: str, device: str 
             return Result("FusedResBlock", backend, x.dtype, count, *errors.worst())
 
 
+def check_inference(
+    block_type: Callable[..., nn.Module], backend: str, device: str = "cpu"
+) -> Result:
+    """Compares blocks in eval mode, without gradients, with ``reference.ResBlock``, in both memory
+    formats. Winograd's tiles of 4 have a bound of their own: these blocks are too narrow for them.
+
+    Args:
+        block_type: called as ``reference.ResBlock`` is, and with ``backend``.
+    """
+    kinds = (
+        ((24, 24), {}),
+        ((24, 40, 2), {"kind": "bottleneck"}),
+        ((24, 16), {"skip": "concat", "groups": 4}),
+    )
+    errors, dtype = Errors(), torch.float32
+    formats = (torch.contiguous_format, torch.channels_last)
+    calls = [*itertools.product(kinds, range(BLOCKS), formats)]
+    for count, ((sizes, kind), seed, memory_format) in enumerate(calls):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            plain = reference.ResBlock(*sizes, **kind).eval().to(device)
+            for name, tensor in plain.state_dict().items():
+                if tensor.is_floating_point() and ("bn" in name or "downsample.1" in name):
+                    tensor.uniform_(0.5, 1.5)
+            x = torch.randn(4, 24, 9, 9).to(device).contiguous(memory_format=memory_format)
+            exact = copy.deepcopy(plain).double()(x.double())
+            try:
+                block = block_type(*sizes, backend=backend, **kind).eval().to(device)
+                block.load_state_dict(plain.state_dict())
+                ours = block(x)
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}"
+                return Result("inference", backend, dtype, count, math.inf, "", failure)
+            errors.add(f"{sizes}", f"seed {seed}, {memory_format}", ours, plain(x), exact)
+    return Result("inference", backend, dtype, len(calls), *errors.worst())
+
+
 def check_all() -> list[Result]:
     """Results of every backend that runs on this machine."""
     from . import FusedResBlock
@@ -308,6 +345,7 @@ def check_all() -> list[Result]:
         if name == "eager" or name in backends.SUPPORT["bn_act"]:
             with _one_thread():  # both sides spend their time in PyTorch's convolutions
                 results.append(check_block(FusedResBlock, name, device))
+                results.append(check_inference(FusedResBlock, name, device))
     return results
 
 
