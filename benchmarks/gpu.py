@@ -48,7 +48,11 @@ def _build() -> list[list[str]]:
 def _tests() -> list[list[str]]:
     # Triton compiles on the CPU, for longer than the kernels run
     parallel = ["-n", "6"] if importlib.util.find_spec("xdist") else []
-    return [[sys.executable, "-m", "pytest", "-q", *parallel, "-m", "gpu", "tests/test_gpu.py"]]
+    run = [sys.executable, "-m", "pytest", "-q", *parallel, "-m", "gpu"]
+    return [
+        [*run, "tests/test_gpu.py"],
+        [*run, "tests/test_gpu_conv.py", "tests/test_inference.py"],
+    ]
 
 
 def _sanitizer() -> list[list[str]]:
