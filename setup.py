@@ -135,7 +135,8 @@ def cpu_rules(ninja, output):
     link = [f"-L{lib}", "-ltorch_cpu"]
     if os.environ.get("FUSED_RES_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        flags += [*sanitize, "-O1", "-g", "-fno-omit-frame-pointer"]
+        # with the multiply-adds of the shipped build: the tests look at rounding
+        flags += [*sanitize, "-O1", "-fexpensive-optimizations", "-g", "-fno-omit-frame-pointer"]
         link += sanitize
     if X86:
         flags.append("-DFUSED_RES_X86")
