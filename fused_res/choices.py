@@ -154,7 +154,7 @@ def _expected(key: Key, able: list[str]) -> str:
 
 
 MOST_CHOICES = 10_000
-_chosen: dict[tuple[Key, str], Choice] = {}
+_chosen: dict[tuple[Key, str, bool], Choice] = {}
 _recorded: dict[Key, object] | None = None
 _forgotten = 0
 
@@ -162,11 +162,12 @@ _forgotten = 0
 def choose(call, backend: str) -> Choice:
     """What runs ``call`` on ``backend``: auto, or one that can be used here."""
     key = key_of(call)
-    known = _chosen.get((key, backend))
+    place = key, backend, torch._C._get_mkldnn_enabled()
+    known = _chosen.get(place)
     if known is None:
-        known = _chosen[key, backend] = _first(call, key, backend)
+        known = _chosen[place] = _first(call, key, backend)
         while len(_chosen) > MOST_CHOICES:
-            _chosen.pop(next(iter(_chosen)), None)
+            _chosen.pop(next(iter(tuple(_chosen))), None)
     return known
 
 
@@ -179,7 +180,7 @@ def forget() -> None:
 
 def state() -> tuple:
     """Changes when a call may be run by something else than before."""
-    return _forgotten, backends.named()
+    return _forgotten, backends.named(), torch._C._get_mkldnn_enabled()
 
 
 @contextlib.contextmanager

@@ -85,6 +85,7 @@ Tensor direct_weight_cpu(const std::vector<Tensor>& weights, const std::vector<O
   STD_TORCH_CHECK((weights.size() == 1 || weights.size() == 2) && scales.size() == weights.size(),
                   "weights must be one or two, with as many scales");
   const int64_t channels = weights[0].dim() ? weights[0].size(0) : 0;
+  STD_TORCH_CHECK(channels > 0, "weights must have output channels");
   int64_t depth = 0;
   for (const Tensor& w : weights) {
     STD_TORCH_CHECK(is_float(w) && w.dim() == 4 && w.size(0) == channels,
@@ -96,6 +97,8 @@ Tensor direct_weight_cpu(const std::vector<Tensor>& weights, const std::vector<O
   float* out = (float*)u.mutable_data_ptr();
   for (size_t i = 0; i < weights.size(); i++) {
     const Tensor& t = weights[i];
+    STD_TORCH_CHECK(!scales[i] || (scales[i]->dim() == 1 && scales[i]->size(0) == channels),
+                    "scales must have shape (", channels, ",)");
     const std::vector<double> scale = read_channels(scales[i], channels, 1.0);
     const float* w = (const float*)t.const_data_ptr();
     const auto size = t.sizes(), stride = t.strides();
@@ -154,6 +157,7 @@ Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptT
     args.out_width = out[1];
     args.depth += s.depth();
   }
+  STD_TORCH_CHECK(args.depth > 0 && out_channels > 0, "a convolution must have channels");
   const int64_t images = inputs[0].size(0), panels = ceil_div(out_channels, kPanel);
   STD_TORCH_CHECK(is_float(u) && u.is_contiguous() && u.numel() == panels * args.depth * kPanel,
                   "u must be what direct_weight made for ", args.depth, " -> ", out_channels);

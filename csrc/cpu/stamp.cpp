@@ -1,6 +1,7 @@
 #include "stamp.h"
 
 #include <cstring>
+#include <numeric>
 
 namespace fused_res {
 namespace {
@@ -16,6 +17,14 @@ struct Hash {
     value ^= value >> 32;
   }
 };
+
+// Steps that visit every index of a dimension once, far from the last each time: no block and no
+// stride of two dimensions goes unseen for long.
+int64_t coprime(int64_t size, double part) {
+  for (int64_t by = (int64_t)(size * part); by > 1; by--)
+    if (std::gcd(by, size) == 1) return by;
+  return 1;
+}
 
 uint64_t stamp(const Tensor& t) {
   Hash of;
@@ -44,18 +53,17 @@ uint64_t stamp(const Tensor& t) {
   int64_t samples = taps;
   for (size_t d = 0; d < outer; d++) samples = std::max(samples, size[d]);
   samples = std::min<int64_t>(samples, kMostSamples);
+  std::vector<int64_t> by(size.size(), 1);
+  for (size_t d = 0; d < outer; d++) by[d] = coprime(size[d], d % 2 ? 0.755 : 0.618);
   struct Walk {
     std::vector<int64_t> index;
     int64_t at;
   };
   const auto step = [&](Walk& walk, size_t d) {  // whether it turned over
-    const int64_t by = d < outer ? 1 + (size[d] - 1) / kMostSamples : 1;
-    walk.index[d] += by;
-    walk.at += by * stride[d];
-    if (walk.index[d] < size[d]) return false;
-    walk.at -= walk.index[d] * stride[d];
-    walk.index[d] = 0;
-    return true;
+    const int64_t before = walk.index[d], next = before + by[d];
+    walk.index[d] = next < size[d] ? next : next - size[d];
+    walk.at += (walk.index[d] - before) * stride[d];
+    return next >= size[d];
   };
   const auto next = [&](Walk& walk) {
     for (size_t d = 0; d < outer; d++) step(walk, d);
@@ -83,8 +91,8 @@ uint64_t stamp(const Tensor& t) {
 
 // A number made of the tensors' addresses, sizes, types and values: all of a small tensor or a
 // vector, and of others as many as their longest dimension has, spread so that every index of every
-// dimension is among them (of up to kMostSamples; else every second, third ...). So a change of a
-// whole filter, channel or tap is seen.
+// dimension is among them (of up to kMostSamples). So a change of a whole filter, channel or tap is
+// seen.
 int64_t stamp_cpu(const std::vector<Tensor>& tensors) {
   Hash all;
   for (const Tensor& t : tensors) all.mix(stamp(t));

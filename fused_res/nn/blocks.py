@@ -8,7 +8,6 @@ are nothing but convolutions and BatchNorms, else with one op per normalisation.
 
 from __future__ import annotations
 
-from operator import is_
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -215,6 +214,10 @@ def _run_whole(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor
     return whole(x, branch, shortcut, act, block.backend, counters)
 
 
+def _overridden(conv: nn.Module) -> bool:
+    return "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__
+
+
 def conv_norm_of(conv: nn.Module, bn: nn.Module | None) -> ConvNorm | None:
     """A convolution and what follows it as ``conv_bn_act`` takes them; None where it does not."""
     if (
@@ -222,7 +225,7 @@ def conv_norm_of(conv: nn.Module, bn: nn.Module | None) -> ConvNorm | None:
         or conv.padding_mode != "zeros"
         or isinstance(conv.padding, str)
         or has_hooks(conv)
-        or (not torch.compiler.is_compiling() and "forward" in conv.__dict__)
+        or (not torch.compiler.is_compiling() and _overridden(conv))
     ):
         return None
     norm = None if bn is None else norm_of(bn)
@@ -230,83 +233,112 @@ def conv_norm_of(conv: nn.Module, bn: nn.Module | None) -> ConvNorm | None:
     return ConvNorm(conv.weight, conv.bias, *sizes, conv.groups, norm)
 
 
+class _Part(NamedTuple):
+    """A convolution or BatchNorm of a block, by what its result depends on; not the module itself,
+    which may lead back to the block."""
+
+    path: tuple[str, ...]
+    kind: type[nn.Module]
+    settings: tuple  # of _SETTINGS
+    parameters: tuple[tuple[str, Tensor | None], ...]
+    buffers: tuple[tuple[str, Tensor | None], ...]
+
+    def is_in(self, block: nn.Module) -> bool:
+        module = block
+        for name in self.path:
+            module = module._modules.get(name)
+            if module is None:
+                return False
+        own = module.__dict__
+        parameters, buffers = own["_parameters"], own["_buffers"]
+        return (
+            type(module) is self.kind
+            and not any(map(own.get, _HOOKS))
+            and tuple(map(own.get, _SETTINGS)) == self.settings
+            and all(parameters.get(name, self) is t for name, t in self.parameters)
+            and all(buffers.get(name, self) is t for name, t in self.buffers)
+        )
+
+
 class _Prepared(NamedTuple):
     """A block for inference on inputs of one size, and what it was made from: looking all of that
     up again costs more than a small kernel."""
 
-    hooks: tuple[dict, ...]  # empty
-    modules: tuple[nn.Module, ...]
-    kinds: tuple[type, ...]
-    places: tuple[dict, ...]  # where something was found, by which key, and what
-    keys: tuple[str, ...]
-    found: tuple[object, ...]
+    plan: BlockPlan
+    backend: str | None
+    parts: tuple[_Part, ...]
     tensors: list[Tensor]
     stamp: tuple
     steps: list[Run]
 
-    def holds(self) -> bool:
+    def holds(self, block: nn.Module, plan: BlockPlan) -> bool:
         return (
-            not any(self.hooks)
-            and all(map(is_, map(type, self.modules), self.kinds))
-            and all(map(is_, map(dict.get, self.places, self.keys), self.found))
+            self.plan is plan
+            and self.backend == block.backend
+            and all(part.is_in(block) for part in self.parts)
             and stamp(self.tensors) == self.stamp
         )
 
 
 _prepared: WeakKeyDictionary[nn.Module, dict[tuple, _Prepared]] = WeakKeyDictionary()
 MOST_SIZES = 4  # of a block's inputs
-_CELLS = {
-    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode", "forward"),
-    nn.BatchNorm2d: ("training", "eps"),
-}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "forward", "_conv_forward",
+             "training", "eps")  # fmt: skip
+_AFFINE, _RUNNING = ("weight", "bias"), ("running_mean", "running_var")
 
 
-def _prepare(block: nn.Module, stages: tuple[Stage, ...], steps: list[Run]) -> _Prepared | None:
-    hooks, cells, tensors = [], [(block.__dict__, "backend", block.__dict__.get("backend"))], []
-    convs, norms = [], []
-    for stage in stages:
-        for path, found in ((stage.conv, convs), (stage.norm, norms)):
-            module = block
-            for name in path.split(".") if path else ():
-                cells.append((module._modules, name, module._modules[name]))
-                module = module._modules[name]
-            if path:
-                found.append(module)
-    modules = [*convs, *norms]
-    for module in modules:
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
-                     "_backward_pre_hooks"):  # fmt: skip
-            hooks.append(getattr(module, name))
-        kind = nn.Conv2d if module in convs else nn.BatchNorm2d
-        cells += [(module.__dict__, key, module.__dict__.get(key)) for key in _CELLS[kind]]
-        for found, keys in (
-            (module._parameters, ("weight", "bias")),
-            (module._buffers, ("running_mean", "running_var")),
-        ):
-            cells += [(found, key, found.get(key)) for key in keys]
-            tensors += [found[key] for key in keys if found.get(key) is not None]
+def _part_of(block: nn.Module, path: str, running: tuple[str, ...]) -> _Part | None:
+    """None where it has plain attributes for parameters, say."""
+    module, names = block, tuple(path.split("."))
+    for name in names:
+        module = module._modules[name]
+    own = module.__dict__
+    parameters, buffers = own["_parameters"], own["_buffers"]
+    if not (parameters.keys() >= set(_AFFINE) and buffers.keys() >= set(running)):
+        return None
+    settings = tuple(map(own.get, _SETTINGS))
+    if any(callable(value) for value in settings):
+        return None  # its own forward
+    return _Part(
+        names,
+        type(module),
+        settings,
+        tuple((name, parameters[name]) for name in _AFFINE),
+        tuple((name, buffers[name]) for name in running),
+    )
+
+
+def _prepare(
+    block: nn.Module, plan: BlockPlan, stages: tuple[Stage, ...], steps: list[Run]
+) -> _Prepared | None:
+    parts = [_part_of(block, s.conv, ()) for s in stages if s.conv is not None]
+    parts += [_part_of(block, s.norm, _RUNNING) for s in stages if s.norm is not None]
+    if None in parts:
+        return None
+    tensors = [t for p in parts for _, t in (*p.parameters, *p.buffers) if t is not None]
     if any(t.is_inference() for t in tensors):
         return None
-    places, names, values = zip(*cells, strict=True)
-    kinds = tuple(map(type, modules))
-    return _Prepared(
-        tuple(hooks), tuple(modules), kinds, places, names, values, tensors, stamp(tensors), steps
-    )
+    return _Prepared(plan, block.backend, tuple(parts), tensors, stamp(tensors), steps)
 
 
 def _run_inference(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor | None:
     """``block.forward(x)`` with one op per convolution; None where it is not for inference."""
+    if x.dim() != 4:
+        return None
     grads = torch.is_grad_enabled()
-    fast = not grads and not torch.compiler.is_compiling() and not under_modes(x)
+    fast = not grads and not torch.compiler.is_compiling() and x.is_cpu and not under_modes(x)
     if fast:
         key = x.shape, x.stride(), x.dtype, torch.get_num_threads(), *choices.state()
-        of_block = _prepared.get(block)
-        kept = None if of_block is None else of_block.get(key)
-        if kept is not None and kept.holds():
+        sizes = _prepared.get(block)
+        kept = None if sizes is None else sizes.get(key)
+        if kept is not None and kept.holds(block, plan):
             out = x
             for run in kept.steps[:-1]:
                 out = run(out, None)
             return kept.steps[-1](out, x)
+        if kept is not None:
+            sizes.clear()  # they keep what was replaced
     stages = plan.branch if plan.shortcut is None else (*plan.branch, plan.shortcut)
     norms = [None if s.norm is None else child(block, s.norm) for s in stages]
     if any(bn is not None and (bn.training or bn.running_mean is None) for bn in norms):
@@ -346,12 +378,12 @@ def _run_inference(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Te
         return None  # broadcast
     y = run(Call(out, conv, residual, *(shortcut or [None]), concat, act))
     if len(steps) == len(plan.branch) and not any(stage.before for stage in stages):
-        made = _prepare(block, stages, steps)
+        made = _prepare(block, plan, stages, steps)
         if made is not None:
-            of_block = _prepared.setdefault(block, {})
-            while len(of_block) >= MOST_SIZES:
-                of_block.pop(next(iter(of_block)), None)
-            of_block[key] = made
+            sizes = _prepared.setdefault(block, {})
+            while len(sizes) >= MOST_SIZES:
+                sizes.pop(next(iter(tuple(sizes))), None)
+            sizes[key] = made
     return y
 
 

@@ -16,7 +16,9 @@ def plain_conv_norm(
     conv: nn.Module, bn: nn.Module | None, relu: nn.Module | bool
 ) -> ConvNorm | None:
     """The convolution and BatchNorm, if one op does what these modules do as they are now."""
-    if isinstance(relu, nn.Module) and (type(relu) is not nn.ReLU or has_hooks(relu)):
+    if isinstance(relu, nn.Module) and (
+        type(relu) is not nn.ReLU or has_hooks(relu) or "forward" in relu.__dict__
+    ):
         return None
     if bn is not None:
         changed = type(bn) is not nn.BatchNorm2d or has_hooks(bn) or "forward" in bn.__dict__

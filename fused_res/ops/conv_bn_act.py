@@ -115,7 +115,7 @@ def _shortcut(call: Call, prepare: Callable[[Call], Run]) -> Run | None:
 
 def _onednn(call: Call) -> Run:
     x, conv, residual, _, concat, act = call
-    sizes = [conv.padding, conv.stride, conv.dilation, conv.groups]
+    sizes = [tuple(conv.padding), tuple(conv.stride), tuple(conv.dilation), conv.groups]
 
     def pack():
         _check(call)
@@ -213,6 +213,7 @@ def _direct(call: Call) -> Run:
     u, bias = folded(conv, ("direct",), pack, shortcut)
     sizes = [n for c in convs for n in (*c.weight.shape[2:], *c.stride, *c.padding, *c.dilation)]
     both = shortcut is not None
+    channels = [c.weight.size(1) for c in convs]
     rest = conv.weight.size(0), sizes, concat, ACTS.index(act)
 
     def run(x, residual):
@@ -221,6 +222,8 @@ def _direct(call: Call) -> Run:
         if residual is not None:
             residual = _nhwc(residual)
         inputs, add = ([_nhwc(x), residual], None) if both else ([_nhwc(x)], residual)
+        if [t.size(1) for t in inputs] != channels:
+            raise ValueError("x or residual does not have its convolution's channels")
         return torch.ops.fused_res.direct(inputs, u, bias, add, *rest)
 
     return run
@@ -292,6 +295,7 @@ def _anew(run: Callable[..., Tensor]) -> Callable[..., Run]:
     """Of an implementation that keeps nothing of what it is made for."""
 
     def prepare(call, *config):
+        call = call._replace(x=None, residual=None)
         return lambda x, residual: run(call._replace(x=x, residual=residual), *config)
 
     return prepare
@@ -403,6 +407,8 @@ def prepared(call: Call, backend: str | None) -> Run | None:
     x = call.x
     if not x.is_cpu or x.numel() == 0 or not _channels_last(x):
         return None
+    if any(type(t) not in PLAIN for t in _tensors(call)):
+        return None
     name = asked_for("conv_bn_act", backend, x, call.residual)
     if name == "eager":
         return None
@@ -427,6 +433,8 @@ def _check_conv(name: str, conv: ConvNorm, of: str, x: Tensor) -> None:
             f"{name}.weight must have shape (K, {x.size(1)} / groups, R, S) for the {x.size(1)} "
             f"channels of {of} and groups={conv.groups}, got {tuple(weight.shape)}"
         )
+    if weight.numel() == 0:
+        raise ValueError(f"{name}.weight must not be empty, got {tuple(weight.shape)}")
     if weight.size(0) % conv.groups:
         raise ValueError(
             f"{name}.groups must divide the {weight.size(0)} output channels, got {conv.groups}"
