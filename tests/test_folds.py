@@ -631,3 +631,94 @@ def test_folds_do_not_add_up(count):
     for batch in range(1, 20):
         look(ours, torch.randn(batch, 8, 6, 6))
     assert count() < tensors + 40
+
+
+class Doubled(nn.Parameter):
+    """Stands for what convolves in a way of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.conv2d, nn.functional.conv2d):
+            args = (args[0], args[1].detach().as_subclass(torch.Tensor) * 2, *args[2:])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def to_attribute(module, name):
+    value = getattr(module, name).detach().clone()
+    delattr(module, name)
+    setattr(module, name, value)
+
+
+UNUSUAL = {
+    "weight": (lambda m: to_attribute(conv_of(m), "weight"),
+               lambda m: setattr(conv_of(m), "weight", conv_of(m).weight * 3)),
+    "statistics": (lambda m: to_attribute(bn_of(m), "running_mean"),
+                   lambda m: setattr(bn_of(m), "running_mean", bn_of(m).running_mean + 3)),
+    "subclass": (lambda m: None, lambda m: setattr(
+        conv_of(m), "weight", conv_of(m).weight.detach().as_subclass(Doubled))),
+    "hooks' dictionary": (lambda m: None, lambda m: (
+        setattr(conv_of(m), "_forward_hooks", type(conv_of(m)._forward_hooks)()),
+        conv_of(m).register_forward_hook(lambda module, args, y: y * 3))),
+    "_conv_forward": (lambda m: None, lambda m: setattr(
+        conv_of(m), "_conv_forward", lambda x, w, b: nn.functional.conv2d(x, w * 3, b, 1, 1))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_unusual_modules_are_heeded(what):
+    ours, theirs = pair("wide")
+    before, change = UNUSUAL[what]
+    for step in (before, lambda m: None, change, lambda m: None):
+        for model in (ours, theirs):
+            step(model)
+        same(ours, theirs, where=what)
+
+
+class Changing(ResBlock):
+    last = True
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + x
+        return y.relu() if self.last else y
+
+
+def test_fused_again_with_another_forward():
+    theirs = nn.Sequential(Changing(8, 8)).eval()
+    ours = copy.deepcopy(theirs)
+    for last in (True, False, True):
+        for model in (ours, theirs):
+            model[0].last = last
+        fused_res.fuse_(ours)
+        same(ours, theirs)
+        same(ours, theirs)
+        fused_res.unfuse_(ours)
+
+
+@pytest.mark.parametrize("how", ["hook", "method", "parent", "library's op"])
+def test_blocks_that_lead_to_themselves_are_freed(how, monkeypatch):
+    block = FusedResBlock(8, 8, groups=2).eval()
+    if how == "hook":
+        block.register_forward_hook(lambda *_, b=block: None)
+    elif how == "method":
+        block.itself = block.extra_repr
+    elif how == "parent":
+        block.conv1.parent = [block]
+    else:
+        monkeypatch.setattr(choices, "choose", lambda *_: choices.Choice("bn_act", "the test's"))
+    x = X.clone(memory_format=torch.preserve_format)
+    look(block, x)
+    look(block, x)
+    alive = [weakref.ref(t) for t in (block, x)]
+    if how == "library's op":
+        del x
+        gc.collect()
+        assert alive[1]() is None, "an input is kept"
+    del block
+    gc.collect()
+    assert alive[0]() is None
+
+
+def test_images_without_a_batch():
+    ours, theirs = pair("plain")
+    same(ours, theirs, X[0])
+    same(ours, theirs, X[0])

@@ -161,7 +161,7 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
     if (
         type(conv) is not nn.Conv2d
         or conv.padding_mode != "zeros"
-        or "forward" in conv.__dict__
+        or _overridden(conv)
         or has_hooks(conv)
         or bn.momentum is None  # the average depends on a count that is on the device
     ):
