@@ -37,10 +37,9 @@ struct Direct {
   void run() const {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t fit = kRowsBytes / (stride * (int64_t)sizeof(float));
-    const bool cached = panels * args.depth * kPanel * (int64_t)sizeof(float) <= kCachedWeights;
     const int64_t most =
-        cached ? kLeastRows
-               : std::clamp(fit / kLeastRows * kLeastRows, kLeastRows, kMostRowsOfGroup);
+        args.cached ? kLeastRows
+                    : std::clamp(fit / kLeastRows * kLeastRows, kLeastRows, kMostRowsOfGroup);
     const int64_t groups = ceil_div(ceil_div(rows, most), threads) * threads;
     if (rows / groups < kLeastRows) return run_shared(threads);
     torch::stable::parallel_for(0, groups, 1, [&](int64_t lo, int64_t hi) {
