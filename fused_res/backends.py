@@ -198,7 +198,7 @@ def why_not_tensors(*tensors: torch.Tensor | None) -> str | None:
 def _auto(op: str, x: torch.Tensor) -> tuple[str, str]:
     """What ``auto`` takes for a tensor, and why."""
     # a compiler's shapes are symbols, and its own kernels would be the rival
-    if not torch.compiler.is_compiling() and x.dim() == 4 and measured.knows(x.device):
+    if not torch.compiler.is_compiling() and x.dim() == 4 and measured.knows(x.device, op):
         able = [b for b in SUPPORT[op] if why_not(op, b, x.device.type, x.dtype) is None]
         backend, reason, _ = measured.verdict_on(op, x, tuple(able))
         if backend is not None:

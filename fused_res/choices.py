@@ -9,6 +9,7 @@ too; a named backend among its own. Nothing is measured here.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -174,11 +175,18 @@ def choose(call, backend: str) -> Choice:
     return known
 
 
+@functools.cache
+def knows(device: torch.device) -> bool:
+    """Whether backend ``auto`` may take a kernel on a device: one was measured there, or is now."""
+    return _recorded is not None or measured.knows(device, OP) or bool(tuned.table(device))
+
+
 def forget() -> None:
     """Chooses anew from now on: the tables have changed."""
     global _forgotten
     _forgotten += 1
     _chosen.clear()
+    knows.cache_clear()
 
 
 def state() -> tuple:
@@ -191,8 +199,8 @@ def recording() -> Iterator[dict[Key, object]]:
     """Collects the distinct calls made in the body, without what is in their tensors. They run in
     PyTorch's own ops."""
     global _recorded
-    forget()
     _recorded = calls = {}
+    forget()
     try:
         yield calls
     finally:

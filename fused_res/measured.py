@@ -70,10 +70,10 @@ def device_of(kind: str, index: int | None) -> tuple[str, str]:
 
 
 @functools.cache
-def knows(device: torch.device) -> bool:
-    """Whether anything was measured on the device or on one of its architecture."""
+def knows(device: torch.device, op: str) -> bool:
+    """Whether anything of an op was measured on the device or on one of its architecture."""
     name, isa = device_of(device.type, device.index)
-    return any(r.device == name or r.isa == isa for r in rows())
+    return any(r.op == op and (r.device == name or r.isa == isa) for r in rows())
 
 
 def _far(a: tuple[int, ...], b: tuple[int, ...]) -> float:

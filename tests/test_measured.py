@@ -8,9 +8,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fused_res import FusedResBlock, backends, doctor, measured
+from fused_res import FusedResBlock, backends, choices, doctor, measured
 from fused_res.measured import Row, verdict
-from fused_res.ops.conv_bn_act import IMPLEMENTATIONS
+from fused_res.ops.conv_bn_act import IMPLEMENTATIONS, fuses_convolutions
 
 H100 = ("NVIDIA H100 80GB HBM3", "sm_90")
 H200 = ("NVIDIA H200", "sm_90")
@@ -28,6 +28,7 @@ def table(monkeypatch):
     def clear():
         for cached in (measured.knows, measured.verdict):
             cached.cache_clear()
+        choices.forget()
 
     def use(*rows):
         monkeypatch.setattr(measured, "rows", lambda: rows)
@@ -173,5 +174,17 @@ def test_doctor_says_what_auto_takes_and_why(table, monkeypatch, capsys):
 def test_without_a_measurement_a_gpu_runs_pytorchs_ops(table, monkeypatch):
     table()
     monkeypatch.setattr(measured, "device_of", lambda *_: H100)
-    assert not measured.knows(torch.device("cuda", 0))
+    assert not measured.knows(torch.device("cuda", 0), "bn_act")
     assert measured.summary(torch.device("cuda", 0)) == []
+
+
+def test_a_gpu_where_only_bn_act_was_measured_keeps_to_it_in_inference(table, monkeypatch):
+    monkeypatch.setattr(measured, "device_of", lambda *_: H100)
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 4, 4, device="cuda")
+        of_bn_act = row((256, 64, 56, 56), 1.0, cuda=0.5)
+        table(of_bn_act)
+        assert not fuses_convolutions(x, None)
+        assert fuses_convolutions(x, "triton")
+        table(of_bn_act, of_bn_act._replace(op="conv_bn_act", shape=(8, 64, 56, 56, 64)))
+        assert fuses_convolutions(x, None)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import choices, env, reference
-from ..backends import DTYPES, SUPPORT, asked_for, choose, named, why_not_tensors
+from ..backends import DTYPES, asked_for, choose, named, why_not_tensors
 from ..folds import folded, scale_and_shift
 from ..reference import ACTS, Act, ConvNorm, Norm
 from . import direct, library, winograd  # noqa: F401  define the ops
@@ -398,7 +398,8 @@ def fuses_convolutions(x: Tensor, backend: str | None) -> bool:
         return False
     if x.is_cpu and name in ("auto", "cpu"):
         return x.dtype == torch.float32  # others run bn_act, for which there is a faster way
-    return True
+    # a graph asks for the op, which finds out; else a GPU that is not measured runs bn_act's ways
+    return name != "auto" or torch.compiler.is_compiling() or choices.knows(x.device)
 
 
 def prepared(call: Call, backend: str | None) -> Run | None:
@@ -574,16 +575,11 @@ def _dispatch(call: Call, backend: str | None) -> Tensor:
     unseen = conv.weight.dtype != x.dtype or (concat and call.shortcut is not None)
     if name == "eager" or tracing or unseen or not x.is_cpu:
         _check(call)
-    if wants_grad:
-        return _with_bn_act(call, backend)
-    if name == "eager" or x.numel() == 0:
-        return _with_bn_act(call, backend)
-    if x.is_cpu and _autocasts(x):
+    if name == "eager" or x.numel() == 0 or (x.is_cpu and _autocasts(x)):
         return _with_bn_act(call, backend)
     call = _autocast(call)
-    promotes = residual is not None and call.residual.dtype != call.x.dtype
-    if promotes or (name != "auto" and call.x.dtype not in SUPPORT["conv_bn_act"][name]):
-        return reference.conv_bn_act(*call)  # by PyTorch's rules
+    if residual is not None and call.residual.dtype != call.x.dtype:
+        return reference.conv_bn_act(*call)  # PyTorch's rules of promotion
     if tracing:
         lists = _flatten(call)
         return torch.ops.fused_res.conv_bn_act(
