@@ -17,6 +17,7 @@ from . import choices, tuned, tuning
 from .nn.blocks import is_exported
 from .patterns import Unfusable, in_words
 from .surgery import FuseReport, fuse_, fused_class, refuse_wrapped
+from .prepared import PreparedForward
 from .tracing import convolves, function, fuse_convolutions, graph_of
 
 WARM_UPS = 3  # before a CUDA graph is captured: libraries choose algorithms and allocate
@@ -48,10 +49,11 @@ class _Serving:
     traced: bool = False
     output: pytree.TreeSpec | None = None  # a class torch.fx does not keep: dictionaries', say
     run: Callable | None = None  # the forward with its convolutions fused, made when needed
+    prepared: PreparedForward | None = None  # the same, and what it runs looked up once
     captured: _Captured | None = None
 
     def __getstate__(self):
-        return self.__dict__ | {"run": None, "captured": None}
+        return self.__dict__ | {"run": None, "prepared": None, "captured": None}
 
 
 class OptimizedModel(nn.Module):
@@ -97,7 +99,7 @@ class OptimizedModel(nn.Module):
                 "optimise it with cuda_graph=False for that"
             )
         if is_exported():  # with no change of the grad mode, which is no plain op
-            return self._function()(self, *args, **kwargs)
+            return self._as_returned(self._function()(self, *args, **kwargs))
         inputs = _checked(args, kwargs, serving)
         if not serving.cuda_graph:
             return self._run(inputs)
@@ -117,17 +119,21 @@ class OptimizedModel(nn.Module):
 
     def _fuse(self, graph: fx.Graph, report: FuseReport) -> None:
         fuse_convolutions(self, graph, report)
-        run, kind = function(self, graph), self._serving.output
-        if kind is not None:
-            self._serving.run = lambda model, *inputs: pytree.tree_unflatten(
-                pytree.tree_leaves(run(model, *inputs)), kind
-            )
-        else:
-            self._serving.run = run
+        self._serving.run = function(self, graph)
+        self._serving.prepared = PreparedForward(self, graph)
+
+    def _as_returned(self, y: Any) -> Any:
+        kind = self._serving.output
+        return y if kind is None else pytree.tree_unflatten(pytree.tree_leaves(y), kind)
 
     def _run(self, inputs: list[Tensor]):
         with torch.no_grad():
-            return self._function()(self, *inputs)
+            run, prepared = self._function(), self._serving.prepared
+            if prepared is None or torch.compiler.is_compiling():
+                y = run(self, *inputs)
+            else:
+                y = prepared(self, inputs, run)
+        return self._as_returned(y)
 
     def _plain_forward(self, *inputs, **kwargs):
         return super().forward(*inputs, **kwargs)

@@ -48,7 +48,8 @@ struct Direct {
         float* v = space(count, count);
         kernels.gather(args, first, 0, count, v, stride);
         for (int64_t p = 0; p < panels; p++)
-          kernels.multiply(args, first, 0, count, v, stride, p, v + count * stride);
+          kernels.multiply(args, first, 0, count, v, stride, p, !args.cached || g == lo,
+                           v + count * stride);
       }
     });
   }
@@ -70,7 +71,7 @@ struct Direct {
         for (int64_t i = lo; i < hi; i++) {
           const int64_t part = i % parts;
           kernels.multiply(args, first, count * part / parts, count * (part + 1) / parts, v, stride,
-                           i / parts, m);
+                           i / parts, true, m);
         }
       });
     }

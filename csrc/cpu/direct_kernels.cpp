@@ -59,7 +59,7 @@ void gather(const DirectArgs& a, int64_t first, int64_t lo, int64_t hi, float* v
 }
 
 void multiply(const DirectArgs& a, int64_t first, int64_t lo, int64_t hi, const float* v,
-              int64_t v_stride, int64_t panel, float* m) {
+              int64_t v_stride, int64_t panel, bool fetch, float* m) {
   const int64_t k0 = panel * kPanel;
   // A pixel's part of a panel is two lines, too far from the next pixel's for the processor to
   // guess
@@ -68,7 +68,7 @@ void multiply(const DirectArgs& a, int64_t first, int64_t lo, int64_t hi, const 
       __builtin_prefetch(a.y + (first + r) * a.y_stride + k, 1, 1);
       if (a.residual) __builtin_prefetch(a.residual + (first + r) * a.residual_stride + k, 0, 1);
     }
-  multiply_panel(hi - lo, a.depth, v + lo * v_stride, v_stride, a.u + k0 * a.depth, !a.cached,
+  multiply_panel(hi - lo, a.depth, v + lo * v_stride, v_stride, a.u + k0 * a.depth, fetch,
                  [&](int64_t r, int64_t n, V sum, bool is_first, bool is_last) {
                    float* partial = m + r * kPanel + n;
                    if (!is_first) sum += load(partial, Full{});

@@ -33,9 +33,10 @@ struct DirectKernels {
   // rows [lo, hi) of v, output pixels first + lo to first + hi
   void (*gather)(const DirectArgs&, int64_t first, int64_t lo, int64_t hi, float* v,
                  int64_t v_stride);
-  // a panel of the output pixels first + [lo, hi). m: space for (hi - lo) x kPanel
+  // a panel of the output pixels first + [lo, hi). fetch: its weights may be in no cache yet. m:
+  // space for (hi - lo) x kPanel
   void (*multiply)(const DirectArgs&, int64_t first, int64_t lo, int64_t hi, const float* v,
-                   int64_t v_stride, int64_t panel, float* m);
+                   int64_t v_stride, int64_t panel, bool fetch, float* m);
 };
 
 namespace plain {

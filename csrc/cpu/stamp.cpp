@@ -1,5 +1,6 @@
 #include "stamp.h"
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 
@@ -9,6 +10,8 @@ namespace {
 constexpr int64_t kWhole = 4096;  // bytes up to which every value is looked at
 // Of a large network each sample is a page that is in no cache: more than these cost a percent.
 constexpr int64_t kMostSamples = 512, kAhead = 24;
+constexpr size_t kDims = 4;
+constexpr int64_t kLeastShared = 64;  // tensors: those of a whole network
 
 struct Hash {
   uint64_t value = 0xcbf29ce484222325u;
@@ -24,6 +27,31 @@ int64_t coprime(int64_t size, double part) {
   for (int64_t by = (int64_t)(size * part); by > 1; by--)
     if (std::gcd(by, size) == 1) return by;
   return 1;
+}
+
+// The bytes at which the samples of a tensor lie; returns how many they are. The last two
+// dimensions, a kernel's, are counted through as one: each tap is seen.
+int64_t spread(const Tensor& t, int64_t* at) {
+  const size_t dims = t.dim(), before = kDims - dims;
+  int64_t size[kDims], stride[kDims];
+  for (size_t d = 0; d < kDims; d++) {
+    size[d] = d < before ? 1 : t.size(d - before);
+    stride[d] = d < before ? 0 : t.stride(d - before) * t.element_size();
+  }
+  const int64_t most = std::max({size[0], size[1], size[2] * size[3]});
+  const int64_t samples = std::min(most, kMostSamples);
+  const int64_t by[] = {coprime(size[0], 0.618), coprime(size[1], 0.755)};
+  int64_t k = 0, c = 0, r = 0, s = 0;
+  for (int64_t i = 0; i < samples; i++) {
+    at[i] = k * stride[0] + c * stride[1] + r * stride[2] + s * stride[3];
+    k += by[0], k -= k < size[0] ? 0 : size[0];
+    c += by[1], c -= c < size[1] ? 0 : size[1];
+    if (++s == size[3]) {
+      s = 0;
+      if (++r == size[2]) r = 0;
+    }
+  }
+  return samples;
 }
 
 uint64_t stamp(const Tensor& t) {
@@ -46,44 +74,19 @@ uint64_t stamp(const Tensor& t) {
     for (int64_t i = end / 8 * 8; i < end; i++) of.mix((unsigned char)p[i]);
     return of.value;
   }
-  // the last two dimensions, a kernel's, are counted through as one: each tap is seen
-  const size_t outer = size.size() > 2 ? size.size() - 2 : 0;
-  int64_t taps = 1;
-  for (size_t d = outer; d < size.size(); d++) taps *= size[d];
-  int64_t samples = taps;
-  for (size_t d = 0; d < outer; d++) samples = std::max(samples, size[d]);
-  samples = std::min<int64_t>(samples, kMostSamples);
-  std::vector<int64_t> by(size.size(), 1);
-  for (size_t d = 0; d < outer; d++) by[d] = coprime(size[d], d % 2 ? 0.755 : 0.618);
-  struct Walk {
-    std::vector<int64_t> index;
-    int64_t at;
-  };
-  const auto step = [&](Walk& walk, size_t d) {  // whether it turned over
-    const int64_t before = walk.index[d], next = before + by[d];
-    walk.index[d] = next < size[d] ? next : next - size[d];
-    walk.at += (walk.index[d] - before) * stride[d];
-    return next >= size[d];
-  };
-  const auto next = [&](Walk& walk) {
-    for (size_t d = 0; d < outer; d++) step(walk, d);
-    for (size_t d = size.size(); d-- > outer;)
-      if (!step(walk, d)) break;
-  };
-  Walk here{std::vector<int64_t>(size.size()), 0}, ahead = here;
-  for (int64_t i = 0; i < kAhead; i++) next(ahead);
-  for (int64_t i = 0; i < samples; i++) {
-    __builtin_prefetch(p + ahead.at * bytes);  // these are in no cache
-    uint64_t value = 0;
-    uint16_t half;
-    for (int64_t b = 0; b < bytes; b += 2) {
-      std::memcpy(&half, p + here.at * bytes + b, 2);
-      value = value << 16 | half;
+  if (size.size() > kDims) return of.value;  // no convolution's
+  int64_t at[kMostSamples];
+  const int64_t samples = spread(t, at);
+  const auto mix = [&](auto value) {
+    for (int64_t i = 0; i < samples; i++) {
+      if (i + kAhead < samples) __builtin_prefetch(p + at[i + kAhead]);  // these are in no cache
+      std::memcpy(&value, p + at[i], sizeof value);
+      of.mix(value);
     }
-    of.mix(value);
-    next(here);
-    next(ahead);
-  }
+  };
+  if (bytes == 2) mix(uint16_t());
+  else if (bytes == 4) mix(uint32_t());
+  else mix(uint64_t());
   return of.value;
 }
 
@@ -94,8 +97,15 @@ uint64_t stamp(const Tensor& t) {
 // dimension is among them (of up to kMostSamples). So a change of a whole filter, channel or tap is
 // seen.
 int64_t stamp_cpu(const std::vector<Tensor>& tensors) {
+  const int64_t count = tensors.size();
+  const int64_t parts = count < kLeastShared ? 1 : torch::stable::get_num_threads();
+  std::vector<uint64_t> each(count);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t part = lo; part < hi; part++)  // in turns: a network's later weights are larger
+      for (int64_t i = part; i < count; i += parts) each[i] = stamp(tensors[i]);
+  });
   Hash all;
-  for (const Tensor& t : tensors) all.mix(stamp(t));
+  for (uint64_t one : each) all.mix(one);
   return (int64_t)all.value;
 }
 

@@ -253,7 +253,7 @@ class _Part(NamedTuple):
         parameters, buffers = own["_parameters"], own["_buffers"]
         return (
             type(module) is self.kind
-            and not any(map(own.get, _HOOKS))
+            and not any(map(own.get, HOOKS))
             and tuple(map(own.get, _SETTINGS)) == self.settings
             and all(parameters.get(name, self) is t for name, t in self.parameters)
             and all(buffers.get(name, self) is t for name, t in self.buffers)
@@ -279,20 +279,23 @@ class _Prepared(NamedTuple):
             and stamp(self.tensors) == self.stamp
         )
 
+    def run(self, x: Tensor) -> Tensor:
+        out = x
+        for step in self.steps[:-1]:
+            out = step(out, None)
+        return self.steps[-1](out, x)
+
 
 _prepared: WeakKeyDictionary[nn.Module, dict[tuple, _Prepared]] = WeakKeyDictionary()
 MOST_SIZES = 4  # of a block's inputs
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "forward", "_conv_forward",
              "training", "eps")  # fmt: skip
 _AFFINE, _RUNNING = ("weight", "bias"), ("running_mean", "running_var")
 
 
-def _part_of(block: nn.Module, path: str, running: tuple[str, ...]) -> _Part | None:
+def _part_of(module: nn.Module, path: str, running: tuple[str, ...]) -> _Part | None:
     """None where it has plain attributes for parameters, say."""
-    module, names = block, tuple(path.split("."))
-    for name in names:
-        module = module._modules[name]
     own = module.__dict__
     parameters, buffers = own["_parameters"], own["_buffers"]
     if not (parameters.keys() >= set(_AFFINE) and buffers.keys() >= set(running)):
@@ -301,7 +304,7 @@ def _part_of(block: nn.Module, path: str, running: tuple[str, ...]) -> _Part | N
     if any(callable(value) for value in settings):
         return None  # its own forward
     return _Part(
-        names,
+        tuple(path.split(".")),
         type(module),
         settings,
         tuple((name, parameters[name]) for name in _AFFINE),
@@ -312,14 +315,38 @@ def _part_of(block: nn.Module, path: str, running: tuple[str, ...]) -> _Part | N
 def _prepare(
     block: nn.Module, plan: BlockPlan, stages: tuple[Stage, ...], steps: list[Run]
 ) -> _Prepared | None:
-    parts = [_part_of(block, s.conv, ()) for s in stages if s.conv is not None]
-    parts += [_part_of(block, s.norm, _RUNNING) for s in stages if s.norm is not None]
+    convs = [(s.conv, ()) for s in stages if s.conv is not None]
+    norms = [(s.norm, _RUNNING) for s in stages if s.norm is not None]
+    parts = [_part_of(child(block, path), path, names) for path, names in convs + norms]
+    tensors = _tensors_of(parts)
+    if tensors is None:
+        return None
+    return _Prepared(plan, block.backend, tuple(parts), tensors, stamp(tensors), steps)
+
+
+def _tensors_of(parts: list[_Part | None]) -> list[Tensor] | None:
+    """None where one can change unseen."""
     if None in parts:
         return None
     tensors = [t for p in parts for _, t in (*p.parameters, *p.buffers) if t is not None]
-    if any(t.is_inference() for t in tensors):
-        return None
-    return _Prepared(plan, block.backend, tuple(parts), tensors, stamp(tensors), steps)
+    return None if any(t.is_inference() for t in tensors) else tensors
+
+
+def stamped_tensors(conv: nn.Module, bn: nn.Module | None) -> list[Tensor] | None:
+    """The tensors of a convolution and a BatchNorm; None where one can change unseen."""
+    norm = [] if bn is None else [_part_of(bn, "", _RUNNING)]
+    return _tensors_of([_part_of(conv, "", ()), *norm])
+
+
+def _key(x: Tensor) -> tuple:
+    return x.shape, x.stride(), x.dtype, torch.get_num_threads(), *choices.state()
+
+
+def prepared_block(block: FusedForward, x: Tensor) -> _Prepared | None:
+    """What the last ``block(x)`` prepared, while it holds."""
+    kept = _prepared.get(block, {}).get(_key(x))
+    own = "forward" in block.__dict__ or not block._bypasses_safely()
+    return None if own or kept is None or not kept.holds(block, block.plan) else kept
 
 
 def _run_inference(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor | None:
@@ -329,14 +356,11 @@ def _run_inference(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Te
     grads = torch.is_grad_enabled()
     fast = not grads and not torch.compiler.is_compiling() and x.is_cpu and not under_modes(x)
     if fast:
-        key = x.shape, x.stride(), x.dtype, torch.get_num_threads(), *choices.state()
+        key = _key(x)
         sizes = _prepared.get(block)
         kept = None if sizes is None else sizes.get(key)
         if kept is not None and kept.holds(block, plan):
-            out = x
-            for run in kept.steps[:-1]:
-                out = run(out, None)
-            return kept.steps[-1](out, x)
+            return kept.run(x)
         if kept is not None:
             sizes.clear()  # they keep what was replaced
     stages = plan.branch if plan.shortcut is None else (*plan.branch, plan.shortcut)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops.conv_bn_act import conv_bn_act
+from ..folds import stamp
+from ..ops.conv_bn_act import Call, conv_bn_act, prepared
 from ..reference import ConvNorm
-from .blocks import conv_norm_of, has_hooks, is_exported
+from .blocks import conv_norm_of, has_hooks, is_exported, stamped_tensors
 
 
 def plain_conv_norm(
@@ -49,3 +52,17 @@ def conv_norm_relu(
     if isinstance(relu, nn.Module):
         return relu(y)
     return F.relu(y) if relu else y
+
+
+def prepared_conv(
+    x: Tensor, conv: nn.Module, bn: nn.Module | None, relu: nn.Module | bool
+) -> tuple[Callable[[Tensor], Tensor], list[Tensor], tuple] | None:
+    """What runs ``conv_norm_relu`` for inputs of this size while the tensors, in which all is that
+    it was made of, have the stamp; None where there is no such thing."""
+    found = plain_conv_norm(conv, bn, relu) if x.dim() == 4 else None
+    tensors = None if found is None else stamped_tensors(conv, bn)
+    if tensors is None:
+        return None
+    now = stamp(tensors)
+    run = prepared(Call(x, found, act="none" if relu is False else "relu"), None)
+    return None if run is None else (lambda x: run(x, None), tensors, now)

@@ -168,13 +168,14 @@ def _winograd(tile: int, call: Call) -> Run:
     u, bias = folded(conv, ("winograd", tile), pack)
     shortcut = _shortcut(call, _onednn)
     rest = conv.weight.size(0), conv.padding, tile, concat, ACTS.index(act)
+    op = torch.ops.fused_res.winograd.default
 
     def run(x, residual):
         if shortcut is not None:
             residual = shortcut(residual, None)
         if residual is not None:
             residual = _nhwc(residual)
-        return torch.ops.fused_res.winograd(_nhwc(x), u, bias, residual, *rest)
+        return op(_nhwc(x), u, bias, residual, *rest)
 
     return run
 
@@ -215,6 +216,7 @@ def _direct(call: Call) -> Run:
     both = shortcut is not None
     channels = [c.weight.size(1) for c in convs]
     rest = conv.weight.size(0), sizes, concat, ACTS.index(act)
+    op = torch.ops.fused_res.direct.default
 
     def run(x, residual):
         if before is not None:
@@ -224,7 +226,7 @@ def _direct(call: Call) -> Run:
         inputs, add = ([_nhwc(x), residual], None) if both else ([_nhwc(x)], residual)
         if [t.size(1) for t in inputs] != channels:
             raise ValueError("x or residual does not have its convolution's channels")
-        return torch.ops.fused_res.direct(inputs, u, bias, add, *rest)
+        return op(inputs, u, bias, add, *rest)
 
     return run
 
