@@ -1,5 +1,6 @@
 // Every op of the CPU library, one line each. Schemas live beside their meaning in fused_res/ops/.
 #include "cpu/bn_act.h"
+#include "cpu/convolutions.h"
 #include "cpu/direct.h"
 #include "cpu/isa.h"
 #include "cpu/pool.h"
@@ -12,11 +13,10 @@ STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
   m.impl("bn_act_bwd", TORCH_BOX(&fused_res::bn_act_bwd_cpu));
   m.impl("res_block_fwd", TORCH_BOX(&fused_res::res_block_fwd<fused_res::CpuLibrary>));
   m.impl("res_block_bwd", TORCH_BOX(&fused_res::res_block_bwd<fused_res::CpuLibrary>));
+  m.impl("convolutions", TORCH_BOX(&fused_res::convolutions_cpu));
   m.impl("direct_weight", TORCH_BOX(&fused_res::direct_weight_cpu));
-  m.impl("direct", TORCH_BOX(&fused_res::direct_cpu));
   m.impl("stamp", TORCH_BOX(&fused_res::stamp_cpu));
   m.impl("winograd_weight", TORCH_BOX(&fused_res::winograd_weight_cpu));
-  m.impl("winograd", TORCH_BOX(&fused_res::winograd_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) {

@@ -22,7 +22,7 @@ constexpr int64_t kRowsBytes = 256 << 10, kLeastRows = 28, kMostRowsOfGroup = 11
 constexpr int64_t kCachedWeights = 512 << 10, kCachedOfWide = 2 << 20;
 // Where there are too few rows for every thread to have its own: what is gathered for all.
 constexpr int64_t kSharedBytes = 4 << 20;
-constexpr int kSizes = 8;  // integers of a source: kernel, stride, padding, dilation
+constexpr int kSizes = 9;  // integers of a source: channels, kernel, stride, padding, dilation
 
 struct Direct {
   const DirectKernels& kernels;
@@ -128,22 +128,23 @@ Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptT
                   const std::vector<int64_t>& sizes, bool concat, int64_t act) {
   STD_TORCH_CHECK(
       (inputs.size() == 1 || inputs.size() == 2) && sizes.size() == kSizes * inputs.size(),
-      "inputs must be one or two, with 8 sizes each");
+      "inputs must be one or two, with 9 sizes each");
   DirectArgs args = {};
   for (size_t i = 0; i < inputs.size(); i++) {
     const Tensor& x = inputs[i];
     const int64_t* n = &sizes[kSizes * i];
-    STD_TORCH_CHECK(is_nhwc(x) && x.size(0) == inputs[0].size(0),
-                    "inputs must be float32 on a CPU, channels_last and of as many images");
+    STD_TORCH_CHECK(is_nhwc(x) && x.size(0) == inputs[0].size(0) && x.size(1) == n[0],
+                    "inputs must be float32 on a CPU, channels_last, of as many images and of "
+                    "their convolutions' channels");
     DirectSource& s = args.sources[args.count++];
     s = {(const float*)x.const_data_ptr(),
          x.size(2),
          x.size(3),
          x.size(1),
-         {n[0], n[1]},
-         {n[2], n[3]},
-         {n[4], n[5]},
-         {n[6], n[7]}};
+         {n[1], n[2]},
+         {n[3], n[4]},
+         {n[5], n[6]},
+         {n[7], n[8]}};
     int64_t out[2];
     for (int d = 0; d < 2; d++) {
       STD_TORCH_CHECK(s.kernel[d] > 0 && s.stride[d] > 0 && s.padding[d] >= 0 && s.dilation[d] > 0,

@@ -1,4 +1,5 @@
-// A direct convolution on a CPU. Schemas: fused_res/ops/direct.py.
+// A direct convolution on a CPU: what makes its weight (schema: fused_res/ops/direct.py), and the
+// convolution, for convolutions.cpp.
 #pragma once
 #include "tensors.h"
 

@@ -1,4 +1,5 @@
-// Winograd's convolution of 3x3 kernels on a CPU. Schemas: fused_res/ops/winograd.py.
+// Winograd's convolution of 3x3 kernels on a CPU: what makes its weight (schema:
+// fused_res/ops/winograd.py), and the convolution, for convolutions.cpp.
 #pragma once
 #include "tensors.h"
 

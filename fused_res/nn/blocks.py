@@ -29,6 +29,7 @@ from ..ops.conv_bn_act import (
     prepared,
     under_modes,
 )
+from ..ops.convolutions import Convolutions, joined
 from ..ops.res_block import whole
 from ..reference import Act, ConvNorm, Norm
 
@@ -321,6 +322,8 @@ def _prepare(
     tensors = _tensors_of(parts)
     if tensors is None:
         return None
+    if all(isinstance(step, Convolutions) for step in steps):
+        steps = [joined(steps)]
     return _Prepared(plan, block.backend, tuple(parts), tensors, stamp(tensors), steps)
 
 

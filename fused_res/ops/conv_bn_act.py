@@ -21,8 +21,9 @@ from .. import choices, env, reference
 from ..backends import DTYPES, asked_for, choose, named, why_not_tensors
 from ..folds import folded, scale_and_shift
 from ..reference import ACTS, Act, ConvNorm, Norm
-from . import direct, library, winograd  # noqa: F401  define the ops
+from . import direct, library, winograd  # noqa: F401  define the ops of their weights
 from .bn_act import _check_norm, bn_act_norms
+from .convolutions import convolution, nhwc
 
 # parameters of each convolution, the shortcut's last: weight and bias, the BatchNorm's weight and
 # bias, running mean and variance (None: no BatchNorm). integers: stride, padding and dilation
@@ -94,10 +95,6 @@ def _folded(conv: ConvNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 FLOAT32_ALONE = "it is for float32 alone"
 
 
-def _nhwc(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
 def _apply_rest(z: Tensor, residual: Tensor | None, concat: bool, act: str) -> Tensor:
     """What follows the convolution and BatchNorm, in PyTorch's ops; ``z`` is overwritten."""
     if act == "relu_before_add":
@@ -131,7 +128,7 @@ def _onednn(call: Call) -> Run:
     ops = torch.ops.mkldnn
 
     def run(x, residual):
-        x = _nhwc(x)
+        x = nhwc(x)
         if shortcut is not None:
             residual = shortcut(residual, None)
         if apart:
@@ -141,7 +138,7 @@ def _onednn(call: Call) -> Run:
             raise ValueError("residual does not have the output's shape")
         rest = weight, bias, *sizes, "add", 1.0, None, [], None
         if shortcut is None:
-            y = ops._convolution_pointwise.binary(x, _nhwc(residual), *rest)
+            y = ops._convolution_pointwise.binary(x, nhwc(residual), *rest)
         else:
             y = ops._convolution_pointwise_.binary(residual, x, *rest)
         return y.relu_() if act == "relu" else y
@@ -156,8 +153,12 @@ def _onednn_why_not(call: Call) -> str | None:
     return None if usable else "oneDNN is not there, or switched off"
 
 
+def _role(call: Call) -> str:
+    return "concat" if call.concat else "none" if call.residual is None else "add"
+
+
 def _winograd(tile: int, call: Call) -> Run:
-    _, conv, _, _, concat, act = call
+    conv = call.conv
 
     def pack():
         _check(call)
@@ -165,19 +166,10 @@ def _winograd(tile: int, call: Call) -> Run:
         u = torch.ops.fused_res.winograd_weight(conv.weight, scale, tile)
         return u, None if shift is None else shift.float()
 
-    u, bias = folded(conv, ("winograd", tile), pack)
+    packed = folded(conv, ("winograd", tile), pack)
+    run = convolution(*packed, tile, conv.weight.size(0), call.act, _role(call), conv.padding)
     shortcut = _shortcut(call, _onednn)
-    rest = conv.weight.size(0), conv.padding, tile, concat, ACTS.index(act)
-    op = torch.ops.fused_res.winograd.default
-
-    def run(x, residual):
-        if shortcut is not None:
-            residual = shortcut(residual, None)
-        if residual is not None:
-            residual = _nhwc(residual)
-        return op(_nhwc(x), u, bias, residual, *rest)
-
-    return run
+    return run if shortcut is None else lambda x, residual: run(x, shortcut(residual, None))
 
 
 def _winograd_why_not(tile: int, call: Call) -> str | None:
@@ -198,9 +190,8 @@ def _winograd_why_not(tile: int, call: Call) -> str | None:
 
 
 def _direct(call: Call) -> Run:
-    _, conv, _, shortcut, concat, act = call
-    before = None
-    if shortcut is not None and act == "relu_before_add":
+    conv, shortcut, before = call.conv, call.shortcut, None
+    if shortcut is not None and call.act == "relu_before_add":
         before, shortcut = _shortcut(call, _direct), None
     convs = [conv] if shortcut is None else [conv, shortcut]
 
@@ -211,24 +202,13 @@ def _direct(call: Call) -> Run:
         shifts = [s for s in shifts if s is not None]
         return u, sum(shifts).float() if shifts else None
 
-    u, bias = folded(conv, ("direct",), pack, shortcut)
-    sizes = [n for c in convs for n in (*c.weight.shape[2:], *c.stride, *c.padding, *c.dilation)]
-    both = shortcut is not None
-    channels = [c.weight.size(1) for c in convs]
-    rest = conv.weight.size(0), sizes, concat, ACTS.index(act)
-    op = torch.ops.fused_res.direct.default
-
-    def run(x, residual):
-        if before is not None:
-            residual = before(residual, None)
-        if residual is not None:
-            residual = _nhwc(residual)
-        inputs, add = ([_nhwc(x), residual], None) if both else ([_nhwc(x)], residual)
-        if [t.size(1) for t in inputs] != channels:
-            raise ValueError("x or residual does not have its convolution's channels")
-        return op(inputs, u, bias, add, *rest)
-
-    return run
+    packed = folded(conv, ("direct",), pack, shortcut)
+    sizes = []
+    for c in convs:
+        sizes += (*c.weight.shape[1:], *c.stride, *c.padding, *c.dilation)
+    role = _role(call) if shortcut is None else "convolve"
+    run = convolution(*packed, 0, conv.weight.size(0), call.act, role, sizes)
+    return run if before is None else lambda x, residual: run(x, before(residual, None))
 
 
 def _direct_why_not(call: Call) -> str | None:
@@ -257,11 +237,11 @@ def _cudnn(call: Call) -> Tensor:
     x, conv, residual, shortcut, concat, act = call
     if shortcut is not None:
         residual = _cudnn(Call(residual, shortcut, act="none"))
-    x = _nhwc(x)
+    x = nhwc(x)
     weight, bias = _folded(conv, x.dtype)  # at every call: in a CUDA graph too
     sizes = conv.stride, conv.padding, conv.dilation, conv.groups
     if residual is not None and not concat and act == "relu":
-        return torch.cudnn_convolution_add_relu(x, weight, _nhwc(residual), 1.0, bias, *sizes)
+        return torch.cudnn_convolution_add_relu(x, weight, nhwc(residual), 1.0, bias, *sizes)
     if act == "none" or (concat and act == "relu"):
         return _apply_rest(F.conv2d(x, weight, bias, *sizes), residual, concat, act)
     z = torch.cudnn_convolution_relu(x, weight, bias, *sizes)

@@ -8,10 +8,5 @@ its output is never written.
 from . import library
 
 # u: [panel of 32 channels out][depth][32]: the weights times their scales, each (r, s, c) deep, one
-# under the other. inputs: of one or two convolutions, whose outputs are added. sizes: kernel,
-# stride, padding and dilation of each (2 each). act: of reference.ACTS.
+# under the other.
 library.define("direct_weight(Tensor[] weights, Tensor?[] scales) -> Tensor u")
-library.define(
-    "direct(Tensor[] inputs, Tensor u, Tensor? bias, Tensor? residual, int out_channels, "
-    "int[] sizes, bool concat, int act) -> Tensor"
-)

@@ -8,9 +8,4 @@ Tiles of 2x2 outputs have the error of a direct convolution. Tiles of 4x4 have u
 from . import library
 
 # u: [point][panel of 32 channels out][channel][32], the weight times scale.
-# act: of reference.ACTS. The shift of each channel is `bias`.
 library.define("winograd_weight(Tensor weight, Tensor? scale, int tile) -> Tensor u")
-library.define(
-    "winograd(Tensor x, Tensor u, Tensor? bias, Tensor? residual, int out_channels, int[] padding, "
-    "int tile, bool concat, int act) -> Tensor"
-)

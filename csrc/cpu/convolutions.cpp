@@ -1,0 +1,60 @@
+#include "convolutions.h"
+
+#include "direct.h"
+#include "winograd.h"
+
+namespace fused_res {
+namespace {
+
+// What a convolution does with the residual; as in fused_res/ops/convolutions.py.
+enum class Residual { none, add, concat, convolve };
+
+// Reads a program number by number.
+struct Reader {
+  const std::vector<int64_t>& program;
+  size_t at = 0;
+
+  int64_t next() {
+    STD_TORCH_CHECK(at < program.size(), "program ends early");
+    return program[at++];
+  }
+  std::vector<int64_t> list(int64_t count) {
+    STD_TORCH_CHECK(count >= 0, "a list in program must have at least 0 numbers");
+    std::vector<int64_t> values(count);
+    for (int64_t& value : values) value = next();
+    return values;
+  }
+};
+
+}  // namespace
+
+Tensor convolutions_cpu(const Tensor& x, const OptTensor& residual,
+                        const std::vector<Tensor>& weights, const std::vector<OptTensor>& biases,
+                        const std::vector<int64_t>& program) {
+  STD_TORCH_CHECK(weights.size() == biases.size() && !weights.empty(),
+                  "weights must be at least one, with as many biases");
+  Reader read{program};
+  Tensor out = x;
+  OptTensor kept = residual;
+  for (size_t i = 0; i < weights.size(); i++) {
+    const bool begins = read.next();
+    const int64_t tile = read.next(), out_channels = read.next(), act = read.next();
+    const Residual role = (Residual)read.next();
+    const std::vector<int64_t> sizes = read.list(read.next());
+    if (begins) kept = out;
+    STD_TORCH_CHECK(role == Residual::none || kept, "residual must be given");
+    const bool concat = role == Residual::concat;
+    const OptTensor added = concat || role == Residual::add ? kept : OptTensor();
+    if (tile) {
+      out = winograd_cpu(out, weights[i], biases[i], added, out_channels, sizes, tile, concat, act);
+    } else {
+      std::vector<Tensor> inputs = {out};
+      if (role == Residual::convolve) inputs.push_back(*kept);
+      out = direct_cpu(inputs, weights[i], biases[i], added, out_channels, sizes, concat, act);
+    }
+  }
+  STD_TORCH_CHECK(read.at == program.size(), "program is longer than its convolutions");
+  return out;
+}
+
+}  // namespace fused_res

@@ -1,0 +1,68 @@
+"""Our own convolutions on a CPU, one after the other without a return to Python.
+
+Each is direct (``ops/direct.py``) or Winograd's (``ops/winograd.py``), with BatchNorm in its
+weight and its residual and ReLU in its epilogue. A call of an op between two that read a network's
+weights takes 20 us: what it runs through is in no cache. A block's are one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import ACTS, Act
+from . import library
+
+# program, of each convolution: whether the block's input, `residual` before, is what comes in here;
+# Winograd's tile or 0 for a direct one; channels out; act, of reference.ACTS; what it does with the
+# residual, of RESIDUALS; how many sizes follow, and they: padding of Winograd's; of a direct one's
+# each input channels, kernel, stride, padding and dilation (1 + 2 + 2 + 2 + 2).
+library.define(
+    "convolutions(Tensor x, Tensor? residual, Tensor[] weights, Tensor?[] biases, int[] program) "
+    "-> Tensor"
+)
+RESIDUALS = "none", "add", "concat", "convolve"
+
+
+def nhwc(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+class Convolutions(NamedTuple):
+    """``(x, residual) -> y`` of the packed ``weights``."""
+
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    program: list[int]
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is not None:
+            residual = nhwc(residual)
+        return torch.ops.fused_res.convolutions.default(nhwc(x), residual, *self)
+
+
+def convolution(
+    weight: Tensor,
+    bias: Tensor | None,
+    tile: int,
+    out_channels: int,
+    act: Act,
+    residual: str,
+    sizes: Sequence[int],
+) -> Convolutions:
+    """One, of what the op ``convolutions`` says. ``residual``: of ``RESIDUALS``."""
+    numbers = 0, tile, out_channels, ACTS.index(act), RESIDUALS.index(residual), len(sizes), *sizes
+    return Convolutions([weight], [bias], list(numbers))
+
+
+def joined(parts: Sequence[Convolutions]) -> Convolutions:
+    """What runs the parts one after the other, all with one residual."""
+    return Convolutions(*(sum(lists, []) for lists in zip(*parts, strict=True)))
+
+
+def after(block: Convolutions) -> Convolutions:
+    """A block that takes what comes in as its residual, wherever it is in a chain."""
+    return block._replace(program=[1, *block.program[1:]])
