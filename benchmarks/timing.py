@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+PAUSE = 0.05  # seconds
+
 
 class Rounds(NamedTuple):
     """One value per round, of one rival."""
@@ -51,24 +53,26 @@ def rotate(
     What else the machine does hits all rivals of a round alike, so ratios are taken round by round.
 
     Args:
-        settle: a call that is not timed begins every turn, but for calls of 100 ms and more: the
-            threads of another runtime, which had the turn before, spin on for a while.
+        settle: every turn begins with a pause, in which the threads of another runtime, which had
+            the turn before, stop spinning, and with a call that is not timed where it is short.
     """
     synchronize(device)
-    times, unsettled = {}, set()
+    times, short = {}, set()
     # torch.compile's CUDA graphs are replayed from the third call on
     first = 3 if torch.device(device).type == "cuda" else 1
     for name, call in calls.items():
         repeat_ms(call, first, device)
         ms = repeat_ms(call, 1, device)
         times[name] = max(1, round(0.5 + least_ms / max(ms, 1e-4)))
-        if settle and ms < 100:
-            unsettled.add(name)
+        if ms < 100:
+            short.add(name)
     out = {name: Rounds([], []) for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            if name in unsettled:
-                call()
+            if settle:
+                time.sleep(PAUSE)
+                if name in short:
+                    call()
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             out[name].ms.append(repeat_ms(call, times[name], device) / times[name])
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults

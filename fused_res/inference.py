@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from . import choices, tuned, tuning
 from .nn.blocks import is_exported
 from .patterns import Unfusable, in_words
-from .surgery import FuseReport, fuse_, fused_class, refuse_wrapped
 from .prepared import PreparedForward
+from .surgery import FuseReport, fuse_, fused_class, refuse_wrapped
 from .tracing import convolves, function, fuse_convolutions, graph_of
 
 WARM_UPS = 3  # before a CUDA graph is captured: libraries choose algorithms and allocate
@@ -113,9 +113,13 @@ class OptimizedModel(nn.Module):
 
     def _function(self) -> Callable:
         serving = self._serving
-        if serving.traced and serving.run is None:  # a copy, or read from a file
+        if not serving.traced:
+            return type(self)._plain_forward
+        if serving.run is None:  # a copy, or read from a file
             self._fuse(graph_of(self, len(serving.inputs)), FuseReport())
-        return serving.run or type(self)._plain_forward
+        if not torch.compiler.is_compiling() and not serving.prepared.is_of(self):
+            return type(self)._plain_forward
+        return serving.run
 
     def _fuse(self, graph: fx.Graph, report: FuseReport) -> None:
         fuse_convolutions(self, graph, report)
@@ -129,7 +133,7 @@ class OptimizedModel(nn.Module):
     def _run(self, inputs: list[Tensor]):
         with torch.no_grad():
             run, prepared = self._function(), self._serving.prepared
-            if prepared is None or torch.compiler.is_compiling():
+            if prepared is None or run is not self._serving.run or torch.compiler.is_compiling():
                 y = run(self, *inputs)
             else:
                 y = prepared(self, inputs, run)
@@ -256,8 +260,8 @@ def _fuse_outside_blocks(model: OptimizedModel, inputs: list[Tensor], expected: 
     wanted, kind = pytree.tree_flatten(expected)
     try:
         graph = graph_of(model, len(inputs))
-        serving.run = function(model, graph)
-        found, traced_kind = pytree.tree_flatten(model._run(inputs))
+        with torch.no_grad():
+            found, traced_kind = pytree.tree_flatten(function(model, graph)(model, *inputs))
         if len(found) != len(wanted) or not all(map(_equal, found, wanted)):
             reason = "a trace of it does not return what it returns"
         serving.output = None if kind == traced_kind else kind
@@ -265,7 +269,6 @@ def _fuse_outside_blocks(model: OptimizedModel, inputs: list[Tensor], expected: 
         reason = str(error)
     except Exception as error:
         reason = f"torch.fx cannot trace it: {in_words(error)}"
-    serving.run = None
     if reason is not None:
         serving.report.skipped.append(("", f"convolutions outside blocks: {reason}"))
         return

@@ -8,7 +8,7 @@ stamp.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from operator import is_
 from typing import NamedTuple
@@ -46,7 +46,9 @@ class _Block(NamedTuple):
 
     def find(self, model: nn.Module, x: Tensor) -> _Found | None:
         block = child(model, self.path)
-        kept = None if any(map(has_hooks, block.modules())) else prepared_block(block, x)
+        if not isinstance(block, FusedForward) or any(map(has_hooks, block.modules())):
+            return None
+        kept = prepared_block(block, x)
         return None if kept is None else _Found(kept.run, kept.tensors, kept.stamp)
 
 
@@ -78,11 +80,11 @@ def _run(steps: list[Step], i: int, x: Tensor) -> Tensor:
     return steps[i](x)
 
 
-def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part], list[str]]:
-    """The graph with one more input, a list of what runs each fused part; the parts; and the paths
-    of containers whose children it calls in their place."""
+def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part]]:
+    """The graph with one more input, a list of what runs each fused part; and the parts. Blocks in
+    containers are called in the containers' place."""
     made, values = fx.Graph(), {}
-    steps, parts, opened = made.placeholder("fused_res_steps"), [], []
+    steps, parts = made.placeholder("fused_res_steps"), []
 
     def add(part: _Part, x: fx.Node) -> fx.Node:
         parts.append(part)
@@ -95,7 +97,6 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part
         inside = any(isinstance(m, FusedForward) for m in module.modules())
         if not inside or type(module) is not nn.Sequential or has_hooks(module):
             return made.call_module(path, (x,))
-        opened.append(path)
         for name in module._modules:
             x = add_module(f"{path}.{name}", x)
         return x
@@ -112,7 +113,7 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part
     for node in reversed(made.nodes):
         if node.op == "get_attr" and not node.users:
             made.erase_node(node)
-    return made, parts, opened
+    return made, parts
 
 
 def _state(module: nn.Module) -> tuple:
@@ -159,15 +160,37 @@ def _step(size: tuple, run: Step, plain: Step) -> Step:
     return step
 
 
+def _above(paths: Iterable[str]) -> list[str]:
+    """The paths of all modules that lead to some, but for the model itself."""
+    found = {}
+    for path in paths:
+        names = path.split(".")
+        found |= dict.fromkeys(".".join(names[:i]) for i in range(1, len(names)))
+    return list(found)
+
+
+def _structure(module: nn.Module) -> tuple:
+    """What a graph that calls a container's children in its place was made from."""
+    own = module.__dict__
+    hooked = any(map(own.get, HOOKS))
+    return module, type(module), hooked, own.get("forward"), *own["_modules"]
+
+
 class PreparedForward:
     """The forward of ``graph``, traced from a model with its convolutions fused."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        graph, self._parts, opened = _with_steps(model, graph)
+        graph, self._parts = _with_steps(model, graph)
         self._forward = function(model, graph)
-        self._opened = {path: child(model, path) for path in opened}
-        self._traced = _States(list(self._opened.values()))
         self._kept: dict[tuple, _Kept] = {}
+        called = [n.target for n in graph.nodes if n.op in ("call_module", "get_attr")]
+        called += [p for part in self._parts for p in part if type(p) is str]
+        self._containers = {p: _structure(child(model, p)) for p in _above(called)}
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the model's containers are what they were when it was traced, and have no hooks
+        since."""
+        return all(_structure(child(model, p)) == s for p, s in self._containers.items())
 
     def __call__(self, model: nn.Module, inputs: list[Tensor], plain: Callable):
         """``plain(model, *inputs)``, without gradients."""
@@ -178,26 +201,13 @@ class PreparedForward:
         key = *sizes, torch.get_num_threads(), *choices.state()
         kept = self._kept.get(key)
         if kept is None or not kept.holds():
-            return self._prepare(key, model, inputs, plain)
+            return self._prepare(key, model, inputs)
         return self._forward(model, kept.steps, *inputs)
 
-    def _modules(self, model: nn.Module) -> list[nn.Module]:
-        """All that leads to a part, and all that is in it."""
-        found = [model]
-        for part in self._parts:
-            modules = part.modules(model)
-            for path in filter(lambda p: type(p) is str, part):
-                names = path.split(".")
-                modules += [child(model, ".".join(names[:i])) for i in range(1, len(names))]
-            found += modules
-        return found
-
-    def _prepare(self, key: tuple, model: nn.Module, inputs: list[Tensor], plain: Callable):
+    def _prepare(self, key: tuple, model: nn.Module, inputs: list[Tensor]):
         self._kept.pop(key, None)  # it keeps what was replaced
-        as_traced = all(child(model, path) is m for path, m in self._opened.items())
-        if not as_traced or not self._traced.hold():
-            return plain(model, *inputs)
-        states = _States(self._modules(model))
+        modules = [model, *(child(model, path) for path in self._containers)]
+        states = _States(modules + [m for part in self._parts for m in part.modules(model)])
         plains = [partial(part.plain, model) for part in self._parts]
         steps, found = list(plains), []
 

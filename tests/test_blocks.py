@@ -28,13 +28,7 @@ needs_kernels = pytest.mark.skipif(
 BACKENDS = [pytest.param("cpu", marks=needs_kernels), "eager"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads on small maps wait for each other more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pair(*args, backend=None, dtype=None, **kwargs):

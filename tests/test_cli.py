@@ -24,13 +24,7 @@ def run(*argv, **environment):
     )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors in many ops: threads only make these slow where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_version_and_usage(capsys):

@@ -26,16 +26,11 @@ from fused_res.ops.bn_act import unpack_mask
 from fused_res.reference import ACTS
 
 COMPILER = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+]
 KINDS = ("none", "tensor", "norm")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():  # for PyTorch's own ops: these tensors are too small to share
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,7 @@ from zoo import agree, outcome, randomise, timm, torchvision
 import fused_res
 from fused_res import optimize_for_inference
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads on small maps wait for each other more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def optimized(model, example, **kwargs):

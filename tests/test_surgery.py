@@ -23,16 +23,10 @@ from zoo import agree, outcome, randomise, timm, torchvision, transformers
 import fused_res
 from fused_res import fuse_, unfuse_
 
-pytestmark = pytest.mark.filterwarnings("ignore:fuse_ found no residual block")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads on small maps wait for each other more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:fuse_ found no residual block"),
+]
 
 
 class FusedCalls(TorchDispatchMode):

@@ -32,12 +32,7 @@ def interpreted(monkeypatch):
     monkeypatch.setitem(backends.DEVICE_TYPES, "triton", ("cpu",))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():  # these tensors are too small to share
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["one launch", "chunks"])

@@ -23,21 +23,16 @@ from fused_res.measured import Row
 from fused_res.ops import conv_bn_act as op
 from fused_res.reference import ResBlock
 
-pytestmark = pytest.mark.skipif(
-    backends.STATUS["cpu"] is not None, reason=f"no CPU library: {backends.STATUS['cpu']}"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        backends.STATUS["cpu"] is not None, reason=f"no CPU library: {backends.STATUS['cpu']}"
+    ),
+]
 SHAPE = (2, 16, 9, 11)
 CALLS = 4  # distinct convolutions of `net`
 WINOGRAD = 3  # of those, 3x3 with stride 1
 EXPECTED = {"expected to win at this shape"}  # said where nothing was measured
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

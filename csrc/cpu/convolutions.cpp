@@ -35,21 +35,18 @@ Tensor convolutions_cpu(const Tensor& x, const OptTensor& residual,
                   "weights must be at least one, with as many biases");
   Reader read{program};
   Tensor out = x;
-  OptTensor kept = residual;
   for (size_t i = 0; i < weights.size(); i++) {
-    const bool begins = read.next();
     const int64_t tile = read.next(), out_channels = read.next(), act = read.next();
     const Residual role = (Residual)read.next();
     const std::vector<int64_t> sizes = read.list(read.next());
-    if (begins) kept = out;
-    STD_TORCH_CHECK(role == Residual::none || kept, "residual must be given");
+    STD_TORCH_CHECK(role == Residual::none || residual, "residual must be given");
     const bool concat = role == Residual::concat;
-    const OptTensor added = concat || role == Residual::add ? kept : OptTensor();
+    const OptTensor added = concat || role == Residual::add ? residual : OptTensor();
     if (tile) {
       out = winograd_cpu(out, weights[i], biases[i], added, out_channels, sizes, tile, concat, act);
     } else {
       std::vector<Tensor> inputs = {out};
-      if (role == Residual::convolve) inputs.push_back(*kept);
+      if (role == Residual::convolve) inputs.push_back(*residual);
       out = direct_cpu(inputs, weights[i], biases[i], added, out_channels, sizes, concat, act);
     }
   }

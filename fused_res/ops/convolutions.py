@@ -16,10 +16,10 @@ from torch import Tensor
 from ..reference import ACTS, Act
 from . import library
 
-# program, of each convolution: whether the block's input, `residual` before, is what comes in here;
-# Winograd's tile or 0 for a direct one; channels out; act, of reference.ACTS; what it does with the
-# residual, of RESIDUALS; how many sizes follow, and they: padding of Winograd's; of a direct one's
-# each input channels, kernel, stride, padding and dilation (1 + 2 + 2 + 2 + 2).
+# program, of each convolution: Winograd's tile or 0 for a direct one; channels out; act, of
+# reference.ACTS; what it does with the residual, of RESIDUALS; how many sizes follow, and they:
+# padding of Winograd's; of a direct one and what it adds each input channels, kernel, stride,
+# padding and dilation (1 + 2 + 2 + 2 + 2).
 library.define(
     "convolutions(Tensor x, Tensor? residual, Tensor[] weights, Tensor?[] biases, int[] program) "
     "-> Tensor"
@@ -54,15 +54,11 @@ def convolution(
     sizes: Sequence[int],
 ) -> Convolutions:
     """One, of what the op ``convolutions`` says. ``residual``: of ``RESIDUALS``."""
-    numbers = 0, tile, out_channels, ACTS.index(act), RESIDUALS.index(residual), len(sizes), *sizes
+    numbers = tile, out_channels, ACTS.index(act), RESIDUALS.index(residual), len(sizes), *sizes
     return Convolutions([weight], [bias], list(numbers))
 
 
 def joined(parts: Sequence[Convolutions]) -> Convolutions:
     """What runs the parts one after the other, all with one residual."""
-    return Convolutions(*(sum(lists, []) for lists in zip(*parts, strict=True)))
-
-
-def after(block: Convolutions) -> Convolutions:
-    """A block that takes what comes in as its residual, wherever it is in a chain."""
-    return block._replace(program=[1, *block.program[1:]])
+    lists = zip(*parts, strict=True)
+    return Convolutions(*([one for each in of for one in each] for of in lists))
