@@ -68,19 +68,22 @@ void multiply(const DirectArgs& a, int64_t first, int64_t lo, int64_t hi, const 
       __builtin_prefetch(a.y + (first + r) * a.y_stride + k, 1, 1);
       if (a.residual) __builtin_prefetch(a.residual + (first + r) * a.residual_stride + k, 0, 1);
     }
+  const int64_t room = a.out_channels - k0, y_stride = a.y_stride, r_stride = a.residual_stride;
+  const float* bias = a.bias + k0;
+  const float* residual = a.residual ? a.residual + (first + lo) * r_stride + k0 : nullptr;
+  float* y = a.y + (first + lo) * y_stride + k0;
+  const int act = (int)a.act;
   multiply_panel(hi - lo, a.depth, v + lo * v_stride, v_stride, a.u + k0 * a.depth, fetch,
-                 [&](int64_t r, int64_t n, V sum, bool is_first, bool is_last) {
+                 [=](int64_t r, int64_t n, V sum, bool is_first, bool is_last) {
                    float* partial = m + r * kPanel + n;
                    if (!is_first) sum += load(partial, Full{});
                    if (!is_last) return store(sum, partial, Full{});
-                   const int64_t pixel = first + lo + r, k = k0 + n, room = a.out_channels - k;
-                   const float* residual =
-                       a.residual ? a.residual + pixel * a.residual_stride + k : nullptr;
-                   float* y = a.y + pixel * a.y_stride + k;
-                   if (room >= kLanes)
-                     store_output(sum, a.bias + k, residual, (int)a.act, y, Full{});
-                   else if (room > 0)
-                     store_output(sum, a.bias + k, residual, (int)a.act, y, Part{(int)room});
+                   const float* add = residual ? residual + r * r_stride + n : nullptr;
+                   float* to = y + r * y_stride + n;
+                   if (room - n >= kLanes)
+                     store_output(sum, bias + n, add, act, to, Full{});
+                   else if (room > n)
+                     store_output(sum, bias + n, add, act, to, Part{(int)(room - n)});
                  });
 }
 

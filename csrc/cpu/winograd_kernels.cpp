@@ -102,7 +102,7 @@ void multiply(const WinogradArgs& a, const WinogradTiles& t, int64_t point, int6
   const float* v = t.v + point * t.v_plane;
   float* m = t.m + point * t.m_plane + panel * kPanel;
   multiply_panel(t.count, a.channels, v, t.v_stride, u, true,
-                 [&](int64_t r, int64_t n, V sum, bool first, bool) {
+                 [=](int64_t r, int64_t n, V sum, bool first, bool) {
                    float* at = m + r * m_stride + n;
                    store(first ? sum : load(at, Full{}) + sum, at, Full{});
                  });
