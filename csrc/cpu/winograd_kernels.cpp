@@ -73,24 +73,25 @@ void transform(const WinogradArgs& a, const WinogradTiles& t, int64_t lo, int64_
       for (int w = kSize; w < kSize + kTile; w++)
         for (int64_t c = 0; c < a.channels; c += 16)
           __builtin_prefetch(x + h * row + w * a.x_stride + c, 0, 1);
-    over_run(a.channels, [&](int64_t c, auto lanes) {
+    const int64_t x_stride = a.x_stride, v_plane = t.v_plane;
+    over_run(a.channels, [=](int64_t c, auto lanes) {
       V d[kSize * kSize], e[kSize * kSize];
       if (inside) {
         for (int h = 0; h < kSize; h++)
           for (int w = 0; w < kSize; w++)
-            d[h * kSize + w] = load(x + h * row + w * a.x_stride + c, lanes);
+            d[h * kSize + w] = load(x + h * row + w * x_stride + c, lanes);
       } else {
         for (int h = 0; h < kSize; h++)
           for (int w = 0; w < kSize; w++)
             d[h * kSize + w] = h_lo <= h && h < h_hi && w_lo <= w && w < w_hi
-                                   ? load(x + h * row + w * a.x_stride + c, lanes)
+                                   ? load(x + h * row + w * x_stride + c, lanes)
                                    : V{};
       }
       for (int w = 0; w < kSize; w++) input_points<kTile>(d + w, kSize, e + w, kSize);
       for (int h = 0; h < kSize; h++) {
         V out[kSize];
         input_points<kTile>(e + h * kSize, 1, out, 1);
-        for (int w = 0; w < kSize; w++) store(out[w], v + (h * kSize + w) * t.v_plane + c, lanes);
+        for (int w = 0; w < kSize; w++) store(out[w], v + (h * kSize + w) * v_plane + c, lanes);
       }
     });
   }
@@ -124,18 +125,22 @@ void finish(const WinogradArgs& a, const WinogradTiles& t, int64_t lo, int64_t h
       for (int w = kTile; w < 2 * kTile; w++)
         for (int64_t c = 0; c < a.out_channels; c += 16)
           __builtin_prefetch(a.y + (pixel0 + h * a.out_width + w) * a.y_stride + c, 1, 1);
-    over_run(a.out_channels, [&](int64_t c, auto lanes) {
+    const int64_t m_plane = t.m_plane, y_stride = a.y_stride, r_stride = a.residual_stride;
+    const int64_t width = a.out_width;
+    const float *bias = a.bias, *residual = a.residual;
+    float* y = a.y;
+    const int act = (int)a.act;
+    over_run(a.out_channels, [=](int64_t c, auto lanes) {
       V d[kSize * kSize], e[kTile * kSize];
-      for (int p = 0; p < kSize * kSize; p++) d[p] = load(m + p * t.m_plane + c, Full{});
+      for (int p = 0; p < kSize * kSize; p++) d[p] = load(m + p * m_plane + c, Full{});
       for (int w = 0; w < kSize; w++) outputs<kTile>(d + w, kSize, e + w, kSize);
       for (int h = 0; h < rows; h++) {
         V out[kTile];
         outputs<kTile>(e + h * kSize, 1, out, 1);
         for (int w = 0; w < columns; w++) {
-          const int64_t pixel = pixel0 + h * a.out_width + w;
-          store_output(out[w], a.bias + c,
-                       a.residual ? a.residual + pixel * a.residual_stride + c : nullptr,
-                       (int)a.act, a.y + pixel * a.y_stride + c, lanes);
+          const int64_t pixel = pixel0 + h * width + w;
+          store_output(out[w], bias + c, residual ? residual + pixel * r_stride + c : nullptr, act,
+                       y + pixel * y_stride + c, lanes);
         }
       }
     });
