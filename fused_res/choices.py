@@ -132,7 +132,7 @@ def taken(row: Row) -> str:
 LEAST_TILES = {4: 24, 2: 12}
 # oneDNN's calls cost 30 us more than ours. Its kernels are up to 15 % faster, but for 1x1 ones that
 # add something to what they make. Outputs that glibc maps afresh each time cost it more than that.
-MOST_DIRECT, MOST_DIRECT_1X1 = 2e7, 1.2e8  # multiplications
+MOST_DIRECT, MOST_DIRECT_1X1 = 7e7, 1.2e8  # multiplications
 MAPPED_BYTES = 32 << 20
 
 
