@@ -80,6 +80,11 @@ def _run(steps: list[Step], i: int, x: Tensor) -> Tensor:
     return steps[i](x)
 
 
+def _only_arg(node: fx.Node) -> fx.Node | None:
+    (x, *others) = (*node.args, *node.kwargs.values())
+    return x if isinstance(x, fx.Node) and not others and not node.kwargs else None
+
+
 def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part]]:
     """The graph with one more input, a list of what runs each fused part; and the parts. Blocks in
     containers are called in the containers' place."""
@@ -106,8 +111,8 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part
             x, *rest = node.args
             paths = [p.target if isinstance(p, fx.Node) else p for p in rest]
             values[node] = add(_Conv(*paths), values[x])
-        elif node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
-            values[node] = add_module(node.target, values[node.args[0]])
+        elif node.op == "call_module" and _only_arg(node) is not None:
+            values[node] = add_module(node.target, values[_only_arg(node)])
         else:
             values[node] = made.node_copy(node, values.__getitem__)
     for node in reversed(made.nodes):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from errors import rule
+from conv_cases import assert_rule, to
 
 from fused_res import FusedResBlock, backend, backends, reference
 from fused_res.ops.conv_bn_act import conv_bn_act
@@ -82,28 +82,6 @@ CALLS = {
 }  # fmt: skip
 
 
-def to(value, dtype, parameters):
-    """A call in another dtype; its BatchNorms' channels in ``parameters``."""
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype)
-    if isinstance(value, Norm):
-        return Norm(*(to(v, parameters, parameters) for v in value))
-    if isinstance(value, ConvNorm):
-        return ConvNorm(*(to(v, dtype, parameters) for v in value))
-    return value
-
-
-def assert_rule(calls, dtype, run):
-    """Pooled over the calls: PyTorch's own largest errors differ from draw to draw."""
-    results = []
-    for call in calls:
-        rounded = {key: to(value, dtype, torch.float32) for key, value in call.items()}
-        exact = {key: to(v, torch.float64, torch.float64) for key, v in rounded.items()}
-        pair = reference.conv_bn_act(**rounded), reference.conv_bn_act(**exact)
-        results.append([y.flatten() for y in (run(**rounded), *pair)])
-    rule(*map(torch.cat, zip(*results, strict=True)), f"{dtype}")
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_error_is_within_the_rule(name, call, dtype):
@@ -121,7 +99,7 @@ def test_every_configuration_of_tritons(call, dtype):
     from fused_res.kernels import conv_bn_act as kernels
 
     calls = [call() for _ in range(2)]
-    rounded = {key: to(value, dtype, torch.float32) for key, value in calls[0].items()}
+    rounded = to(calls[0], dtype, torch.float32)
     with torch.no_grad():
         for config in kernels.candidates(**rounded):
             assert_rule(calls, dtype, lambda c=config, **given: kernels.forward(**given, config=c))

@@ -6,9 +6,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import conv_cases
 import pytest
 import torch
-from errors import rule
+from conv_cases import to
 
 from fused_res import reference
 from fused_res.reference import ACTS, ConvNorm, Norm
@@ -61,31 +62,16 @@ def image(*shape):
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
-def to(call, dtype, parameters):
-    """A call in another dtype; its BatchNorms' channels in ``parameters``."""
-    if isinstance(call, torch.Tensor):
-        return call.to(dtype)
-    if isinstance(call, Norm):
-        return Norm(*(to(v, parameters, parameters) for v in call))
-    if isinstance(call, ConvNorm):
-        return ConvNorm(*(to(v, dtype, parameters) for v in call))
-    if isinstance(call, dict):
-        return {name: to(value, dtype, parameters) for name, value in call.items()}
-    return call
-
-
 def assert_rule(calls, dtype, config=None):
-    """Of one call, or of all that several make: in float32 a draw's largest error is that of the
-    channel with the largest scale, and PyTorch's own differ by more than the rule allows."""
-    results = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        exact = to(to(call, dtype, torch.float32), torch.float64, torch.float64)
-        rounded = to(exact, dtype, torch.float32)
-        ours = kernels.forward(**rounded, config=config)
-        assert ours.is_contiguous(memory_format=torch.channels_last)
-        pair = (reference.conv_bn_act(**rounded), reference.conv_bn_act(**exact))
-        results.append([y.flatten() for y in (ours, *pair)])
-    rule(*map(torch.cat, zip(*results, strict=True)), f"{dtype} {config}")
+    """Of one call, or of all that several make."""
+
+    def run(**call):
+        y = kernels.forward(**call, config=config)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        return y
+
+    calls = calls if isinstance(calls, list) else [calls]
+    conv_cases.assert_rule(calls, dtype, run, config)
 
 
 def launches(monkeypatch):
