@@ -84,9 +84,12 @@ uint64_t stamp(const Tensor& t) {
       of.mix(value);
     }
   };
-  if (bytes == 2) mix(uint16_t());
-  else if (bytes == 4) mix(uint32_t());
-  else mix(uint64_t());
+  if (bytes == 2)
+    mix(uint16_t());
+  else if (bytes == 4)
+    mix(uint32_t());
+  else
+    mix(uint64_t());
   return of.value;
 }
 
