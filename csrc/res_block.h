@@ -1,9 +1,10 @@
 // A residual block, forward and backward, in one call each way: convolutions from the library, all
 // the rest by bn_act. Schemas and their meaning: fused_res/ops/res_block.py.
 //
-// `Library` is a device's: bn_act_fwd and bn_act_bwd, convolution and convolution_backward (of
-// libtorch's C interface, past the dispatcher), count(counters), which adds one to each, and Guard,
-// which makes a tensor's device the current one.
+// `Library` is a device's: bn_act_fwd and bn_act_bwd, convolve and convolve_backward of a stage,
+// count(counters), which adds one to each, and Guard, which makes a tensor's device the current
+// one; and convolution and convolution_backward of libtorch's C interface, past the dispatcher, for
+// the stages' own.
 #pragma once
 #include <array>
 
@@ -61,6 +62,7 @@ struct BlockStage {
 
   static constexpr int64_t kNoPadding[2] = {};
 
+  // by the library
   template <class Library>
   Tensor convolve(const Tensor& x) const {
     AtenTensorHandle bias = conv_bias ? conv_bias->get() : nullptr, result;
@@ -130,11 +132,11 @@ struct ResBlock {
     Tensor z = x;
     for (size_t i = 0; i < branch.size(); i++) {
       const BlockStage& s = branch[i];
-      outputs.push_back(s.template convolve<Library>(z));
+      outputs.push_back(Library::convolve(s, z));
       const Tensor& a = outputs.back();
       const bool last = i + 1 == branch.size();
       OptTensor residual;
-      if (last) residual = shortcut ? shortcut->template convolve<Library>(x) : x;
+      if (last) residual = shortcut ? Library::convolve(*shortcut, x) : x;
       const bool second = last && shortcut;
       const BlockStage& r = second ? *shortcut : s;
       auto [y, mask, stats] = Library::bn_act_fwd(
@@ -191,8 +193,7 @@ struct ResBlock {
     // the input's gradient
     const auto convolve_backward = [&](size_t i, const BlockStage& s, const Tensor& dy,
                                        const std::array<bool, 3>& wanted) {
-      auto [dz, dweight, dbias] =
-          s.template convolve_backward<Library>(dy, i < n ? input(i) : x, wanted);
+      auto [dz, dweight, dbias] = Library::convolve_backward(s, dy, i < n ? input(i) : x, wanted);
       if (wanted[1]) put(i, 0, dweight);
       if (wanted[2]) put(i, 1, dbias);
       return dz;

@@ -30,6 +30,18 @@ inline float* scratch(size_t floats) {
   return (float*)memory.get();
 }
 
+// Floats of the pool, while this is there
+class Pooled {
+ public:
+  explicit Pooled(size_t floats) : data_((float*)pool_take(floats * sizeof(float))) {}
+  Pooled(const Pooled&) = delete;
+  ~Pooled() { pool_give(data_); }
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
 // Floats from row to row of what is read in columns: a line more than whole lines, because rows
 // 4 KB apart share a set of the first cache.
 inline int64_t row_stride(int64_t floats) { return ceil_div(floats, 16) * 16 + 16; }
@@ -50,6 +62,32 @@ inline std::vector<float> padded(const OptTensor& bias, int64_t channels, int64_
   std::copy(read.begin(), read.end(), values.begin());
   return values;
 }
+
+// The weight of a convolution, (K, C, R, S) of float32 in any layout
+struct Filters {
+  const float* data;
+  int64_t size[4], stride[4];
+
+  explicit Filters(const Tensor& weight) : data((const float*)weight.const_data_ptr()) {
+    for (int d = 0; d < 4; d++) size[d] = weight.size(d), stride[d] = weight.stride(d);
+  }
+  float operator()(int64_t k, int64_t c, int64_t r, int64_t s) const {
+    return data[k * stride[0] + c * stride[1] + r * stride[2] + s * stride[3]];
+  }
+  int64_t depth() const { return size[1] * size[2] * size[3]; }
+
+  // that of the convolution of stride 1 which makes the input's gradient of the output's
+  Filters reversed() const {
+    Filters f = *this;
+    std::swap(f.size[0], f.size[1]);
+    std::swap(f.stride[0], f.stride[1]);
+    for (int d = 2; d < 4; d++) {
+      f.data += (size[d] - 1) * stride[d];
+      f.stride[d] = -stride[d];
+    }
+    return f;
+  }
+};
 
 // (images, channels, height, width) of float32, channels_last
 inline Tensor uninitialised_nhwc(int64_t images, int64_t channels, int64_t height, int64_t width) {

@@ -22,6 +22,8 @@ constexpr int64_t kRowsBytes = 256 << 10, kLeastRows = 28, kMostRowsOfGroup = 11
 constexpr int64_t kCachedWeights = 512 << 10, kCachedOfWide = 2 << 20;
 // Where there are too few rows for every thread to have its own: what is gathered for all.
 constexpr int64_t kSharedBytes = 4 << 20;
+// Pixels whose products make one sum of a weight's gradient, and sums added one after the other
+constexpr int64_t kPixelsOfPart = 256, kMostParts = 16;
 constexpr int kSizes = 9;  // integers of a source: channels, kernel, stride, padding, dilation
 
 struct Direct {
@@ -80,6 +82,22 @@ struct Direct {
 
 }  // namespace
 
+// The weights of one convolution, times their scales, into [panel][depth][kPanel] of `depth` in all
+void pack_direct(const Filters& f, const std::vector<double>& scale, int64_t depth, float* u) {
+  parallel(ceil_div(f.size[0], kPanel), f.size[0] * f.depth(), [&](int64_t lo, int64_t hi) {
+    for (int64_t p = lo; p < hi; p++) {
+      float* at = u + p * depth * kPanel;
+      for (int64_t r = 0; r < f.size[2]; r++)
+        for (int64_t s = 0; s < f.size[3]; s++)
+          for (int64_t c = 0; c < f.size[1]; c++, at += kPanel)
+            for (int64_t n = 0; n < kPanel; n++) {
+              const int64_t k = p * kPanel + n;
+              at[n] = k < f.size[0] ? (float)(scale[k] * f(k, c, r, s)) : 0;
+            }
+    }
+  });
+}
+
 // [panel][depth][kPanel] of the weights, one under the other, times their scales; rounded once.
 Tensor direct_weight_cpu(const std::vector<Tensor>& weights, const std::vector<OptTensor>& scales) {
   STD_TORCH_CHECK((weights.size() == 1 || weights.size() == 2) && scales.size() == weights.size(),
@@ -92,36 +110,58 @@ Tensor direct_weight_cpu(const std::vector<Tensor>& weights, const std::vector<O
                     "weights must be float32 on a CPU, of shape (", channels, ", C, R, S)");
     depth += w.numel() / channels;
   }
-  const int64_t panels = ceil_div(channels, kPanel);
-  Tensor u = uninitialised(panels, depth * kPanel, ScalarType::Float);
+  Tensor u = uninitialised(ceil_div(channels, kPanel), depth * kPanel, ScalarType::Float);
   float* out = (float*)u.mutable_data_ptr();
   for (size_t i = 0; i < weights.size(); i++) {
-    const Tensor& t = weights[i];
     STD_TORCH_CHECK(!scales[i] || (scales[i]->dim() == 1 && scales[i]->size(0) == channels),
                     "scales must have shape (", channels, ",)");
-    const std::vector<double> scale = read_channels(scales[i], channels, 1.0);
-    const float* w = (const float*)t.const_data_ptr();
-    const auto size = t.sizes(), stride = t.strides();
-    parallel(panels, u.numel(), [&](int64_t lo, int64_t hi) {
-      for (int64_t p = lo; p < hi; p++) {
-        float* at = out + p * depth * kPanel;
-        for (int64_t r = 0; r < size[2]; r++)
-          for (int64_t s = 0; s < size[3]; s++)
-            for (int64_t c = 0; c < size[1]; c++, at += kPanel)
-              for (int64_t n = 0; n < kPanel; n++) {
-                const int64_t k = p * kPanel + n;
-                at[n] =
-                    k >= channels
-                        ? 0
-                        : (float)(scale[k] *
-                                  w[k * stride[0] + c * stride[1] + r * stride[2] + s * stride[3]]);
-              }
-      }
-    });
-    out += t.numel() / channels * kPanel;
+    const Filters f(weights[i]);
+    pack_direct(f, read_channels(scales[i], channels, 1.0), depth, out);
+    out += f.depth() * kPanel;
   }
   return u;
 }
+
+namespace {
+
+// args: the sources and the output's size. u: what pack_direct made
+Tensor run_direct(DirectArgs args, int64_t images, const float* u, const OptTensor& bias,
+                  const OptTensor& residual, int64_t out_channels, bool concat, int64_t act) {
+  const int64_t panels = ceil_div(out_channels, kPanel);
+  const std::vector<float> shift = padded(bias, out_channels, panels * kPanel);
+  const Output output =
+      output_of(images, out_channels, args.out_height, args.out_width, residual, concat, act);
+  if (output.y.numel() == 0) return output.y;
+  args.u = u;
+  args.bias = shift.data();
+  const int64_t weights = panels * kPanel * args.depth * (int64_t)sizeof(float);
+  args.cached = weights <= (out_channels >= args.depth ? kCachedOfWide : kCachedWeights);
+  args.y = output.data;
+  args.out_channels = out_channels;
+  args.y_stride = output.stride;
+  if (residual && !concat) args.residual = (const float*)residual->const_data_ptr();
+  args.residual_stride = out_channels;
+  args.act = (Act)act;
+  Direct{kernels_of_isa(), args, panels, images * args.out_height * args.out_width,
+         row_stride(args.depth)}
+      .run();
+  return output.y;
+}
+
+// A convolution of stride 1 without dilation
+DirectArgs args_of(const Tensor& x, int64_t height, int64_t width, const int64_t* padding) {
+  DirectArgs args = {};
+  args.count = 1;
+  args.sources[0] = {
+      (const float*)x.const_data_ptr(), x.size(2), x.size(3), x.size(1), {height, width}, {1, 1},
+      {padding[0], padding[1]},         {1, 1}};
+  args.out_height = x.size(2) + 2 * padding[0] - height + 1;
+  args.out_width = x.size(3) + 2 * padding[1] - width + 1;
+  args.depth = args.sources[0].depth();
+  return args;
+}
+
+}  // namespace
 
 Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptTensor& bias,
                   const OptTensor& residual, int64_t out_channels,
@@ -159,27 +199,79 @@ Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptT
     args.depth += s.depth();
   }
   STD_TORCH_CHECK(args.depth > 0 && out_channels > 0, "a convolution must have channels");
-  const int64_t images = inputs[0].size(0), panels = ceil_div(out_channels, kPanel);
-  STD_TORCH_CHECK(is_float(u) && u.is_contiguous() && u.numel() == panels * args.depth * kPanel,
+  STD_TORCH_CHECK(is_float(u) && u.is_contiguous() &&
+                      u.numel() == ceil_div(out_channels, kPanel) * args.depth * kPanel,
                   "u must be what direct_weight made for ", args.depth, " -> ", out_channels);
-  const std::vector<float> shift = padded(bias, out_channels, panels * kPanel);
-  const Output output =
-      output_of(images, out_channels, args.out_height, args.out_width, residual, concat, act);
-  if (output.y.numel() == 0) return output.y;
-  args.u = (const float*)u.const_data_ptr();
-  args.bias = shift.data();
-  const int64_t weights = u.numel() * (int64_t)sizeof(float);
-  args.cached = weights <= (out_channels >= args.depth ? kCachedOfWide : kCachedWeights);
-  args.y = output.data;
-  args.out_channels = out_channels;
-  args.y_stride = output.stride;
-  if (residual && !concat) args.residual = (const float*)residual->const_data_ptr();
-  args.residual_stride = out_channels;
-  args.act = (Act)act;
-  Direct{kernels_of_isa(), args, panels, images * args.out_height * args.out_width,
-         row_stride(args.depth)}
-      .run();
-  return output.y;
+  return run_direct(args, inputs[0].size(0), (const float*)u.const_data_ptr(), bias, residual,
+                    out_channels, concat, act);
+}
+
+Tensor direct_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
+                   const int64_t* padding) {
+  const int64_t channels = filters.size[0];
+  Pooled u(ceil_div(channels, kPanel) * filters.depth() * kPanel);
+  pack_direct(filters, std::vector<double>(channels, 1.0), filters.depth(), u.data());
+  return run_direct(args_of(x, filters.size[2], filters.size[3], padding), x.size(0), u.data(),
+                    bias, {}, channels, false, 0);
+}
+
+// Pixels are summed in parts, which threads share, each from first to last and then one part after
+// the other: how many there are depends on the sizes alone, so that sums do not on the threads.
+Tensor direct_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                              const int64_t* padding) {
+  const DirectKernels& kernels = kernels_of_isa();
+  const DirectArgs args = args_of(x, weight.size(2), weight.size(3), padding);
+  const int64_t channels = weight.size(0), panels = ceil_div(channels, kPanel);
+  const int64_t pixels = x.size(0) * args.out_height * args.out_width, depth = args.depth;
+  const int64_t parts = std::clamp(pixels / kPixelsOfPart, (int64_t)1, kMostParts);
+  const int64_t stride = row_stride(depth), size = panels * depth * kPanel;
+  const int64_t most =
+      std::clamp(kRowsBytes / (stride * (int64_t)sizeof(float)), (int64_t)16, kMostRowsOfGroup);
+  const float* dy_data = (const float*)dy.const_data_ptr();
+  Pooled sums(parts * size);
+  // where there are few parts, threads share a part's panels too
+  const int64_t shares = parts < kMostParts / 2 ? panels : 1;
+  torch::stable::parallel_for(0, parts * shares, 1, [&](int64_t lo, int64_t hi) {
+    float* v = scratch(most * (stride + kPanel));
+    float* rows = v + most * stride;  // of dy, of one panel
+    for (int64_t task = lo; task < hi; task++) {
+      const int64_t part = task / shares, share = task % shares;
+      const int64_t begin = pixels * part / parts, end = pixels * (part + 1) / parts;
+      for (int64_t first = begin; first < end; first += most) {
+        const int64_t count = std::min(most, end - first);
+        kernels.gather(args, first, 0, count, v, stride);
+        for (int64_t p = panels * share / shares; p < panels * (share + 1) / shares; p++) {
+          const int64_t width = std::min(kPanel, channels - p * kPanel);
+          float* to = rows;
+          for (int64_t i = 0; i < count; i++, to += kPanel) {
+            const float* from = dy_data + (first + i) * channels + p * kPanel;
+            std::copy(from, from + width, to);
+            std::fill(to + width, to + kPanel, 0.f);
+          }
+          kernels.accumulate(depth, count, v, stride, rows, first == begin,
+                             sums.data() + part * size + p * depth * kPanel);
+        }
+      }
+    }
+  });
+  Tensor dweight = uninitialised_like(weight);
+  float* out = (float*)dweight.mutable_data_ptr();
+  const auto n = weight.sizes(), to = dweight.strides();
+  parallel(panels * n[2] * n[3], parts * size, [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; i++) {
+      const int64_t p = i / (n[2] * n[3]), r = i / n[3] % n[2], s = i % n[3];
+      const int64_t width = std::min(kPanel, channels - p * kPanel);
+      for (int64_t c = 0; c < n[1]; c++) {
+        const float* at = sums.data() + (p * depth + (r * n[3] + s) * n[1] + c) * kPanel;
+        float total[kPanel] = {};
+        for (int64_t part = 0; part < parts; part++)
+          for (int64_t k = 0; k < kPanel; k++) total[k] += at[part * size + k];
+        for (int64_t k = 0; k < width; k++)
+          out[(p * kPanel + k) * to[0] + c * to[1] + r * to[2] + s * to[3]] = total[k];
+      }
+    }
+  });
+  return dweight;
 }
 
 }  // namespace fused_res

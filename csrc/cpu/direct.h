@@ -10,4 +10,12 @@ Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptT
                   const OptTensor& residual, int64_t out_channels,
                   const std::vector<int64_t>& sizes, bool concat, int64_t act);
 
+// With weights that are used once: stride 1, no groups or dilation; filters of Filters(weight).
+struct Filters;
+Tensor direct_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
+                   const int64_t* padding);
+// The gradient of `weight`, of that convolution's output and input
+Tensor direct_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                              const int64_t* padding);
+
 }  // namespace fused_res

@@ -37,6 +37,9 @@ struct DirectKernels {
   // space for (hi - lo) x kPanel
   void (*multiply)(const DirectArgs&, int64_t first, int64_t lo, int64_t hi, const float* v,
                    int64_t v_stride, int64_t panel, bool fetch, float* m);
+  // dw[depth][kPanel] (+)= v^T dy of rows v[count][depth] and dy[count][kPanel]
+  void (*accumulate)(int64_t depth, int64_t count, const float* v, int64_t v_stride,
+                     const float* dy, bool first, float* dw);
 };
 
 namespace plain {

@@ -87,6 +87,42 @@ inline void multiply_panel(int64_t rows, int64_t depth, const float* v, int64_t 
   }
 }
 
+// out[kRows][kPanel] (+)= the sums over `count` rows of a column of v times a row of
+// w[count][kPanel]
+template <int kRows>
+inline void accumulate_block(const float* v, int64_t v_stride, const float* w, int64_t count,
+                             bool first, float* out) {
+  V acc[kRows][kVecs] = {};
+  for (int64_t i = 0; i < count; i++) {
+    V row[kVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; j++) row[j] = load(w + i * kPanel + j * kLanes, Full{});
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; r++) {
+      const V value = broadcast_from(v + i * v_stride + r);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; j++) acc[r][j] += value * row[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; j++) {
+      float* at = out + r * kPanel + j * kLanes;
+      store(first ? acc[r][j] : load(at, Full{}) + acc[r][j], at, Full{});
+    }
+}
+
+template <int kRows>
+inline void accumulate_rows(int64_t rows, const float* v, int64_t v_stride, const float* w,
+                            int64_t count, bool first, float* out) {
+  if constexpr (kRows > 0) {
+    if (rows < kRows) return accumulate_rows<kRows - 1>(rows, v, v_stride, w, count, first, out);
+    for (int64_t n = 0; n < kPanel; n += kVecs * kLanes)
+      accumulate_block<kRows>(v, v_stride, w + n, count, first, out + n);
+  }
+}
+
 // y = act(sums + bias + residual), `lanes` channels from c on; null residual: none
 template <class Lanes>
 inline void store_output(V y, const float* bias, const float* residual, int act, float* out,

@@ -2,6 +2,8 @@
 #pragma once
 #include "../res_block.h"
 
+#include "training_convolution.h"
+
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 namespace fused_res {
@@ -14,6 +16,21 @@ struct CpuLibrary {
   static constexpr auto bn_act_bwd = bn_act_bwd_cpu;
   static constexpr auto convolution = aoti_torch_cpu_convolution;
   static constexpr auto convolution_backward = aoti_torch_cpu_convolution_backward;
+  static bool ours(const BlockStage& s, const Tensor& x) {
+    return s.groups == 1 && s.dilation[0] == 1 && s.dilation[1] == 1 &&
+           trains(x, s.conv_weight, s.stride, s.padding);
+  }
+  static Tensor convolve(const BlockStage& s, const Tensor& x) {
+    if (!ours(s, x)) return s.convolve<CpuLibrary>(x);
+    return training_convolution(x, s.conv_weight, s.conv_bias, s.padding);
+  }
+  static std::array<Tensor, 3> convolve_backward(const BlockStage& s, const Tensor& dy,
+                                                 const Tensor& x,
+                                                 const std::array<bool, 3>& wanted) {
+    if (!ours(s, x) || !channels_last_contiguous(dy))
+      return s.convolve_backward<CpuLibrary>(dy, x, wanted);
+    return training_convolution_backward(dy, x, s.conv_weight, s.padding, wanted);
+  }
   static void count(const Tensors& counters) {
     for (const Tensor& t : counters) ++*(int64_t*)t.mutable_data_ptr();
   }

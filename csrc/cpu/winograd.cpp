@@ -78,57 +78,55 @@ void check_tile(int64_t tile) { STD_TORCH_CHECK(tile == 2 || tile == 4, "tile mu
 
 }  // namespace
 
+// The weight times scale into [point][panel][channel][kPanel]
+void pack_winograd(const Filters& f, const std::vector<double>& scale, int64_t tile, float* u) {
+  using Panel = double __attribute__((vector_size(kPanel * sizeof(double))));  // of channels out
+  const int64_t size = tile + 2, panels = ceil_div(f.size[0], kPanel), channels = f.size[1];
+  const int64_t point = panels * channels * kPanel;
+  parallel(panels * channels, size * size * point, [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; i++) {
+      const int64_t k0 = i / channels * kPanel, c = i % channels;
+      Panel columns[3][3] = {}, rows[6][3], points[6];
+      for (int64_t n = 0; n < std::min(kPanel, f.size[0] - k0); n++)
+        for (int r = 0; r < 3; r++)
+          for (int s = 0; s < 3; s++) columns[s][r][n] = scale[k0 + n] * f(k0 + n, c, r, s);
+      for (int s = 0; s < 3; s++) {
+        filter_points((int)tile, columns[s], points);
+        for (int j = 0; j < size; j++) rows[j][s] = points[j];
+      }
+      for (int h = 0; h < size; h++) {
+        filter_points((int)tile, rows[h], points);
+        for (int w = 0; w < size; w++) {
+          float* at = u + (h * size + w) * point + i * kPanel;
+          for (int64_t n = 0; n < kPanel; n++) at[n] = (float)points[w][n];
+        }
+      }
+    }
+  });
+}
+
 // [point][panel][channel][kPanel], of the weight times scale; rounded once.
 Tensor winograd_weight_cpu(const Tensor& weight, const OptTensor& scale, int64_t tile) {
   check_tile(tile);
   STD_TORCH_CHECK(
       is_float(weight) && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
       "weight must be float32 on a CPU, of shape (K, C, 3, 3)");
-  const int64_t out_channels = weight.size(0), channels = weight.size(1), size = tile + 2;
-  const int64_t panels = ceil_div(out_channels, kPanel), point = panels * channels * kPanel;
+  const int64_t out_channels = weight.size(0);
   STD_TORCH_CHECK(!scale || (scale->dim() == 1 && scale->size(0) == out_channels),
                   "scale must have shape (", out_channels, ",)");
-  const std::vector<double> scales = read_channels(scale, out_channels, 1.0);
-  Tensor u = uninitialised(size * size, point, ScalarType::Float);
-  float* out = (float*)u.mutable_data_ptr();
-  const float* w = (const float*)weight.const_data_ptr();
-  const auto stride = weight.strides();
-  parallel(panels * kPanel, u.numel(), [&](int64_t lo, int64_t hi) {
-    for (int64_t k = lo; k < hi; k++)
-      for (int64_t c = 0; c < channels; c++) {
-        double g[3][3] = {}, rows[6][3], points[6];
-        if (k < out_channels)
-          for (int r = 0; r < 3; r++)
-            for (int s = 0; s < 3; s++)
-              g[r][s] =
-                  scales[k] * w[k * stride[0] + c * stride[1] + r * stride[2] + s * stride[3]];
-        for (int s = 0; s < 3; s++) {
-          const double column[3] = {g[0][s], g[1][s], g[2][s]};
-          filter_points((int)tile, column, points);
-          for (int i = 0; i < size; i++) rows[i][s] = points[i];
-        }
-        float* at = out + (k / kPanel * channels + c) * kPanel + k % kPanel;
-        for (int i = 0; i < size; i++) {
-          filter_points((int)tile, rows[i], points);
-          for (int j = 0; j < size; j++) at[(i * size + j) * point] = (float)points[j];
-        }
-      }
-  });
+  Tensor u =
+      uninitialised((tile + 2) * (tile + 2),
+                    ceil_div(out_channels, kPanel) * weight.size(1) * kPanel, ScalarType::Float);
+  pack_winograd(Filters(weight), read_channels(scale, out_channels, 1.0), tile,
+                (float*)u.mutable_data_ptr());
   return u;
 }
 
-Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
-                    const OptTensor& residual, int64_t out_channels,
-                    const std::vector<int64_t>& padding, int64_t tile, bool concat, int64_t act) {
-  check_tile(tile);
+// u: what pack_winograd made
+Tensor run_winograd(const Tensor& x, const float* u, const OptTensor& bias,
+                    const OptTensor& residual, int64_t out_channels, const int64_t* padding,
+                    int64_t tile, bool concat, int64_t act) {
   const int64_t points = (tile + 2) * (tile + 2), panels = ceil_div(out_channels, kPanel);
-  STD_TORCH_CHECK(is_nhwc(x), "x must be float32 on a CPU, 4-dimensional and channels_last");
-  STD_TORCH_CHECK(out_channels > 0 && is_float(u) && u.is_contiguous() &&
-                      u.numel() == points * panels * x.size(1) * kPanel,
-                  "u must be what winograd_weight made for ", x.size(1), " -> ", out_channels,
-                  " channels and tile=", tile);
-  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0,
-                  "padding must be two numbers of at least 0");
   const int64_t images = x.size(0), out_height = x.size(2) + 2 * padding[0] - 2;
   const int64_t out_width = x.size(3) + 2 * padding[1] - 2;
   const std::vector<float> shift = padded(bias, out_channels, panels * kPanel);
@@ -144,7 +142,7 @@ Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
       x.size(1),
       padding[0],
       padding[1],
-      (const float*)u.const_data_ptr(),
+      u,
       shift.data(),
       output.data,
       out_height,
@@ -159,6 +157,30 @@ Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
   };
   Winograd{kernels_of(tile), args, points, panels, images * args.tiles_h * args.tiles_w}.run();
   return output.y;
+}
+
+Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
+                    const OptTensor& residual, int64_t out_channels,
+                    const std::vector<int64_t>& padding, int64_t tile, bool concat, int64_t act) {
+  check_tile(tile);
+  const int64_t points = (tile + 2) * (tile + 2), panels = ceil_div(out_channels, kPanel);
+  STD_TORCH_CHECK(is_nhwc(x), "x must be float32 on a CPU, 4-dimensional and channels_last");
+  STD_TORCH_CHECK(out_channels > 0 && is_float(u) && u.is_contiguous() &&
+                      u.numel() == points * panels * x.size(1) * kPanel,
+                  "u must be what winograd_weight made for ", x.size(1), " -> ", out_channels,
+                  " channels and tile=", tile);
+  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0,
+                  "padding must be two numbers of at least 0");
+  return run_winograd(x, (const float*)u.const_data_ptr(), bias, residual, out_channels,
+                      padding.data(), tile, concat, act);
+}
+
+Tensor winograd_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
+                     const int64_t* padding, int64_t tile) {
+  const int64_t size = (tile + 2) * (tile + 2);
+  Pooled u(size * ceil_div(filters.size[0], kPanel) * filters.size[1] * kPanel);
+  pack_winograd(filters, std::vector<double>(filters.size[0], 1.0), tile, u.data());
+  return run_winograd(x, u.data(), bias, {}, filters.size[0], padding, tile, false, 0);
 }
 
 }  // namespace fused_res

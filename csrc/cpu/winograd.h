@@ -10,4 +10,9 @@ Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
                     const OptTensor& residual, int64_t out_channels,
                     const std::vector<int64_t>& padding, int64_t tile, bool concat, int64_t act);
 
+// With weights that are used once
+struct Filters;
+Tensor winograd_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
+                     const int64_t* padding, int64_t tile);
+
 }  // namespace fused_res

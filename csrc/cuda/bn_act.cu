@@ -237,6 +237,14 @@ struct CudaLibrary {
   };
   static constexpr auto bn_act_fwd = bn_act_fwd_cuda;
   static constexpr auto bn_act_bwd = bn_act_bwd_cuda;
+  static Tensor convolve(const BlockStage& s, const Tensor& x) {
+    return s.convolve<CudaLibrary>(x);
+  }
+  static std::array<Tensor, 3> convolve_backward(const BlockStage& s, const Tensor& dy,
+                                                 const Tensor& x,
+                                                 const std::array<bool, 3>& wanted) {
+    return s.convolve_backward<CudaLibrary>(dy, x, wanted);
+  }
   static constexpr auto convolution = aoti_torch_cuda_convolution;
   static constexpr auto convolution_backward = aoti_torch_cuda_convolution_backward;
   static void count(const Tensors& tensors) {

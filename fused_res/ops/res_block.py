@@ -1,7 +1,8 @@
 """A whole residual block in one call each way: the op ``res_block``.
 
-Convolutions from the library, all the rest by ``bn_act``: the kernels are those of a block run
-stage by stage, without the host's work between them (several times a small kernel's own).
+Convolutions from the library, or on a CPU our own where they win (``csrc/cpu/training_convolution
+.cpp``), all the rest by ``bn_act``, without the host's work between them (several times a small
+kernel's own).
 ``reference.res_block`` says what it computes; ``csrc/res_block.h`` walks the stages.
 """
 
@@ -43,9 +44,11 @@ MOST_STAGES = 20  # bits of needs
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 # Elements of x up to which one call is worth it. One autograd node keeps all that it saved until
 # its backward pass is over, where a node for each stage frees as it goes. On a CPU one call takes
-# 0.98 to 0.99 of the time up to 2 million elements, and 1.03 at 6 million. The GPU's figure is an
-# estimate: 16 MB a pass, as long as the host takes to launch it.
+# 0.98 to 0.99 of the time up to 2 million elements, and 1.03 at 6 million; but where our own
+# convolutions run, which are in this op alone, two thirds. The GPU's figure is an estimate: 16 MB a
+# pass, as long as the host takes to launch it.
 MOST_ELEMENTS = {"cpu": 2**22, "cuda": 2**23}
+MOST_WEIGHT, LEAST_CHANNELS = 2**18, 24  # of ours: csrc/cpu/training_convolution.cpp
 library.define(f"res_block_fwd{_FWD}")
 library.define(f"res_block_bwd{_BWD}")
 _forward = torch.ops.fused_res.res_block_fwd.default
@@ -203,7 +206,20 @@ class _DoesNotFit(Exception):
     pass
 
 
-def _runs_whole(x: Tensor, backend: str | None) -> bool:
+def _convolves(x: Tensor, branch: list[ConvNorm]) -> bool:
+    """Whether most of a block's convolutions may be our own."""
+    if x.dtype != torch.float32 or is_nchw(x) or torch.is_autocast_enabled("cpu"):
+        return False
+    ours = [
+        max(c.stride) == c.groups == 1
+        and c.weight.numel() < MOST_WEIGHT
+        and min(c.weight.shape[:2]) >= LEAST_CHANNELS
+        for c in branch
+    ]
+    return 2 * sum(ours) > len(ours)
+
+
+def _runs_whole(x: Tensor, branch: list[ConvNorm], backend: str | None) -> bool:
     """Whether the backend for ``x`` runs a block in one call here.
 
     Raises:
@@ -218,7 +234,9 @@ def _runs_whole(x: Tensor, backend: str | None) -> bool:
     ):
         return False
     name = choose("bn_act", backend, x)
-    return name in MOST_ELEMENTS and x.numel() <= MOST_ELEMENTS[name]
+    if name not in MOST_ELEMENTS:
+        return False
+    return x.numel() <= MOST_ELEMENTS[name] or (name == "cpu" and _convolves(x, branch))
 
 
 def _autocast(x: Tensor, branch, shortcut, dtype: torch.dtype):
@@ -270,7 +288,7 @@ def res_block(
 def whole(x, branch, shortcut, act, backend, counters) -> Tensor | None:
     """``res_block`` in one call, which adds one to ``counters`` too: one of each BatchNorm that
     trains, or none. None where it must be run stage by stage, and nothing is done."""
-    if not _runs_whole(x, backend):
+    if not _runs_whole(x, branch, backend):
         return None
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -1,0 +1,68 @@
+#include "training_convolution.h"
+
+#include "convolution.h"
+#include "direct.h"
+#include "winograd.h"
+
+namespace fused_res {
+namespace {
+
+constexpr int64_t kLeastTiles = 48;              // of 2x2 outputs: the weight's transform must pay
+constexpr int64_t kMostGradientBytes = 1 << 20;  // of a weight: more do not stay in a core's cache
+// A call's pixels and multiplications: packing a weight and merging its gradient must pay.
+constexpr int64_t kLeastPixels = 256, kLeastWork = 4 << 20;
+// Panels are of 32 channels: of fewer than these the library's kernels are faster.
+constexpr int64_t kLeastChannels = 24;
+
+// Winograd's of 2x2 outputs has the error of a direct one.
+Tensor convolve(const Tensor& x, const Filters& filters, const OptTensor& bias,
+                const int64_t* padding) {
+  const int64_t tiles = x.size(0) * ceil_div(x.size(2) + 2 * padding[0] - 2, 2) *
+                        ceil_div(x.size(3) + 2 * padding[1] - 2, 2);
+  const bool winograd = filters.size[2] == 3 && filters.size[3] == 3 && filters.size[0] % 8 == 0 &&
+                        filters.size[1] % 8 == 0 && tiles >= kLeastTiles;
+  return winograd ? winograd_once(x, filters, bias, padding, 2)
+                  : direct_once(x, filters, bias, padding);
+}
+
+}  // namespace
+
+bool trains(const Tensor& x, const Tensor& weight, const int64_t* stride, const int64_t* padding) {
+  if (!is_nhwc(x) || !is_float(weight) || stride[0] != 1 || stride[1] != 1) return false;
+  const int64_t pixels = x.size(0) * x.size(2) * x.size(3);
+  const bool square = weight.size(2) == weight.size(3) && padding[0] == padding[1];
+  const bool small = weight.size(2) == 3 || weight.size(2) == 1;
+  const bool dense = weight.is_contiguous() || channels_last_contiguous(weight);
+  return square && small && dense && padding[0] < weight.size(2) &&
+         std::min(weight.size(0), weight.size(1)) >= kLeastChannels && pixels >= kLeastPixels &&
+         pixels * weight.numel() >= kLeastWork &&
+         weight.numel() * (int64_t)sizeof(float) < kMostGradientBytes;
+}
+
+Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                            const int64_t* padding) {
+  return convolve(x, Filters(weight), bias, padding);
+}
+
+std::array<Tensor, 3> training_convolution_backward(const Tensor& dy, const Tensor& x,
+                                                    const Tensor& weight, const int64_t* padding,
+                                                    const std::array<bool, 3>& wanted) {
+  std::array<Tensor, 3> gradients;
+  if (wanted[0]) {
+    const int64_t around[] = {weight.size(2) - 1 - padding[0], weight.size(3) - 1 - padding[1]};
+    gradients[0] = convolve(dy, Filters(weight).reversed(), {}, around);
+  }
+  if (wanted[1]) gradients[1] = direct_weight_gradient(dy, x, weight, padding);
+  if (wanted[2]) {
+    const int64_t channels = weight.size(0), pixels = dy.numel() / channels;
+    const float* from = (const float*)dy.const_data_ptr();
+    std::vector<double> sums(channels);
+    for (int64_t i = 0; i < pixels; i++)
+      for (int64_t c = 0; c < channels; c++) sums[c] += from[i * channels + c];
+    gradients[2] = uninitialised(channels, ScalarType::Float);
+    write_channels(sums, gradients[2]);
+  }
+  return gradients;
+}
+
+}  // namespace fused_res

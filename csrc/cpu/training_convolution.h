@@ -1,0 +1,20 @@
+// The convolutions of a block in training on a CPU, forward and backward, where ours win.
+#pragma once
+#include <array>
+
+#include "tensors.h"
+
+namespace fused_res {
+
+// Whether ours run a convolution without groups or dilation: of stride 1, and in float32.
+bool trains(const Tensor& x, const Tensor& weight, const int64_t* stride, const int64_t* padding);
+
+Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                            const int64_t* padding);
+
+// Gradients of the input, the weight and the bias, where `wanted`; the others are undefined.
+std::array<Tensor, 3> training_convolution_backward(const Tensor& dy, const Tensor& x,
+                                                    const Tensor& weight, const int64_t* padding,
+                                                    const std::array<bool, 3>& wanted);
+
+}  // namespace fused_res

@@ -1,0 +1,159 @@
+"""Our own convolutions in training on a CPU, in the op res_block: the rule for outputs and every
+gradient, where they run, and that sums do not depend on the threads."""
+
+import pytest
+import torch
+from errors import rule
+
+from fused_res import Norm, reference
+from fused_res.ops.res_block import res_block
+from fused_res.reference import ConvNorm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def stage(c, k, size, padding=None, bias=False, contiguous=False):
+    weight = torch.randn(k, c, size, size) * (2 / (c * size**2)) ** 0.5
+    if not contiguous:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    norm = Norm(torch.zeros(k), torch.ones(k), torch.rand(k) + 0.5, torch.randn(k), True)
+    padding = size // 2 if padding is None else padding
+    extra = torch.randn(k) if bias else None
+    return ConvNorm(weight, extra, (1, 1), (padding, padding), (1, 1), 1, norm)
+
+
+# branch, shortcut, input
+BLOCKS = {
+    "single": lambda: ([stage(32, 32, 3)], None, (9, 32, 8, 8)),
+    "basic, odd": lambda: ([stage(40, 40, 3), stage(40, 40, 3)], None, (3, 40, 13, 11)),
+    "channels that fill no panel": lambda: (
+        [stage(37, 29, 3), stage(29, 37, 3)], None, (5, 37, 9, 10)),
+    "bottleneck": lambda: (
+        [stage(96, 24, 1), stage(24, 24, 3), stage(24, 96, 1)], None, (8, 96, 17, 16)),
+    "projection": lambda: (
+        [stage(32, 56, 3), stage(56, 56, 3)], stage(32, 56, 1), (12, 32, 16, 13)),
+    "NCHW weights and biases": lambda: (
+        [stage(32, 32, 3, bias=True, contiguous=True)], None, (7, 32, 10, 9)),
+    "few pixels a part": lambda: ([stage(128, 128, 3)], None, (1, 128, 18, 16)),
+    "many pixels": lambda: ([stage(24, 24, 3)], None, (20, 24, 17, 19)),
+    "padding takes away and gives back": lambda: (
+        [stage(32, 32, 3, 0), stage(32, 32, 3, 2)], None, (6, 32, 11, 12)),
+}  # fmt: skip
+
+
+def image(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+def cast(s, dtype):
+    if s is None:
+        return None
+    norm = Norm(*(t.to(dtype, copy=True) if isinstance(t, torch.Tensor) else t for t in s.norm))
+    bias = None if s.bias is None else s.bias.to(dtype, copy=True)
+    return s._replace(weight=s.weight.to(dtype, copy=True), bias=bias, norm=norm)
+
+
+def step(run, branch, shortcut, x, dy, act, dtype, frozen=()):
+    """Outputs, gradients and running statistics by name."""
+    branch, shortcut = [cast(s, dtype) for s in branch], cast(shortcut, dtype)
+    inputs = {"x": x.to(dtype, copy=True)}
+    for i, s in enumerate([*branch, *([shortcut] if shortcut else [])]):
+        named = {"weight": s.weight, "bias": s.bias, "scale": s.norm.weight, "shift": s.norm.bias}
+        inputs |= {f"{name} {i}": t for name, t in named.items() if t is not None}
+    wanted = {n: t.requires_grad_() for n, t in inputs.items() if n not in frozen}
+    y = run(inputs["x"], branch, shortcut, act)
+    grads = torch.autograd.grad(y, list(wanted.values()), dy.to(dtype))
+    out = {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
+    for i, s in enumerate(branch):
+        out |= {f"mean {i}": s.norm.running_mean, f"var {i}": s.norm.running_var}
+    return out
+
+
+def ours(x, branch, shortcut, act):
+    return res_block(x, branch, shortcut, act, "cpu")
+
+
+def made(name):
+    branch, shortcut, shape = BLOCKS[name]()
+    x = image(*shape)
+    y = reference.res_block(x, branch, shortcut, "none")
+    return branch, shortcut, x, torch.randn_like(y)
+
+
+@pytest.mark.parametrize("act", ["relu", "relu_before_add"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_error_is_within_the_rule(name, act):
+    args = (*made(name), act)
+    got = step(ours, *args, torch.float32)
+    theirs = step(reference.res_block, *args, torch.float32)
+    exact = step(reference.res_block, *args, torch.float64)
+    kinds = {}
+    for key in exact:  # a bias before a BatchNorm has no gradient but rounding errors
+        if not key.startswith("bias"):
+            kinds.setdefault(key.split()[0], []).append(key)
+    for kind, keys in kinds.items():
+        rule(*(torch.cat([r[k].flatten() for k in keys]) for r in (got, theirs, exact)), kind)
+    for key in exact:
+        if key.startswith("bias"):
+            assert got[key].abs().max() < 1e-3 * args[3].numel() ** 0.5
+
+
+def library_calls(run) -> int:
+    with torch.profiler.profile() as profile:
+        run()
+    return sum(e.count for e in profile.key_averages() if "mkldnn_convolution" in e.key)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_they_run(name):
+    args = (*made(name), "relu", torch.float32)
+    assert library_calls(lambda: step(reference.res_block, *args)) > 0
+    assert library_calls(lambda: step(ours, *args)) == 0
+
+
+@pytest.mark.parametrize(
+    ("branch", "x"),
+    [
+        (lambda: [stage(32, 32, 3)], lambda: torch.randn(9, 32, 8, 8)),
+        (lambda: [stage(16, 16, 3)], lambda: image(9, 16, 16, 16)),
+        (lambda: [stage(32, 32, 3)], lambda: image(5, 32, 8, 8)),
+        (lambda: [stage(32, 32, 5)], lambda: image(9, 32, 8, 8)),
+        (lambda: [stage(32, 32, 3)._replace(dilation=(2, 2), padding=(2, 2))],
+         lambda: image(9, 32, 8, 8)),
+    ],
+    ids=["NCHW", "few channels", "small", "5x5", "dilation"],
+)  # fmt: skip
+def test_elsewhere_the_library_runs(branch, x):
+    branch, x = branch(), x()
+    args = branch, None, x, torch.randn_like(x), "relu", torch.float32
+    assert library_calls(lambda: step(ours, *args)) > 0
+    for key, value in step(reference.res_block, *args).items():
+        torch.testing.assert_close(step(ours, *args)[key], value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "few pixels a part", "many pixels", "projection"])
+def test_the_same_for_any_number_of_threads(name):
+    args = (*made(name), "relu", torch.float32)
+    results = []
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        results.append(step(ours, *args))
+    for other in results[1:]:
+        for key, value in results[0].items():
+            assert torch.equal(other[key], value), key
+
+
+@pytest.mark.parametrize("frozen", [{"x"}, {"weight 0"}, {"x", "weight 0", "scale 0", "shift 0"}])
+def test_frozen_parts(frozen):
+    args = (*made("basic, odd"), "relu", torch.float32)
+    whole, some = step(ours, *args), step(ours, *args, frozen=frozen)
+    assert some.keys() == whole.keys() - frozen
+    for key, value in some.items():
+        torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-5)
+
+
+def test_nan_and_infinity_are_not_lost():
+    branch, shortcut, x, dy = made("single")
+    x[2, 3, 4, 5] = float("nan")
+    got = step(ours, branch, shortcut, x, dy, "relu", torch.float32)
+    assert got["y"].isnan().any() and got["weight 0"].isnan().any()
