@@ -8,19 +8,23 @@ namespace fused_res {
 namespace {
 
 constexpr int64_t kLeastTiles = 48;              // of 2x2 outputs: the weight's transform must pay
+constexpr int64_t kLeastSummed = 2048;           // pixels, for Winograd's gradient of a weight
 constexpr int64_t kMostGradientBytes = 1 << 20;  // of a weight: more do not stay in a core's cache
 // A call's pixels and multiplications: packing a weight and merging its gradient must pay.
 constexpr int64_t kLeastPixels = 256, kLeastWork = 4 << 20;
 // Panels are of 32 channels: of fewer than these the library's kernels are faster.
 constexpr int64_t kLeastChannels = 24;
 
-// Winograd's of 2x2 outputs has the error of a direct one.
+// Winograd's of 2x2 outputs has the error of a direct one, at 4 / 9 of its multiplications.
+bool suits_winograd(const Filters& f, int64_t images, int64_t height, int64_t width) {
+  return f.size[2] == 3 && f.size[3] == 3 && f.size[0] % 8 == 0 && f.size[1] % 8 == 0 &&
+         images * ceil_div(height, 2) * ceil_div(width, 2) >= kLeastTiles;
+}
+
 Tensor convolve(const Tensor& x, const Filters& filters, const OptTensor& bias,
                 const int64_t* padding) {
-  const int64_t tiles = x.size(0) * ceil_div(x.size(2) + 2 * padding[0] - 2, 2) *
-                        ceil_div(x.size(3) + 2 * padding[1] - 2, 2);
-  const bool winograd = filters.size[2] == 3 && filters.size[3] == 3 && filters.size[0] % 8 == 0 &&
-                        filters.size[1] % 8 == 0 && tiles >= kLeastTiles;
+  const bool winograd = suits_winograd(filters, x.size(0), x.size(2) + 2 * padding[0] - 2,
+                                       x.size(3) + 2 * padding[1] - 2);
   return winograd ? winograd_once(x, filters, bias, padding, 2)
                   : direct_once(x, filters, bias, padding);
 }
@@ -52,7 +56,15 @@ std::array<Tensor, 3> training_convolution_backward(const Tensor& dy, const Tens
     const int64_t around[] = {weight.size(2) - 1 - padding[0], weight.size(3) - 1 - padding[1]};
     gradients[0] = convolve(dy, Filters(weight).reversed(), {}, around);
   }
-  if (wanted[1]) gradients[1] = direct_weight_gradient(dy, x, weight, padding);
+  if (wanted[1]) {
+    // sums of few products have less error than their transforms
+    const bool winograd =
+        dy.size(0) * dy.size(2) * dy.size(3) >= kLeastSummed &&
+        suits_winograd(Filters(weight), dy.size(0), dy.size(2), dy.size(3)) &&
+        16 * weight.size(0) * weight.size(1) * (int64_t)sizeof(float) <= kMostGradientBytes;
+    gradients[1] = winograd ? winograd_weight_gradient(dy, x, weight, padding)
+                            : direct_weight_gradient(dy, x, weight, padding);
+  }
   if (wanted[2]) {
     const int64_t channels = weight.size(0), pixels = dy.numel() / channels;
     const float* from = (const float*)dy.const_data_ptr();

@@ -1,5 +1,7 @@
 #include "winograd.h"
 
+#include <cstring>
+
 #include "convolution.h"
 #include "winograd_kernels.h"
 #include "winograd_points.h"
@@ -21,6 +23,9 @@ constexpr int64_t kTilesBytes = 1024 << 10;
 // so many bytes of transforms, whose points and panels the threads share.
 constexpr int64_t kWeightBytes = 16 << 20, kSharedBytes = 24 << 20;
 constexpr int64_t kLeastTiles = 12;  // fewer rows do not fill the registers
+// Of a weight's gradient: tiles whose products make one sum, sums added one after the other, tiles
+// whose transforms lie in the cache together
+constexpr int64_t kTilesOfPart = 64, kMostParts = 16, kMostTiles = 128;
 
 struct Winograd {
   const WinogradKernels& kernels;
@@ -181,6 +186,76 @@ Tensor winograd_once(const Tensor& x, const Filters& filters, const OptTensor& b
   Pooled u(size * ceil_div(filters.size[0], kPanel) * filters.size[1] * kPanel);
   pack_winograd(filters, std::vector<double>(filters.size[0], 1.0), tile, u.data());
   return run_winograd(x, u.data(), bias, {}, filters.size[0], padding, tile, false, 0);
+}
+
+// As direct_weight_gradient: tiles are summed in parts, how many depends on the sizes alone.
+Tensor winograd_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                const int64_t* padding) {
+  const WinogradKernels& kernels = kernels_of(2);
+  const int64_t channels = x.size(1), out_channels = dy.size(1);
+  const int64_t panels = ceil_div(out_channels, kPanel), points = 16;
+  WinogradArgs args = {};
+  args.x = (const float*)x.const_data_ptr();
+  args.height = x.size(2), args.width = x.size(3), args.channels = args.x_stride = channels;
+  args.pad_h = padding[0], args.pad_w = padding[1];
+  args.y = (float*)dy.const_data_ptr();  // read
+  args.out_height = dy.size(2), args.out_width = dy.size(3);
+  args.out_channels = args.y_stride = out_channels;
+  args.tiles_h = ceil_div(args.out_height, 2), args.tiles_w = ceil_div(args.out_width, 2);
+  const int64_t tiles = x.size(0) * args.tiles_h * args.tiles_w;
+  const int64_t parts = std::clamp(tiles / kTilesOfPart, (int64_t)1, kMostParts);
+  const Winograd of{kernels, args, points, panels, tiles};
+  const int64_t most = std::clamp(kTilesBytes / of.bytes_of_tile(), (int64_t)16, kMostTiles);
+  const int64_t plane = channels * kPanel, size = points * panels * plane;
+  Pooled sums(parts * size);
+  const int64_t shares = parts < kMostParts / 2 ? points : 1;
+  torch::stable::parallel_for(0, parts * shares, 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t task = lo; task < hi; task++) {
+      const int64_t part = task / shares, share = task % shares;
+      const int64_t begin = tiles * part / parts, end = tiles * (part + 1) / parts;
+      for (int64_t first = begin; first < end; first += most) {
+        const WinogradTiles t = of.group(first, std::min(most, end - first));
+        kernels.transform(args, t, 0, t.count);
+        kernels.transform_gradient(args, t, 0, t.count);
+        for (int64_t i = points * share / shares; i < points * (share + 1) / shares; i++)
+          for (int64_t p = 0; p < panels; p++)
+            kernels.accumulate(args, t, i, p, first == begin,
+                               sums.data() + part * size + (i * panels + p) * plane);
+      }
+    }
+  });
+  Tensor dweight = uninitialised_like(weight);
+  float* out = (float*)dweight.mutable_data_ptr();
+  const auto to = dweight.strides();
+  parallel(panels * channels, parts * size, [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; i++) {
+      using Panel = float __attribute__((vector_size(kPanel * sizeof(float))));
+      const int64_t k0 = i / channels * kPanel, c = i % channels;
+      Panel u[4][4], rows[3][4], g[3][3];
+      for (int64_t point = 0; point < points; point++) {
+        Panel total = {};
+        for (int64_t part = 0; part < parts; part++) {
+          Panel one;
+          std::memcpy(&one, sums.data() + part * size + point * panels * plane + i * kPanel,
+                      sizeof one);
+          total += one;
+        }
+        u[point / 4][point % 4] = total;
+      }
+      for (int w = 0; w < 4; w++) {
+        const Panel column[4] = {u[0][w], u[1][w], u[2][w], u[3][w]};
+        Panel taps[3];
+        filter_gradient(column, taps);
+        for (int r = 0; r < 3; r++) rows[r][w] = taps[r];
+      }
+      for (int r = 0; r < 3; r++) filter_gradient(rows[r], g[r]);
+      for (int64_t k = 0; k < std::min(kPanel, out_channels - k0); k++)
+        for (int r = 0; r < 3; r++)
+          for (int s = 0; s < 3; s++)
+            out[(k0 + k) * to[0] + c * to[1] + r * to[2] + s * to[3]] = g[r][s][k];
+    }
+  });
+  return dweight;
 }
 
 }  // namespace fused_res

@@ -15,4 +15,8 @@ struct Filters;
 Tensor winograd_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
                      const int64_t* padding, int64_t tile);
 
+// The gradient of `weight`, of a convolution's output and input
+Tensor winograd_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                const int64_t* padding);
+
 }  // namespace fused_res

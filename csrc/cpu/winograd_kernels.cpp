@@ -147,11 +147,55 @@ void finish(const WinogradArgs& a, const WinogradTiles& t, int64_t lo, int64_t h
   }
 }
 
+// A dy A^T: `outputs` the other way round
+inline __attribute__((always_inline)) void gradient_points(V a, V b, V* out, int64_t step) {
+  out[0] = a;
+  out[step] = a + b;
+  out[2 * step] = a - b;
+  out[3 * step] = b;
+}
+
+void transform_gradient(const WinogradArgs& a, const WinogradTiles& t, int64_t lo, int64_t hi) {
+  const int64_t y_stride = a.y_stride, row = a.out_width * y_stride, m_plane = t.m_plane;
+  const int64_t panel_stride = t.count * kPanel, channels = a.out_channels;
+  for (int64_t i = lo; i < hi; i++) {
+    const int64_t tile = t.first + i, per_image = a.tiles_h * a.tiles_w;
+    const int64_t image = tile / per_image, in_image = tile % per_image;
+    const int64_t h0 = in_image / a.tiles_w * 2, w0 = in_image % a.tiles_w * 2;
+    const bool below = h0 + 1 < a.out_height, beside = w0 + 1 < a.out_width;
+    const float* dy = a.y + ((image * a.out_height + h0) * a.out_width + w0) * y_stride;
+    float* m = t.m + i * kPanel;
+    const auto of_lanes = [=](int64_t c, auto lanes) {
+      const V d00 = load(dy + c, lanes), d01 = beside ? load(dy + y_stride + c, lanes) : V{};
+      const V d10 = below ? load(dy + row + c, lanes) : V{};
+      const V d11 = below && beside ? load(dy + row + y_stride + c, lanes) : V{};
+      V e[8], out[4];  // [point down][column]
+      gradient_points(d00, d10, e, 2);
+      gradient_points(d01, d11, e + 1, 2);
+      for (int h = 0; h < 4; h++) {
+        gradient_points(e[2 * h], e[2 * h + 1], out, 1);
+        for (int w = 0; w < 4; w++)
+          store(out[w], m + (h * 4 + w) * m_plane + c / kPanel * panel_stride + c % kPanel, Full{});
+      }
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) of_lanes(c, Full{});
+    if (c < channels) of_lanes(c, Part{(int)(channels - c)});
+  }
+}
+
+void accumulate(const WinogradArgs& a, const WinogradTiles& t, int64_t point, int64_t panel,
+                bool first, float* du) {
+  accumulate_panel(a.channels, t.count, t.v + point * t.v_plane, t.v_stride,
+                   t.m + point * t.m_plane + panel * t.count * kPanel, first, du);
+}
+
 }  // namespace
 
 const WinogradKernels& winograd_kernels(int64_t tile) {
-  static constexpr WinogradKernels two = {transform<2>, multiply, finish<2>},
-                                   four = {transform<4>, multiply, finish<4>};
+  static constexpr WinogradKernels two = {transform<2>, multiply, finish<2>, transform_gradient,
+                                          accumulate},
+                                   four = {transform<4>, multiply, finish<4>, nullptr, nullptr};
   return tile == 2 ? two : four;
 }
 

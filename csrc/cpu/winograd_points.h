@@ -29,4 +29,13 @@ inline void filter_points(int tile, const T* g, T* out) {
   out[5] = g[2];
 }
 
+// G^T: the coefficients' gradient, of that of the values at the points of a tile of 2
+template <class T>
+inline void filter_gradient(const T* u, T* g) {
+  const T even = (u[1] + u[2]) / 2;
+  g[0] = u[0] + even;
+  g[1] = (u[1] - u[2]) / 2;
+  g[2] = even + u[3];
+}
+
 }  // namespace fused_res
