@@ -12,11 +12,12 @@ from fused_res.reference import ConvNorm
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def stage(c, k, size, padding=None, bias=False, contiguous=False):
+def stage(c, k, size, padding=None, bias=False, contiguous=False, shift=None):
     weight = torch.randn(k, c, size, size) * (2 / (c * size**2)) ** 0.5
     if not contiguous:
         weight = weight.contiguous(memory_format=torch.channels_last)
-    norm = Norm(torch.zeros(k), torch.ones(k), torch.rand(k) + 0.5, torch.randn(k), True)
+    shifts = torch.randn(k) if shift is None else shift * torch.randn(k).sign()
+    norm = Norm(torch.zeros(k), torch.ones(k), torch.rand(k) + 0.5, shifts, True)
     padding = size // 2 if padding is None else padding
     extra = torch.randn(k) if bias else None
     return ConvNorm(weight, extra, (1, 1), (padding, padding), (1, 1), 1, norm)
@@ -36,6 +37,9 @@ BLOCKS = {
         [stage(32, 32, 3, bias=True, contiguous=True)], None, (7, 32, 10, 9)),
     "few pixels a part": lambda: ([stage(128, 128, 3)], None, (1, 128, 18, 16)),
     "many pixels": lambda: ([stage(24, 24, 3)], None, (20, 24, 17, 19)),
+    # among so many values one is so near 0 that rounding turns its ReLU: not with such a shift
+    "weights too large for our gradient": lambda: (
+        [stage(192, 176, 3, shift=12), stage(176, 192, 3, shift=15)], None, (4, 192, 17, 18)),
     "padding takes away and gives back": lambda: (
         [stage(32, 32, 3, 0), stage(32, 32, 3, 2)], None, (6, 32, 11, 12)),
 }  # fmt: skip

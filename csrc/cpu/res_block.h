@@ -29,7 +29,15 @@ struct CpuLibrary {
                                                  const std::array<bool, 3>& wanted) {
     if (!ours(s, x) || !channels_last_contiguous(dy))
       return s.convolve_backward<CpuLibrary>(dy, x, wanted);
-    return training_convolution_backward(dy, x, s.conv_weight, s.padding, wanted);
+    if (trains_weight(s.conv_weight))
+      return training_convolution_backward(dy, x, s.conv_weight, s.padding, wanted);
+    std::array<Tensor, 3> gradients;
+    if (wanted[1] || wanted[2])
+      gradients = s.convolve_backward<CpuLibrary>(dy, x, {false, wanted[1], wanted[2]});
+    if (wanted[0])
+      gradients[0] =
+          training_convolution_backward(dy, x, s.conv_weight, s.padding, {true, false, false})[0];
+    return gradients;
   }
   static void count(const Tensors& counters) {
     for (const Tensor& t : counters) ++*(int64_t*)t.mutable_data_ptr();

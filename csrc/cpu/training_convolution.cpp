@@ -8,6 +8,7 @@ namespace fused_res {
 namespace {
 
 constexpr int64_t kLeastTiles = 48;              // of 2x2 outputs: the weight's transform must pay
+constexpr int64_t kLeastPixelsOfLarge = 1024;    // of a weight whose gradient is the library's
 constexpr int64_t kLeastSummed = 2048;           // pixels, for Winograd's gradient of a weight
 constexpr int64_t kMostGradientBytes = 1 << 20;  // of a weight: more do not stay in a core's cache
 // A call's pixels and multiplications: packing a weight and merging its gradient must pay.
@@ -37,10 +38,14 @@ bool trains(const Tensor& x, const Tensor& weight, const int64_t* stride, const 
   const bool square = weight.size(2) == weight.size(3) && padding[0] == padding[1];
   const bool small = weight.size(2) == 3 || weight.size(2) == 1;
   const bool dense = weight.is_contiguous() || channels_last_contiguous(weight);
-  return square && small && dense && padding[0] < weight.size(2) &&
-         std::min(weight.size(0), weight.size(1)) >= kLeastChannels && pixels >= kLeastPixels &&
-         pixels * weight.numel() >= kLeastWork &&
-         weight.numel() * (int64_t)sizeof(float) < kMostGradientBytes;
+  const bool enough = std::min(weight.size(0), weight.size(1)) >= kLeastChannels &&
+                      pixels >= kLeastPixels && pixels * weight.numel() >= kLeastWork;
+  return square && small && dense && enough && padding[0] < weight.size(2) &&
+         (trains_weight(weight) || (weight.size(2) == 3 && pixels >= kLeastPixelsOfLarge));
+}
+
+bool trains_weight(const Tensor& weight) {
+  return weight.numel() * (int64_t)sizeof(float) < kMostGradientBytes;
 }
 
 Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias,

@@ -9,6 +9,9 @@ namespace fused_res {
 // Whether ours run a convolution without groups or dilation: of stride 1, and in float32.
 bool trains(const Tensor& x, const Tensor& weight, const int64_t* stride, const int64_t* padding);
 
+// And whether its weight's gradient is ours too
+bool trains_weight(const Tensor& weight);
+
 Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias,
                             const int64_t* padding);
 
