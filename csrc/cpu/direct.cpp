@@ -4,15 +4,16 @@
 #include "direct_kernels.h"
 
 namespace fused_res {
-namespace {
 
-const DirectKernels& kernels_of_isa() {
+const DirectKernels& direct_kernels_of_isa() {
 #ifdef FUSED_RES_X86
   if (isa() == Isa::avx512) return avx512::direct_kernels();
   if (isa() == Isa::avx2) return avx2::direct_kernels();
 #endif
   return plain::direct_kernels();
 }
+
+namespace {
 
 // Gathered rows that stay in a core's second cache while the panels pass; enough of them that a
 // panel pays, a multiple of what the registers hold.
@@ -142,7 +143,7 @@ Tensor run_direct(DirectArgs args, int64_t images, const float* u, const OptTens
   if (residual && !concat) args.residual = (const float*)residual->const_data_ptr();
   args.residual_stride = out_channels;
   args.act = (Act)act;
-  Direct{kernels_of_isa(), args, panels, images * args.out_height * args.out_width,
+  Direct{direct_kernels_of_isa(), args, panels, images * args.out_height * args.out_width,
          row_stride(args.depth)}
       .run();
   return output.y;
@@ -219,7 +220,7 @@ Tensor direct_once(const Tensor& x, const Filters& filters, const OptTensor& bia
 // the other: how many there are depends on the sizes alone, so that sums do not on the threads.
 Tensor direct_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight,
                               const int64_t* padding) {
-  const DirectKernels& kernels = kernels_of_isa();
+  const DirectKernels& kernels = direct_kernels_of_isa();
   const DirectArgs args = args_of(x, weight.size(2), weight.size(3), padding);
   const int64_t channels = weight.size(0), panels = ceil_div(channels, kPanel);
   const int64_t pixels = x.size(0) * args.out_height * args.out_width, depth = args.depth;

@@ -14,6 +14,8 @@ Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptT
 struct Filters;
 Tensor direct_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
                    const int64_t* padding);
+struct DirectKernels;
+const DirectKernels& direct_kernels_of_isa();
 // The gradient of `weight`, of that convolution's output and input
 Tensor direct_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight,
                               const int64_t* padding);

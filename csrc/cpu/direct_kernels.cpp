@@ -89,7 +89,11 @@ void multiply(const DirectArgs& a, int64_t first, int64_t lo, int64_t hi, const 
 
 void accumulate(int64_t depth, int64_t count, const float* v, int64_t v_stride, const float* dy,
                 bool first, float* dw) {
-  accumulate_panel(depth, count, v, v_stride, dy, first, dw);
+  const int64_t blocks = (depth + kMostRows - 1) / kMostRows;
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t lo = depth * b / blocks, hi = depth * (b + 1) / blocks;
+    accumulate_rows<kMostRows>(hi - lo, v + lo, v_stride, dy, count, first, dw + lo * kPanel);
+  }
 }
 
 }  // namespace

@@ -123,16 +123,6 @@ inline void accumulate_rows(int64_t rows, const float* v, int64_t v_stride, cons
   }
 }
 
-// out[depth][kPanel] (+)= v^T w of `count` rows of v[depth] and w[kPanel]
-inline void accumulate_panel(int64_t depth, int64_t count, const float* v, int64_t v_stride,
-                             const float* w, bool first, float* out) {
-  const int64_t blocks = (depth + kMostRows - 1) / kMostRows;
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t lo = depth * b / blocks, hi = depth * (b + 1) / blocks;
-    accumulate_rows<kMostRows>(hi - lo, v + lo, v_stride, w, count, first, out + lo * kPanel);
-  }
-}
-
 // y = act(sums + bias + residual), `lanes` channels from c on; null residual: none
 template <class Lanes>
 inline void store_output(V y, const float* bias, const float* residual, int act, float* out,

@@ -3,6 +3,8 @@
 #include <cstring>
 
 #include "convolution.h"
+#include "direct.h"
+#include "direct_kernels.h"
 #include "winograd_kernels.h"
 #include "winograd_points.h"
 
@@ -192,6 +194,7 @@ Tensor winograd_once(const Tensor& x, const Filters& filters, const OptTensor& b
 Tensor winograd_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                 const int64_t* padding) {
   const WinogradKernels& kernels = kernels_of(2);
+  const auto accumulate = direct_kernels_of_isa().accumulate;
   const int64_t channels = x.size(1), out_channels = dy.size(1);
   const int64_t panels = ceil_div(out_channels, kPanel), points = 16;
   WinogradArgs args = {};
@@ -219,8 +222,9 @@ Tensor winograd_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor&
         kernels.transform_gradient(args, t, 0, t.count);
         for (int64_t i = points * share / shares; i < points * (share + 1) / shares; i++)
           for (int64_t p = 0; p < panels; p++)
-            kernels.accumulate(args, t, i, p, first == begin,
-                               sums.data() + part * size + (i * panels + p) * plane);
+            accumulate(channels, t.count, t.v + i * t.v_plane, t.v_stride,
+                       t.m + i * t.m_plane + p * t.count * kPanel, first == begin,
+                       sums.data() + part * size + (i * panels + p) * plane);
       }
     }
   });

@@ -184,18 +184,11 @@ void transform_gradient(const WinogradArgs& a, const WinogradTiles& t, int64_t l
   }
 }
 
-void accumulate(const WinogradArgs& a, const WinogradTiles& t, int64_t point, int64_t panel,
-                bool first, float* du) {
-  accumulate_panel(a.channels, t.count, t.v + point * t.v_plane, t.v_stride,
-                   t.m + point * t.m_plane + panel * t.count * kPanel, first, du);
-}
-
 }  // namespace
 
 const WinogradKernels& winograd_kernels(int64_t tile) {
-  static constexpr WinogradKernels two = {transform<2>, multiply, finish<2>, transform_gradient,
-                                          accumulate},
-                                   four = {transform<4>, multiply, finish<4>, nullptr, nullptr};
+  static constexpr WinogradKernels two = {transform<2>, multiply, finish<2>, transform_gradient},
+                                   four = {transform<4>, multiply, finish<4>, nullptr};
   return tile == 2 ? two : four;
 }
 

@@ -41,9 +41,6 @@ struct WinogradKernels {
   // For the weight's gradient, of tiles of 2 alone: m[point][panel][tile][kPanel] of y's gradient
   // in y, of the tiles [lo, hi)
   void (*transform_gradient)(const WinogradArgs&, const WinogradTiles&, int64_t lo, int64_t hi);
-  // and du[channel][kPanel] (+)= v^T m of one point and panel
-  void (*accumulate)(const WinogradArgs&, const WinogradTiles&, int64_t point, int64_t panel,
-                     bool first, float* du);
 };
 
 namespace plain {
