@@ -81,8 +81,8 @@ def _run(steps: list[Step], i: int, x: Tensor) -> Tensor:
 
 
 def _only_arg(node: fx.Node) -> fx.Node | None:
-    (x, *others) = (*node.args, *node.kwargs.values())
-    return x if isinstance(x, fx.Node) and not others and not node.kwargs else None
+    alone = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
+    return node.args[0] if alone else None
 
 
 def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part]]:

@@ -34,6 +34,17 @@ class Sum(nn.Module):
         return sum(maps)
 
 
+class Gain(nn.Module):
+    """Takes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self):
+        return self.gain
+
+
 class Head(nn.Module):
     """A container with an attribute of its own."""
 
@@ -51,7 +62,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.rows, self.sum = Rows(), Sum()
+        self.rows, self.sum, self.gain = Rows(), Sum(), Gain()
         blocks = [seeds.BasicBlock(8, 8), seeds.BasicBlock(8, 16, 2), seeds.BasicBlock(16, 16)]
         self.stages = nn.ModuleList([nn.Sequential(*blocks[:2]), nn.Sequential(blocks[2])])
         self.head = Head()
@@ -60,7 +71,7 @@ class Net(nn.Module):
         x = self.rows(self.stem(x))
         for stage in self.stages:
             x = stage(x)
-        return self.head(self.sum([x, 2 * x]))
+        return self.head(self.sum([x, self.gain() * x]))
 
 
 X = torch.randn(2, 3, 11, 11, generator=torch.Generator().manual_seed(1))
