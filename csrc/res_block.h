@@ -1,7 +1,8 @@
 // A residual block, forward and backward, in one call each way: convolutions from the library, all
 // the rest by bn_act. Schemas and their meaning: fused_res/ops/res_block.py.
 //
-// `Library` is a device's: bn_act_fwd and bn_act_bwd, convolve and convolve_backward of a stage,
+// `Library` is a device's: bn_act_fwd, bn_act_bwd and bn_act_reapply, convolve and
+// convolve_backward of a stage,
 // count(counters), which adds one to each, and Guard, which makes a tensor's device the current
 // one; and convolution and convolution_backward of libtorch's C interface, past the dispatcher, for
 // the stages' own.
@@ -124,11 +125,11 @@ struct ResBlock {
     return (!shortcut || shortcut->takes(x, to_add)) && out == to_add;
   }
 
-  // y; and if `save`: the convolutions' outputs, those of the shortcut last, the inner
-  // activations, and mask and stats of each bn_act
-  Tensors forward(const Tensor& x, int64_t act, bool save) const {
+  // y; and if `save`: the convolutions' outputs, those of the shortcut last (the last of the branch
+  // not, if they are to be computed again), the stats of each bn_act, and the last one's mask
+  Tensors forward(const Tensor& x, int64_t act, bool save, bool recompute) const {
     const OptTensor none;
-    Tensors outputs, activations, kept;
+    Tensors outputs, kept;
     Tensor z = x;
     for (size_t i = 0; i < branch.size(); i++) {
       const BlockStage& s = branch[i];
@@ -143,19 +144,16 @@ struct ResBlock {
           a, s.weight, s.bias, s.running_mean, s.running_var, s.training, s.momentum, s.eps,
           residual, second, second ? r.weight : none, second ? r.bias : none,
           second ? r.running_mean : none, second ? r.running_var : none, second && r.training,
-          r.momentum, r.eps, last ? act : 1, save);
-      if (second) outputs.push_back(*residual);
+          r.momentum, r.eps, last ? act : 1, last && save);
       z = y;
-      if (!save) {
-        outputs.clear();
-        continue;
-      }
-      if (!last) activations.push_back(y);
-      kept.push_back(mask);
       kept.push_back(stats);
+      if (!save || (last && recompute)) outputs.pop_back();
+      if (second) outputs.push_back(*residual);
+      if (last) kept.push_back(mask);
     }
     Tensors result{z};
-    for (const Tensors* list : {&outputs, &activations, &kept})
+    if (!save) return result;
+    for (const Tensors* list : {&outputs, &kept})
       result.insert(result.end(), list->begin(), list->end());
     return result;
   }
@@ -163,14 +161,14 @@ struct ResBlock {
   // The gradients that `needs` names, in its order: bit 0 is x's, which comes in two, by way of the
   // branch and of the shortcut (where that is not dy itself), to be added; then of each stage the
   // convolution's weight, its bias, and the BatchNorm's weight and bias, which are one bit.
+  //
+  // The inner activations are computed again, each when its convolution's turn comes.
   Tensors backward(const Tensor& dy, const Tensor& x, const Tensors& saved, int64_t act,
-                   int64_t needs) const {
-    const size_t n = branch.size(), stages = n + shortcut.has_value();
-    STD_TORCH_CHECK(saved.size() == stages + n - 1 + 2 * n, "saved is not what forward returned");
-    const auto output = [&](size_t i) { return saved[i]; };
-    const auto input = [&](size_t i) { return i ? saved[stages + i - 1] : x; };
-    const auto mask = [&](size_t i) { return saved[stages + n - 1 + 2 * i]; };
-    const auto stats = [&](size_t i) { return saved[stages + n + 2 * i]; };
+                   bool recompute, int64_t needs) const {
+    const size_t n = branch.size(), stages = n + shortcut.has_value(), outputs = stages - recompute;
+    STD_TORCH_CHECK(saved.size() == outputs + n + 1, "saved is not what forward returned");
+    const auto output = [&](size_t i) { return saved[i - (recompute && i == n)]; };
+    const auto stats = [&](size_t i) { return saved[outputs + i]; };
     enum { kConv, kConvBias, kNorm };
     const auto wants = [&](size_t stage, int which) -> bool {
       return needs >> (1 + 3 * stage + which) & 1;
@@ -192,14 +190,14 @@ struct ResBlock {
     };
     // the input's gradient
     const auto convolve_backward = [&](size_t i, const BlockStage& s, const Tensor& dy,
-                                       const std::array<bool, 3>& wanted) {
-      auto [dz, dweight, dbias] = Library::convolve_backward(s, dy, i < n ? input(i) : x, wanted);
+                                       const Tensor& z, const std::array<bool, 3>& wanted) {
+      auto [dz, dweight, dbias] = Library::convolve_backward(s, dy, z, wanted);
       if (wanted[1]) put(i, 0, dweight);
       if (wanted[2]) put(i, 1, dbias);
       return dz;
     };
 
-    Tensor g = dy, d_residual = dy;
+    Tensor g = dy, d_residual = dy, mask = saved.back();
     for (size_t i = n; i-- > 0;) {
       const BlockStage& s = branch[i];
       const bool last = i + 1 == n, second = last && shortcut;
@@ -207,18 +205,28 @@ struct ResBlock {
       const bool of_residual = second ? any(conv_wants(n, wants_x)) : last && wants_x && act == 1;
       const bool of_norms = wants(i, kNorm) || (second && wants(n, kNorm));
       if (!any(of_conv) && !of_residual && !of_norms) break;
+      // what the convolution read, and the mask of the ReLU before it
+      std::array<Tensor, 2> input;
+      const auto find_input = [&] {
+        input = i ? Library::bn_act_reapply(output(i - 1), stats(i - 1)) : std::array{x, Tensor()};
+      };
+      const bool again = last && recompute;
+      if (again) find_input();
+      const Tensor a = again ? Library::convolve(s, input[0]) : output(i);
       auto [dx, dweight, dbias, dresidual, dweight2, dbias2] = Library::bn_act_bwd(
-          g, output(i), s.weight, s.training, second ? OptTensor(output(n)) : OptTensor(), second,
-          second ? shortcut->weight : OptTensor(), second && shortcut->training, stats(i), mask(i),
+          g, a, s.weight, s.training, second ? OptTensor(output(n)) : OptTensor(), second,
+          second ? shortcut->weight : OptTensor(), second && shortcut->training, stats(i), mask,
           last ? act : 1, any(of_conv), of_residual, of_norms);
       put_norm(i, dweight, dbias);
       if (second) put_norm(n, dweight2, dbias2);
       if (of_residual) d_residual = dresidual;
       if (!any(of_conv)) break;
-      g = convolve_backward(i, s, dx, of_conv);
+      if (!again) find_input();
+      g = convolve_backward(i, s, dx, input[0], of_conv);
+      mask = input[1];
     }
     if (shortcut && any(conv_wants(n, wants_x)))
-      d_residual = convolve_backward(n, *shortcut, d_residual, conv_wants(n, wants_x));
+      d_residual = convolve_backward(n, *shortcut, d_residual, x, conv_wants(n, wants_x));
     Tensors result;
     if (wants_x) result.push_back(g);
     if (wants_x && (shortcut || act == 1)) result.push_back(d_residual);
@@ -233,24 +241,25 @@ struct ResBlock {
 template <class Library>
 Tensors res_block_fwd(const Tensor& x, const std::vector<OptTensor>& parameters,
                       const Tensors& running, const Tensors& counters, const Integers& integers,
-                      const std::vector<double>& numbers, bool shortcut, int64_t act, bool save) {
+                      const std::vector<double>& numbers, bool shortcut, int64_t act, bool save,
+                      bool recompute) {
   const ResBlock<Library> block(parameters, running, integers, numbers, shortcut);
   for (const Tensor& t : counters)
     if (t.scalar_type() != ScalarType::Long || t.numel() != 1 || !same_device(t, x)) return {};
   if (!block.takes(x)) return {};
   const typename Library::Guard guard(x);
   if (!counters.empty()) Library::count(counters);
-  return block.forward(x, act, save);
+  return block.forward(x, act, save, recompute);
 }
 template <class Library>
 Tensors res_block_bwd(const Tensor& dy, const Tensor& x, const std::vector<OptTensor>& parameters,
                       const Tensors& saved, const Integers& integers, bool shortcut, int64_t act,
-                      int64_t needs) {
+                      bool recompute, int64_t needs) {
   const std::vector<double> numbers(integers.size() / BlockStage::kIntegers * 2);
   const Tensors running(numbers.size(), x);  // not used
   const typename Library::Guard guard(x);
   return ResBlock<Library>(parameters, running, integers, numbers, shortcut)
-      .backward(dy, x, saved, act, needs);
+      .backward(dy, x, saved, act, recompute, needs);
 }
 
 }  // namespace fused_res

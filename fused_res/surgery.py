@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .nn.blocks import BlockPlan, FusedForward
+from .ops.res_block import check_recompute
 from .patterns import Unfusable, plan_of
 
 
@@ -36,10 +37,13 @@ class FuseReport:
 
 
 @functools.cache
-def fused_class(original: type[nn.Module], plan: BlockPlan) -> type[nn.Module]:
+def fused_class(
+    original: type[nn.Module], plan: BlockPlan, recompute: str | None = None
+) -> type[nn.Module]:
     """The class of a fused block: ``original`` with its forward replaced by ``plan``."""
     body = {
         "plan": plan,
+        "recompute": recompute,
         "original": original,
         "__module__": original.__module__,
         "__doc__": original.__doc__,
@@ -48,15 +52,16 @@ def fused_class(original: type[nn.Module], plan: BlockPlan) -> type[nn.Module]:
     return type(f"Fused{original.__name__}", (FusedForward, original), body)
 
 
-def _rebuild(original: type[nn.Module], plan: BlockPlan) -> nn.Module:
-    cls = fused_class(original, plan)
+def _rebuild(original: type[nn.Module], plan: BlockPlan, recompute: str | None) -> nn.Module:
+    cls = fused_class(original, plan, recompute)
     return cls.__new__(cls)
 
 
 def _reduce_ex(self, protocol):
     # the class is made at run time, so copies and pickles name what it is made from
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-    return _rebuild, (type(self).original, type(self).plan), state
+    made_from = type(self).original, type(self).plan, type(self).recompute
+    return _rebuild, made_from, state
 
 
 def refuse_wrapped(model: nn.Module, caller: str = "fuse_") -> None:
@@ -88,6 +93,7 @@ def fuse_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     strict: bool = False,
     dry_run: bool = False,
+    recompute: str | None = None,
 ) -> FuseReport:
     """Makes every residual block of ``model`` that can be fused run fused kernels, in place.
 
@@ -101,19 +107,22 @@ def fuse_(
         filter_fn: called with (block, name); only blocks it returns True for are fused.
         strict: raise, and change nothing, if a block is skipped for another reason than the filter.
         dry_run: only report.
+        recompute: ``last``: in training, the backward pass of a block computes its last convolution
+            again instead of keeping its output (half of what a bottleneck keeps).
 
     Returns:
         FuseReport: names of the blocks fused, and (name, reason) of those that were not.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``model`` or a part of it is wrapped (DDP, FSDP), compiled or scripted; or
-            ``strict`` and a block was skipped.
+        ValueError: ``model`` or a part of it is wrapped (DDP, FSDP), compiled or scripted;
+            ``strict`` and a block was skipped; or ``recompute`` is something else.
 
     Warns:
         UserWarning: no block was fused (and none was fused before).
     """
     refuse_wrapped(model)
+    check_recompute(recompute)
     report = FuseReport()
     plans: list[tuple[nn.Module, BlockPlan]] = []
     filtered: list[tuple[str, str]] = []
@@ -157,7 +166,7 @@ def fuse_(
     report.skipped += filtered
     if not dry_run:
         for module, plan in plans:
-            module.__class__ = fused_class(type(module), plan)
+            module.__class__ = fused_class(type(module), plan, recompute)
     if not report.fused and not already:
         warnings.warn(f"fuse_ found no residual block to fuse\n{report}", stacklevel=2)
     return report

@@ -205,8 +205,15 @@ def _apply(x, residual, y, mask, run, row_ok, i0, inner, center, scale, shift, c
 
 
 @triton.jit
-def _load3(p, c, ok, channels):
+def _store3(p, center, scale, shift, c, ok, channels):
     """Three rows of a [., channels] float32 table."""
+    tl.store(p + c, center.to(tl.float32), mask=ok)
+    tl.store(p + channels + c, scale.to(tl.float32), mask=ok)
+    tl.store(p + 2 * channels + c, shift.to(tl.float32), mask=ok)
+
+
+@triton.jit
+def _load3(p, c, ok, channels):
     return (
         tl.load(p + c, mask=ok, other=0),
         tl.load(p + channels + c, mask=ok, other=0),
@@ -285,11 +292,11 @@ def _merge(partial, chunks, chunk_values, count, c, ok, channels, K: tl.constexp
 @triton.jit(do_not_specialize=COUNTS)
 def forward_finish(partial, chunks, chunk_values, values, weight, bias, running_mean, running_var,
                    momentum, eps, weight2, bias2, running_mean2, running_var2, momentum2, eps2,
-                   stats, affine, channels, TRAINING: tl.constexpr, TRAINING2: tl.constexpr,
-                   RESIDUAL: tl.constexpr, ACT: tl.constexpr, K: tl.constexpr,
-                   B: tl.constexpr):  # fmt: skip
-    """Merges the chunks: running statistics, stats (mean, invstd), affine (center, scale, shift) of
-    both norms. Grid (blocks of B channels). ``values``: per channel; ``chunk_values``: in a chunk.
+                   stats, affine, affine2, channels, TRAINING: tl.constexpr,
+                   TRAINING2: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+                   K: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    """Merges the chunks: running statistics, stats (mean, invstd), and center, scale, shift of both
+    norms. Grid (blocks of B channels). ``values``: per channel; ``chunk_values``: in a chunk.
     """
     c = tl.program_id(0) * B + tl.arange(0, B)
     ok = c < channels
@@ -311,17 +318,12 @@ def forward_finish(partial, chunks, chunk_values, values, weight, bias, running_
             stats + 2 * channels, channels, TRAINING2)  # fmt: skip
         if ACT != 2:
             shift += shift2
-        table = affine + 3 * channels
-        tl.store(table + c, center2.to(tl.float32), mask=ok)
-        tl.store(table + channels + c, scale2.to(tl.float32), mask=ok)
-        tl.store(table + 2 * channels + c, shift2.to(tl.float32), mask=ok)
-    tl.store(affine + c, center.to(tl.float32), mask=ok)
-    tl.store(affine + channels + c, scale.to(tl.float32), mask=ok)
-    tl.store(affine + 2 * channels + c, shift.to(tl.float32), mask=ok)
+        _store3(affine2, center2, scale2, shift2, c, ok, channels)
+    _store3(affine, center, scale, shift, c, ok, channels)
 
 
 @triton.jit
-def forward_apply(x, residual, y, mask, affine, runs, channels, inner,
+def forward_apply(x, residual, y, mask, affine, affine2, runs, channels, inner,
                   CHANNELS_LAST: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
                   R: tl.constexpr, G: tl.constexpr):  # fmt: skip
     """y and mask. Grid as _tile."""
@@ -329,14 +331,14 @@ def forward_apply(x, residual, y, mask, affine, runs, channels, inner,
     center, scale, shift = _load3(affine, c, in_table, channels)
     center2, scale2, shift2 = center, scale, shift
     if RESIDUAL == 2:
-        center2, scale2, shift2 = _load3(affine + 3 * channels, c, in_table, channels)
+        center2, scale2, shift2 = _load3(affine2, c, in_table, channels)
     _apply(x, residual, y, mask, run, row_ok, i0, inner, center, scale, shift, center2, scale2,
            shift2, RESIDUAL, ACT, G)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_small(x, residual, y, mask, weight, bias, running_mean, running_var, momentum, eps,
-                  weight2, bias2, running_mean2, running_var2, momentum2, eps2, stats, rows,
+                  weight2, bias2, running_mean2, running_var2, momentum2, eps2, stats, affine, rows,
                   values, channels, inner, CHANNELS_LAST: tl.constexpr, TRAINING: tl.constexpr,
                   TRAINING2: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
                   R: tl.constexpr, G: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
@@ -365,6 +367,7 @@ def forward_small(x, residual, y, mask, weight, bias, running_mean, running_var,
             shift += shift2
     center, scale, shift = center.to(tl.float32), scale.to(tl.float32), shift.to(tl.float32)
     center2, scale2, shift2 = center2.to(tl.float32), scale2.to(tl.float32), shift2.to(tl.float32)
+    _store3(affine, center, scale, shift, c, known, channels)
     for row in range(0, rows, R):
         r = row + tl.arange(0, R)[:, None, None]
         if CHANNELS_LAST:
@@ -771,7 +774,8 @@ def forward(x, weight, bias, running_mean, running_var, training, momentum, eps,
     y = torch.empty_like(x)
     masked = save_mask and act != 0
     mask = x.new_empty((g.runs if masked else 0, _ceil_div(g.inner, 8)), dtype=torch.uint8)
-    stats = x.new_empty((4 if residual_norm else 2, g.channels), dtype=torch.float32)
+    stats = x.new_empty((7 if residual_norm else 5, g.channels), dtype=torch.float32)
+    affine = stats[-3:]
     running = [running_mean, running_var, residual_running_mean, residual_running_var]
     rm, rv, rm2, rv2 = (_channels(t) for t in running)
     norm = (_channels(weight), _channels(bias), rm, rv, momentum, eps)
@@ -787,7 +791,7 @@ def forward(x, weight, bias, running_mean, running_var, training, momentum, eps,
             tile = g.tile(config, 1 if g.channels_last else 128)
             _launch(
                 forward_small, (g.blocks(tile["G"]),), x, residual, y, out, *norm, *second, stats,
-                g.rows, g.values, g.channels, g.inner, warps=config.warps, TRAINING=trains,
+                affine, g.rows, g.values, g.channels, g.inner, warps=config.warps, TRAINING=trains,
                 TRAINING2=trains2, **modes, **tile,
             )  # fmt: skip
         else:
@@ -804,24 +808,40 @@ def forward(x, weight, bias, running_mean, running_var, training, momentum, eps,
                     chunk, g.channels, g.inner, 0 if trains else 1, warps=config.warps,
                     CHANNELS_LAST=g.channels_last, **tile,
                 )  # fmt: skip
-            affine = x.new_empty((6 if residual_norm else 3, g.channels), dtype=torch.float32)
+            affine2 = torch.empty_like(affine) if residual_norm else None
             per_row = 1 if g.channels_last else g.inner
             _launch(
                 forward_finish, (_ceil_div(g.channels, MERGE["B"]),), partial, chunks,
-                chunk * per_row, g.values, *norm, *second, stats, affine, g.channels, warps=4,
-                TRAINING=trains, TRAINING2=trains2, RESIDUAL=kind, ACT=act, **MERGE,
+                chunk * per_row, g.values, *norm, *second, stats, affine, affine2, g.channels,
+                warps=4, TRAINING=trains, TRAINING2=trains2, RESIDUAL=kind, ACT=act, **MERGE,
             )  # fmt: skip
             config = CONFIGS["forward_apply"]
             tile = g.tile(config, 128)
             _launch(
-                forward_apply, g.tiles(tile), x, residual, y, out, affine, g.runs, g.channels,
-                g.inner, warps=config.warps, **modes, **tile,
+                forward_apply, g.tiles(tile), x, residual, y, out, affine, affine2, g.runs,
+                g.channels, g.inner, warps=config.warps, **modes, **tile,
             )  # fmt: skip
     written = trains, trains, trains2, trains2
     for given, used, new in zip(running, (rm, rv, rm2, rv2), written, strict=True):
         if new and used is not given:
             given.copy_(used)
     return y, mask, stats
+
+
+def reapply(x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """y and mask of a call with a ReLU and no residual once more, bit by bit, from its stats."""
+    x = _dense(x)
+    g = Geometry.of(x)
+    y = torch.empty_like(x)
+    mask = x.new_empty((g.runs, _ceil_div(g.inner, 8)), dtype=torch.uint8)
+    config = CONFIGS["forward_apply"]
+    tile = g.tile(config, 128)
+    with _on(x):
+        _launch(
+            forward_apply, g.tiles(tile), x, None, y, mask, stats[2:], None, g.runs, g.channels,
+            g.inner, warps=config.warps, CHANNELS_LAST=g.channels_last, RESIDUAL=0, ACT=1, **tile,
+        )  # fmt: skip
+    return y, mask
 
 
 def backward(dy, x, weight, training, residual, residual_norm, residual_weight, residual_training,

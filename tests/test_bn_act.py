@@ -135,7 +135,7 @@ def test_mask_is_one_bit_an_element(layout, shape, isa):
         y, mask, stats = op._fwd(
             x, Norm(rm, rv, w, b, False, 0.1, 1e-5), None, None, "relu", True, "cpu"
         )
-    assert mask.dtype == torch.uint8 and stats.shape == (2, shape[1])
+    assert mask.dtype == torch.uint8 and stats.shape == (5, shape[1])
     assert torch.equal(unpack_mask(mask, x), y > 0)
     padding_bits = mask.numel() * 8 - x.numel()
     assert sum(bin(v).count("1") for v in mask.flatten().tolist()) == (y > 0).sum()
@@ -377,7 +377,7 @@ def test_raw_op_never_reads_out_of_bounds():
     rest = (None, False, None, None, None, None, False, 0.1, 1e-5, 1, True)
     with pytest.raises(RuntimeError, match=r"weight must have shape"):
         torch.ops.fused_res.bn_act_fwd(x, w[:3], b, rm, rv, True, 0.1, 1e-5, *rest)
-    stats, mask = torch.zeros(2, 24), torch.zeros(3, dtype=torch.uint8)
+    stats, mask = torch.zeros(5, 24), torch.zeros(3, dtype=torch.uint8)
     rest = (None, False, None, False, stats, mask, 1, True, False, True)
     with pytest.raises(RuntimeError, match="mask is not what"):
         torch.ops.fused_res.bn_act_bwd(x, x, w, True, *rest)
@@ -428,7 +428,7 @@ def test_saved_for_backward_is_x_and_a_bit_an_element():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         bn_act(x, rm, rv, w, b, True, residual=residual)
     n = x.numel()
-    assert sum(saved) == n * 4 + n // 8 + 64 * 4 + 2 * 64 * 4
+    assert sum(saved) == n * 4 + n // 8 + 64 * 4 + 5 * 64 * 4
 
 
 def test_more_than_two_billion_elements():

@@ -177,12 +177,23 @@ def test_bitwise_the_same_for_any_order_of_threads(emulation, layout, plan):
                 assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("plan", PLANS[1:])
+def test_what_is_applied_again_is_the_same_bit_by_bit(emulation, layout, plan):
+    emulation.plan = plan
+    for shape in ((8, 48, 16, 16), (5, 37, 7, 7)):
+        x = torch.randn(shape).to(torch.bfloat16).contiguous(memory_format=LAYOUTS[layout])
+        y, mask, stats = emulation.forward(3 * x + 2, norm_of(shape[1]))
+        for a, b in zip(emulation.reapply(3 * x + 2, stats), (y, mask), strict=True):
+            assert torch.equal(a, b)
+
+
 def check_mask(emulation, shape, layout, act):
     x = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
     residual = torch.randn_like(x)
     norm = norm_of(shape[1])
     y, mask, stats = emulation.forward(x, norm, residual, None, act)
-    assert stats.shape == (2, shape[1])
+    assert stats.shape == (5, shape[1])
     if act == "relu_before_add":  # y does not show where the ReLU was open
         y, _, _ = emulation.forward(x, norm, None, None, "relu")
     assert torch.equal(unpack_mask(mask, x), y > 0)

@@ -177,6 +177,51 @@ def test_only_what_is_wanted(plan):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_recompute_changes_no_bit(plan, dtype, layout):
+    case = Case(plan, dtype, bias=True)
+    case.x, case.dy = (t.contiguous(memory_format=layout) for t in (case.x, case.dy))
+
+    def again(*args):
+        return res_block(*args, backend="cpu", recompute="last")
+
+    for a, b in zip(*(case.run(f, dtype, "relu") for f in (in_one_call, again)), strict=True):
+        assert torch.equal(a, b)
+
+
+def saved_bytes(model, x):
+    """Of the tensors that the backward pass keeps, parameters and x left out."""
+    own = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    return sum(kept.values()), y
+
+
+@pytest.mark.parametrize(("recompute", "most"), [(None, 0.85), ("last", 0.6)])
+def test_what_a_stage_of_resnet50_keeps(recompute, most):
+    """Its blocks at a quarter of their size, of 2 images."""
+
+    def stage(make):
+        blocks = [make(64, 256, kind="bottleneck"), *(make(256, 256, kind="bottleneck"),) * 2]
+        return nn.Sequential(*blocks).to(memory_format=torch.channels_last)
+
+    x = torch.randn(2, 64, 28, 28).to(memory_format=torch.channels_last).requires_grad_()
+    fused = stage(lambda *a, **k: FusedResBlock(*a, **k, backend="cpu", recompute=recompute))
+    ours, _ = saved_bytes(fused, x)
+    theirs, _ = saved_bytes(stage(reference.ResBlock), x)
+    assert ours <= most * theirs
+
+
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("training", [True, False])
 def test_gradgradcheck(plan, training):
@@ -211,21 +256,22 @@ def flat(case, dtype=torch.float32):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_opcheck(plan):
-    x, parameters, running, _, *rest, save = flat(Case(plan, torch.float32))
+    x, parameters, running, _, *rest, _, _ = flat(Case(plan, torch.float32))
     counters = [torch.zeros((), dtype=torch.long) for _ in range(len(running) // 2)]
     forward = torch.ops.fused_res.res_block_fwd.default
     # Not through AOTAutograd, which cannot functionalise an op that changes its inputs and returns
     # a list: a compiled block is run stage by stage.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (x, parameters, running, counters, *rest, save)
-    torch.library.opcheck(forward, arguments, test_utils=utils)
-    y, *saved = forward(x, parameters, running, counters, *rest, True)
+    for again in (False, True):
+        arguments = (x, parameters, running, counters, *rest, True, again)
+        torch.library.opcheck(forward, arguments, test_utils=utils)
+    y, *saved = forward(x, parameters, running, counters, *rest, True, False)
     integers, _, shortcut, act = rest
     for needs in (1, 2**13 - 1 if shortcut else 2 ** (1 + 3 * (len(running) // 2)) - 1, 0b1000):
         needs &= ~sum(2 << 3 * i + 1 for i in range(4))  # these convolutions have no bias
         torch.library.opcheck(
             torch.ops.fused_res.res_block_bwd.default,
-            (torch.randn_like(y), x, parameters, saved, integers, shortcut, act, needs),
+            (torch.randn_like(y), x, parameters, saved, integers, shortcut, act, False, needs),
         )
 
 
@@ -313,6 +359,10 @@ def test_errors_are_pytorchs_and_nothing_is_done():
     stage = Case("single", torch.float32).stages(torch.float32)[0][0][0]
     with pytest.raises(ValueError, match="at least one stage"):
         res_block(torch.randn(2, 12, 5, 5), [])
+    with pytest.raises(ValueError, match="recompute='all' must be None or 'last'"):
+        res_block(torch.randn(2, 12, 5, 5), [stage], recompute="all")
+    with pytest.raises(ValueError, match="recompute=True must be None or 'last'"):
+        FusedResBlock(8, 8, recompute=True)
     with pytest.raises(ValueError, match="act='gelu' must be one of"):
         res_block(torch.randn(2, 12, 5, 5), [stage], act="gelu")
     with pytest.raises(ValueError, match=r"weight must have shape \(12,\)"):

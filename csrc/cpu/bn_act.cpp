@@ -137,6 +137,13 @@ struct ForwardNorm {
 
   Affine affine() const { return {mean.data(), scale.data(), shift.data()}; }
 
+  void write_affine(A* rows) const {
+    for (const std::vector<A>* row : {&mean, &scale, &shift}) {
+      std::copy_n(row->begin(), channels, rows);
+      rows += channels;
+    }
+  }
+
   void write_running_statistics() const {
     if (!bn.training || !bn.running_mean) return;
     write_channels(running_mean, *bn.running_mean);
@@ -282,7 +289,7 @@ BnActForward forward(const Tensor& x, const BatchNorm& bn, const OptTensor& resi
   const bool masked = act != Act::none && save_mask;
   Tensor y = uninitialised_like(x);
   Tensor mask = uninitialised(masked ? g.runs : 0, ceil_div(g.inner, 8), ScalarType::Byte);
-  Tensor stats = uninitialised(residual_bn ? 4 : 2, channels,
+  Tensor stats = uninitialised(stats_rows(residual_bn), channels,
                                std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
   A* saved = (A*)stats.mutable_data_ptr();
   ForwardNorm<A> main(bn, channels, count, saved);
@@ -299,9 +306,37 @@ BnActForward forward(const Tensor& x, const BatchNorm& bn, const OptTensor& resi
       main.affine(),
       second ? second->affine() : Affine{}};
   Forward<A>{kernels_for(x.scalar_type()), args, main, second ? &*second : nullptr}.run();
+  main.write_affine(saved + (residual_bn ? 4 : 2) * channels);
   main.write_running_statistics();
   if (second) second->write_running_statistics();
   return {y, mask, stats};
+}
+
+template <class A>
+std::array<Tensor, 2> reapply(const Tensor& x, const Tensor& stats) {
+  const Geometry g = geometry_of(x);
+  Tensor y = uninitialised_like(x);
+  Tensor mask = uninitialised(g.runs, ceil_div(g.inner, 8), ScalarType::Byte);
+  std::vector<A> affine(3 * padded(g.channels));
+  const A* rows[3];
+  for (int i = 0; i < 3; i++) {
+    A* row = affine.data() + i * padded(g.channels);
+    rows[i] = row;
+    std::copy_n((const A*)stats.const_data_ptr() + (2 + i) * g.channels, g.channels, row);
+  }
+  const ForwardArgs args{g,
+                         Act::relu,
+                         Residual::none,
+                         x.const_data_ptr(),
+                         nullptr,
+                         y.mutable_data_ptr(),
+                         (uint8_t*)mask.mutable_data_ptr(),
+                         {rows[0], rows[1], rows[2]},
+                         {}};
+  const Parts parts(g);
+  const BnActKernels& kernels = kernels_for(x.scalar_type());
+  parts.each([&](int64_t k, int64_t b) { kernels.apply(args, parts.part(k, b)); });
+  return {y, mask};
 }
 
 template <class A>
@@ -349,6 +384,11 @@ void check_input(const Tensor& x, int64_t act) {
 
 bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 
+bool are_stats(const Tensor& stats, bool residual_norm, const Tensor& x) {
+  return stats.dim() == 2 && stats.size(0) == stats_rows(residual_norm) &&
+         stats.size(1) == x.size(1) && stats.is_contiguous() && is_double(stats) == is_double(x);
+}
+
 }  // namespace
 
 BnActForward bn_act_fwd_cpu(const Tensor& x_, const OptTensor& weight, const OptTensor& bias,
@@ -385,9 +425,7 @@ BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x_, const OptTensor
   check_channels("", "weight", weight, x);
   check_channels("residual_", "weight", residual_weight, x);
   check_residual(residual_, residual_norm, x);
-  STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == (residual_norm ? 4 : 2) &&
-                      stats.size(1) == x.size(1) && stats.is_contiguous() &&
-                      is_double(stats) == is_double(x),
+  STD_TORCH_CHECK(are_stats(stats, residual_norm, x),
                   "stats is not what bn_act_fwd returned for x");
   const Geometry g = geometry_of(x);
   STD_TORCH_CHECK(act == 0 || mask.numel() == g.runs * ceil_div(g.inner, 8),
@@ -398,6 +436,12 @@ BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x_, const OptTensor
   const auto run = is_double(x) ? backward<double> : backward<float>;
   return run(dense_like(dy, x), x, bn, residual, residual_norm ? &residual_bn : nullptr, stats,
              mask, (Act)act, {need_x, need_residual, need_parameters});
+}
+
+std::array<Tensor, 2> bn_act_reapply_cpu(const Tensor& x_, const Tensor& stats) {
+  const Tensor x = dense(x_);
+  STD_TORCH_CHECK(are_stats(stats, false, x), "stats is not what bn_act_fwd returned for x");
+  return is_double(x) ? reapply<double>(x, stats) : reapply<float>(x, stats);
 }
 
 }  // namespace fused_res

@@ -1,5 +1,6 @@
 // BatchNorm + add + ReLU, forward and backward. Schemas and their meaning: fused_res/ops/bn_act.py.
 #pragma once
+#include <array>
 #include <tuple>
 
 #include "tensors.h"
@@ -21,6 +22,8 @@ struct BnActWanted {
   bool x, residual, parameters;
 };
 
+constexpr int64_t stats_rows(bool residual_norm) { return residual_norm ? 7 : 5; }
+
 using BnActForward = std::tuple<Tensor, Tensor, Tensor>;
 using BnActBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -38,5 +41,8 @@ BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor&
                              const OptTensor& residual_weight, bool residual_training,
                              const Tensor& stats, const Tensor& mask, int64_t act, bool need_x,
                              bool need_residual, bool need_parameters);
+
+// y and mask of a bn_act with a ReLU and no residual once more, bit by bit, from its stats
+std::array<Tensor, 2> bn_act_reapply_cpu(const Tensor& x, const Tensor& stats);
 
 }  // namespace fused_res

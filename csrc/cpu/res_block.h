@@ -14,6 +14,7 @@ struct CpuLibrary {
   };
   static constexpr auto bn_act_fwd = bn_act_fwd_cpu;
   static constexpr auto bn_act_bwd = bn_act_bwd_cpu;
+  static constexpr auto bn_act_reapply = bn_act_reapply_cpu;
   static constexpr auto convolution = aoti_torch_cpu_convolution;
   static constexpr auto convolution_backward = aoti_torch_cpu_convolution_backward;
   static bool ours(const BlockStage& s, const Tensor& x) {

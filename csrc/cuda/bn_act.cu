@@ -105,6 +105,13 @@ void check_input(const Tensor& x, int64_t act) {
   check_act(act);
 }
 
+void check_stats(const Tensor& stats, bool residual_norm, const Tensor& x) {
+  STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == stats_rows(residual_norm) &&
+                      stats.size(1) == x.size(1) && stats.is_contiguous() &&
+                      stats.scalar_type() == ScalarType::Float && same_device(stats, x),
+                  "stats is not what bn_act_fwd returned for x");
+}
+
 }  // namespace
 
 BnActForward bn_act_fwd_cuda(const Tensor& x_, const OptTensor& weight, const OptTensor& bias,
@@ -136,7 +143,7 @@ BnActForward bn_act_fwd_cuda(const Tensor& x_, const OptTensor& weight, const Op
   Tensor y = device.empty_like(x);
   Tensor mask =
       device.empty(masked ? x.numel() / run : 0, cuda::ceil_div(run, 8), ScalarType::Byte);
-  Tensor stats = device.empty(residual_norm ? 4 : 2, shape.channels, ScalarType::Float);
+  Tensor stats = device.empty(stats_rows(residual_norm), shape.channels, ScalarType::Float);
   Tensor scratch = device.empty(cuda::scratch_bytes(shape, resources), ScalarType::Byte);
   cuda::bn_act_forward({element_of(x),
                         shape,
@@ -167,10 +174,7 @@ BnActBackward bn_act_bwd_cuda(const Tensor& dy_, const Tensor& x_, const OptTens
   check_channels("", "weight", weight, x_);
   check_channels("residual_", "weight", residual_weight, x_);
   check_residual(residual_, residual_norm, x_);
-  STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == (residual_norm ? 4 : 2) &&
-                      stats.size(1) == x_.size(1) && stats.is_contiguous() &&
-                      stats.scalar_type() == ScalarType::Float && same_device(stats, x_),
-                  "stats is not what bn_act_fwd returned for x");
+  check_stats(stats, residual_norm, x_);
 
   const Allocator device{x_.get_device_index()};
   torch::stable::accelerator::DeviceGuard guard(device.index);
@@ -223,6 +227,27 @@ BnActBackward bn_act_bwd_cuda(const Tensor& dy_, const Tensor& x_, const OptTens
   return {dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias};
 }
 
+std::array<Tensor, 2> bn_act_reapply_cuda(const Tensor& x_, const Tensor& stats) {
+  check_stats(stats, false, x_);
+  const Allocator device{x_.get_device_index()};
+  const Tensor x = dense(x_);
+  const cuda::Shape shape = shape_of(x);
+  const int64_t run = shape.channels_last ? shape.channels : shape.pixels;
+  Tensor y = device.empty_like(x);
+  Tensor mask = device.empty(x.numel() / run, cuda::ceil_div(run, 8), ScalarType::Byte);
+  cuda::ForwardArgs args{};
+  args.element = element_of(x);
+  args.shape = shape;
+  args.act = cuda::Act::relu;
+  args.x = x.const_data_ptr();
+  args.y = y.mutable_data_ptr();
+  args.mask = (uint8_t*)mask.mutable_data_ptr();
+  args.stats = (float*)const_cast<void*>(stats.const_data_ptr());
+  cuda::bn_act_reapply(args, device.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {y, mask};
+}
+
 // --- what a block is made of
 
 constexpr int kCounters = 32;
@@ -237,6 +262,7 @@ struct CudaLibrary {
   };
   static constexpr auto bn_act_fwd = bn_act_fwd_cuda;
   static constexpr auto bn_act_bwd = bn_act_bwd_cuda;
+  static constexpr auto bn_act_reapply = bn_act_reapply_cuda;
   static Tensor convolve(const BlockStage& s, const Tensor& x) {
     return s.convolve<CudaLibrary>(x);
   }

@@ -51,7 +51,7 @@ struct ForwardArgs {
   const void *x, *residual;
   void* y;
   uint8_t* mask;  // null: not wanted
-  float* stats;   // mean and invstd of each BatchNorm, (2 or 4, C)
+  float* stats;   // mean and invstd of each BatchNorm; centre, scale, shift of x's; (5 or 7, C)
   ForwardNorm norm[2];
   void* scratch;  // scratch_bytes(shape, device), 16-byte aligned
   Plan plan;
@@ -516,6 +516,11 @@ __device__ __forceinline__ void statistics(const void* x, const Walk& w, const P
 
 // --- forward
 
+// where stats have x's centre, scale and shift
+__host__ __device__ inline float* affine_of(const ForwardArgs& a) {
+  return a.stats + (a.residual_kind == Residual::norm ? 4 : 2) * a.shape.channels;
+}
+
 // All statistics of channel c of one BatchNorm are known: the table {centre, scale, shift} of
 // y = (x - centre) * scale + shift; and, if `first`, running statistics and what backward wants.
 template <class T>
@@ -545,6 +550,12 @@ __device__ inline void finish_forward(const ForwardArgs& a, const Walk& w, const
   const float centre = fabs(mean) * invstd < 1 ? 0.f : rounded;
   const double bias = load_channel<T>(n.bias, c, 0);
   const float shift = (float)(bias + ((double)centre - mean) * scale);
+  if (first && which == 0) {
+    float* affine = affine_of(a) + c;
+    store(affine, centre);
+    store(affine + w.shape.channels, (float)scale);
+    store(affine + 2 * w.shape.channels, shift);
+  }
   store(tables.row(which, 0) + c, centre);
   store(tables.row(which, 1) + c, (float)scale);
   store(tables.row(which, 2) + c, shift);
@@ -670,6 +681,14 @@ __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1)
     apply_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Walk w) {
   apply<T, kChannelsLast, kVector, kSecond>(a, w, tables_of_all(w, a.scratch), Part(w, true),
                                             NotKept<T>{});
+}
+
+// y and mask once more, by the affine that stats have
+template <class T, bool kChannelsLast, bool kVector>
+__global__ void __launch_bounds__(kThreads, kVector ? 2 : 1)
+    reapply_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Walk w) {
+  apply<T, kChannelsLast, kVector, false>(a, w, {affine_of(a), w.shape.channels}, Part(w, true),
+                                          NotKept<T>{});
 }
 
 // one chunk: a block has all values of its channels
@@ -1030,6 +1049,18 @@ inline void bn_act_forward(const ForwardArgs& a, Stream stream) {
     const auto apply = second || !kVector ? apply_kernel<T, kChannelsLast, kVector, true>
                                           : apply_kernel<T, kChannelsLast, kVector, !kVector>;
     launch("bn_act_fwd_apply", apply, dim3(split.blocks()), kThreads, stream, a, split);
+  });
+}
+
+// without a residual
+inline void bn_act_reapply(const ForwardArgs& a, Stream stream) {
+  const Walk split = split_walk(a.shape);
+  const bool vector = split.run % 8 == 0 && aligned(a.x) && aligned(a.y) && aligned(a.stats);
+  with_kernels(a.element, a.shape, vector, [&](auto t, auto channels_last, auto vector) {
+    using T = decltype(t);
+    constexpr bool kChannelsLast = decltype(channels_last)::value;
+    launch("bn_act_fwd_reapply", reapply_kernel<T, kChannelsLast, decltype(vector)::value>,
+           dim3(split.blocks()), kThreads, stream, a, split);
   });
 }
 

@@ -30,7 +30,7 @@ from ..ops.conv_bn_act import (
     under_modes,
 )
 from ..ops.convolutions import Convolutions, joined
-from ..ops.res_block import whole
+from ..ops.res_block import check_recompute, whole
 from ..reference import Act, ConvNorm, Norm
 
 
@@ -212,7 +212,7 @@ def _run_whole(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor
     shortcut = None if plan.shortcut is None else stages[-1][0]
     branch = [stage for stage, _ in stages[: len(plan.branch)]]
     counters = [counter for _, counter in stages if counter is not None]
-    return whole(x, branch, shortcut, act, block.backend, counters)
+    return whole(x, branch, shortcut, act, block.backend, counters, block.recompute)
 
 
 def _overridden(conv: nn.Module) -> bool:
@@ -451,6 +451,7 @@ class FusedForward:
 
     plan: BlockPlan
     backend: str | None = None
+    recompute: str | None = None
 
     def forward(self, *args, **kwargs):
         plain = len(args) != 1 or kwargs or isinstance(args[0], torch.fx.Proxy)
@@ -482,14 +483,19 @@ class FusedResBlock(FusedForward, reference.ResBlock):
     ).replace(
         "        device, dtype: of the parameters.\n",
         "        device, dtype: of the parameters.\n"
-        "        backend: auto, cpu, cuda, triton or eager, for this block alone.\n",
+        "        backend: auto, cpu, cuda, triton or eager, for this block alone.\n"
+        "        recompute: ``last``: the backward pass computes the last convolution again,\n"
+        "            instead of keeping its output.\n",
     )
 
-    def __init__(self, *args, backend: str | None = None, **kwargs) -> None:
+    def __init__(
+        self, *args, backend: str | None = None, recompute: str | None = None, **kwargs
+    ) -> None:
         super().__init__(*args, **kwargs)
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} must be one of: {', '.join(BACKENDS)}")
         self.backend = backend
+        self.recompute = check_recompute(recompute)
         has_norm = self.kind != "plain"
         branch = [
             Stage(f"conv{i}", f"bn{i}" if has_norm else None, relu=True)

@@ -19,7 +19,8 @@ from . import library
 # mask: uint8 of (runs, ceil(run / 8)), a run being the C channels of a pixel where x is
 # channels_last and the H*W pixels of a channel where it is NCHW; bit i % 8 of byte i // 8 is set
 # where element i passed the ReLU. Empty where it is not wanted or there is no ReLU.
-# stats: float32 (float64 where x is) of (2, C), mean and invstd; (4, C) with a residual_norm.
+# stats: float32 (float64 where x is) of (5, C): mean, invstd, and center, scale and shift of the
+# pass over the elements; (7, C) with a residual_norm, whose mean and invstd come before these.
 _FWD = (
     "(Tensor x, Tensor? weight, Tensor? bias, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, "
@@ -65,7 +66,7 @@ def _(*args):
     if residual_norm:
         _check_like("residual", residual, x)
     runs, length = _runs(_dense_like(x))
-    if stats.shape != (4 if residual_norm else 2, x.size(1)) or (
+    if stats.shape != (7 if residual_norm else 5, x.size(1)) or (
         ACTS[act] != "none" and mask.shape != (runs, (length + 7) // 8)
     ):
         raise ValueError("stats and mask must be what bn_act_fwd returned for x")
@@ -110,7 +111,7 @@ def _(x, weight, bias, running_mean, running_var, training, momentum, eps, resid
     mask_runs = runs if save_mask and act != ACTS.index("none") else 0
     mask = x.new_empty((mask_runs, (length + 7) // 8), dtype=torch.uint8)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    stats = x.new_empty((4 if residual_norm else 2, x.size(1)), dtype=dtype)
+    stats = x.new_empty((7 if residual_norm else 5, x.size(1)), dtype=dtype)
     return y, mask, stats
 
 

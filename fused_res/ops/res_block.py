@@ -4,6 +4,10 @@ Convolutions from the library, or on a CPU our own where they win (``csrc/cpu/tr
 .cpp``), all the rest by ``bn_act``, without the host's work between them (several times a small
 kernel's own).
 ``reference.res_block`` says what it computes; ``csrc/res_block.h`` walks the stages.
+
+For the backward pass are kept the outputs of the convolutions, statistics, and one bit an element
+of y. The activations between the convolutions are computed again when their turn comes, bit by bit
+the same; with ``recompute="last"`` the last convolution's output too.
 """
 
 from __future__ import annotations
@@ -25,19 +29,19 @@ from .bn_act import bn_act_norms, is_nchw, laid_out
 # trains, or none. integers: the convolution's stride, padding and dilation (2 each) and groups;
 # whether the BatchNorm trains. numbers: momentum and eps.
 # act: of the end; a ReLU follows each stage before.
-# Returns y and, if `save`, what backward needs: the convolutions' outputs, the inner activations,
-# and of each bn_act mask and stats. Or nothing: the stages do not take x, or not as they are, and
-# nothing was done.
+# Returns y and, if `save`, what backward needs: the convolutions' outputs (but the branch's last if
+# `recompute`), the stats of each bn_act and the last one's mask. Or nothing: the stages do not take
+# x, or not as they are, and nothing was done.
 _FWD = (
     "(Tensor x, Tensor?[] parameters, Tensor(a!)[] running, Tensor(b!)[] counters, int[] integers, "
-    "float[] numbers, bool shortcut, int act, bool save) -> Tensor[]"
+    "float[] numbers, bool shortcut, int act, bool save, bool recompute) -> Tensor[]"
 )
 # needs: bit 0 for x, then three for each stage: the convolution's weight, its bias, the BatchNorm.
 # Returns the gradients asked for in that order; x's are two where the shortcut does not pass dy on
 # as it is, and the sum is the caller's.
 _BWD = (
     "(Tensor dy, Tensor x, Tensor?[] parameters, Tensor[] saved, int[] integers, bool shortcut, "
-    "int act, int needs) -> Tensor[]"
+    "int act, bool recompute, int needs) -> Tensor[]"
 )
 PARAMETERS, INTEGERS = 4, 8
 MOST_STAGES = 20  # bits of needs
@@ -56,30 +60,31 @@ _backward = torch.ops.fused_res.res_block_bwd.default
 
 
 @torch.library.register_fake("fused_res::res_block_fwd", lib=library)
-def _(x, parameters, running, counters, integers, numbers, shortcut, act, save):
+def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, recompute):
     def convolve(stage, x):
         weight, bias = parameters[PARAMETERS * stage : PARAMETERS * stage + 2]
         n = integers[INTEGERS * stage :]
         return torch.convolution(x, weight, bias, n[:2], n[2:4], n[4:6], False, (0, 0), n[6])
 
-    outputs, activations, kept, z = [], [], [], x
+    outputs, kept, z = [], [], x
     branch = len(numbers) // 2 - shortcut
     for stage in range(branch):
-        second = shortcut and stage + 1 == branch
         outputs.append(convolve(stage, z))
+        last = stage + 1 == branch
         z, mask, stats = torch.ops.fused_res.bn_act_fwd(
             outputs[-1], None, None, None, None, True, 0.0, 1.0, None, False, None, None, None,
-            None, False, 0.0, 1.0, act if stage + 1 == branch else ACTS.index("relu"), save,
+            None, False, 0.0, 1.0, act if last else ACTS.index("relu"), save,
         )  # fmt: skip
-        activations.append(z)
-        kept += [mask, torch.cat((stats, stats)) if second else stats]
+        kept.append(torch.cat((stats, stats[:2])) if last and shortcut else stats)
+    if recompute:
+        outputs.pop()
     if shortcut:
         outputs.append(convolve(branch, x))
-    return [z, *outputs, *activations[:-1], *kept] if save else [z]
+    return [z, *outputs, *kept, mask] if save else [z]
 
 
 @torch.library.register_fake("fused_res::res_block_bwd", lib=library)
-def _(dy, x, parameters, saved, integers, shortcut, act, needs):
+def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs):
     gradients = []
     if needs & 1:
         gradients += [torch.empty_like(x)] * (2 if shortcut or act == ACTS.index("relu") else 1)
@@ -100,10 +105,11 @@ class _Call(NamedTuple):
     numbers: list[float]
     shortcut: bool
     act: int
+    recompute: bool
 
 
-def _flatten(branch, shortcut, act, counters) -> tuple[_Call, list[Tensor | None]]:
-    call = _Call([], counters, [], [], shortcut is not None, ACTS.index(act))
+def _flatten(branch, shortcut, act, counters, recompute) -> tuple[_Call, list[Tensor | None]]:
+    call = _Call([], counters, [], [], shortcut is not None, ACTS.index(act), recompute)
     parameters = []
     for conv_weight, conv_bias, stride, padding, dilation, groups, norm in (
         (*branch, shortcut) if shortcut else branch
@@ -131,7 +137,8 @@ def _stages(call: _Call, parameters) -> tuple[list[ConvNorm], ConvNorm | None]:
 
 
 def _run(x, parameters, call, save) -> list[Tensor]:
-    result = _in_pytorchs_terms(_forward, x, parameters, *call, save)
+    *rest, recompute = call
+    result = _in_pytorchs_terms(_forward, x, parameters, *rest, save, recompute)
     if not result:
         raise _DoesNotFit
     return result
@@ -168,7 +175,7 @@ class _ResBlock(torch.autograd.Function):
         y, *saved = _run(x, parameters, call, True)
         ctx.save_for_backward(x, *parameters, *saved)
         ctx.call = call
-        ctx.layouts = [is_nchw(t) for t in saved[: len(call.numbers) // 2]]
+        ctx.layouts = [is_nchw(t) for t in saved[: len(call.numbers) // 2 - call.recompute]]
         return y
 
     @staticmethod
@@ -187,7 +194,7 @@ class _ResBlock(torch.autograd.Function):
         for i in range(0, count, PARAMETERS):
             needs |= (wants[i] | wants[i + 1] << 1 | (wants[i + 2] or wants[i + 3]) << 2) << bit
             bit += 3
-        args = dy, x, parameters, saved, call.integers, call.shortcut, call.act, needs
+        args = dy, x, parameters, saved, call.integers, *call[4:], needs
         grads = iter(_in_pytorchs_terms(_backward, *args))
         dx = None
         if wants_x:
@@ -219,7 +226,7 @@ def _convolves(x: Tensor, branch: list[ConvNorm]) -> bool:
     return 2 * sum(ours) > len(ours)
 
 
-def _runs_whole(x: Tensor, branch: list[ConvNorm], backend: str | None) -> bool:
+def _runs_whole(x: Tensor, branch: list[ConvNorm], backend: str | None, recompute) -> bool:
     """Whether the backend for ``x`` runs a block in one call here.
 
     Raises:
@@ -236,7 +243,8 @@ def _runs_whole(x: Tensor, branch: list[ConvNorm], backend: str | None) -> bool:
     name = choose("bn_act", backend, x)
     if name not in MOST_ELEMENTS:
         return False
-    return x.numel() <= MOST_ELEMENTS[name] or (name == "cpu" and _convolves(x, branch))
+    small = recompute is not None or x.numel() <= MOST_ELEMENTS[name]
+    return small or (name == "cpu" and _convolves(x, branch))
 
 
 def _autocast(x: Tensor, branch, shortcut, dtype: torch.dtype):
@@ -255,6 +263,7 @@ def res_block(
     shortcut: ConvNorm | None = None,
     act: Act = "relu",
     backend: str | None = None,
+    recompute: str | None = None,
 ) -> Tensor:
     """A residual block (He et al., 2016): convolutions with BatchNorms, the shortcut added.
 
@@ -265,6 +274,9 @@ def res_block(
         act: ``relu`` (after the add), ``relu_before_add``, or ``none``.
         backend: auto, cpu, cuda, triton or eager; default: what ``fused_res.backend`` or
             ``FUSED_RES_BACKEND`` says.
+        recompute: ``last``: the backward pass computes the last convolution of the branch again
+            instead of keeping its output; None: it does not. A block that is run stage by stage
+            (while a compiler looks on, say) keeps it.
 
     Returns:
         (N, K, P, Q), as the convolutions make it.
@@ -279,23 +291,29 @@ def res_block(
         raise ValueError("branch must have at least one stage, got none")
     if act not in ACTS:
         raise ValueError(f"act={act!r} must be one of: {', '.join(ACTS)}")
-    y = whole(x, branch, shortcut, act, backend, [])
+    y = whole(x, branch, shortcut, act, backend, [], check_recompute(recompute))
     if y is not None:
         return y
     return reference.res_block(x, branch, shortcut, act, partial(bn_act_norms, backend=backend))
 
 
-def whole(x, branch, shortcut, act, backend, counters) -> Tensor | None:
+def check_recompute(recompute: str | None) -> str | None:
+    if recompute not in (None, "last"):
+        raise ValueError(f"recompute={recompute!r} must be None or 'last'")
+    return recompute
+
+
+def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor | None:
     """``res_block`` in one call, which adds one to ``counters`` too: one of each BatchNorm that
     trains, or none. None where it must be run stage by stage, and nothing is done."""
-    if not _runs_whole(x, branch, backend):
+    if not _runs_whole(x, branch, backend, recompute):
         return None
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         if shortcut is None and x.dtype != dtype:
             return None  # to PyTorch's promotion rules: the convolutions' output is of another type
         x, branch, shortcut = _autocast(x, branch, shortcut, dtype)
-    call, parameters = _flatten(branch, shortcut, act, counters)
+    call, parameters = _flatten(branch, shortcut, act, counters, recompute == "last")
     if (
         any(t is None for t in call.running)
         or len(parameters) > PARAMETERS * MOST_STAGES

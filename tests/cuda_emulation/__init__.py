@@ -136,12 +136,13 @@ class Emulation:
             check=True,
         )  # fmt: skip
         self.library = ctypes.CDLL(str(path))
-        for name in ("forward", "backward", "counts"):
+        for name in ("forward", "reapply", "backward", "counts"):
             getattr(self.library, name).restype = c_char_p
         for name in ("size_of_forward_args", "size_of_backward_args", "size_of_scratch"):
             getattr(self.library, name).restype = c_int64
         self.library.add_region.argtypes = [c_char_p, c_void_p, c_int64, c_bool]
         self.library.forward.argtypes = [POINTER(ForwardArgs), ctypes.c_uint64]
+        self.library.reapply.argtypes = [POINTER(ForwardArgs), ctypes.c_uint64]
         self.library.backward.argtypes = [POINTER(BackwardArgs), ctypes.c_uint64]
         self.library.place_of.argtypes = [POINTER(Shape), c_int64, c_int64, POINTER(c_int64)]
         self.library.part_of.argtypes = [POINTER(Shape), c_int64, POINTER(c_int64)]
@@ -210,7 +211,7 @@ class Emulation:
         mask = None
         if act != "none" and save_mask:
             mask = poisoned_like(torch.empty(x.numel() // run, -(-run // 8), dtype=torch.uint8))
-        stats = poisoned_like(torch.empty(4 if residual_norm else 2, x.size(1)))
+        stats = poisoned_like(torch.empty(7 if residual_norm else 5, x.size(1)))
 
         def forward_norm(n: Norm | None) -> ForwardNorm:
             if n is None:
@@ -243,6 +244,19 @@ class Emulation:
         )
         self._finish(self.library.forward(ctypes.byref(args), self.seed))
         return y, mask, stats
+
+    def reapply(self, x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+        """y and mask of a forward call with a ReLU and no residual."""
+        self._start()
+        shape = self.shape(x)
+        run = shape.channels if shape.channels_last else shape.pixels
+        y = poisoned_like(x)
+        mask = poisoned_like(torch.empty(x.numel() // run, -(-run // 8), dtype=torch.uint8))
+        args = ForwardArgs(element=ELEMENTS.index(x.dtype), shape=shape, act=ACTS.index("relu"))
+        args.x, args.y = self._pointer("x", x), self._pointer("y", y, True)
+        args.mask, args.stats = self._pointer("mask", mask, True), self._pointer("stats", stats)
+        self._finish(self.library.reapply(ctypes.byref(args), self.seed))
+        return y, mask
 
     def backward(
         self, dy: Tensor, x: Tensor, norm: Norm, residual: Tensor | None,

@@ -63,6 +63,10 @@ const char* backward(const BackwardArgs* args, uint64_t seed) {
   return run(seed, [&] { bn_act_backward(*args, Stream{}); });
 }
 
+const char* reapply(const ForwardArgs* args, uint64_t seed) {
+  return run(seed, [&] { bn_act_reapply(*args, Stream{}); });
+}
+
 const char* counts() {  // lines of: kernel region read written
   static std::string text;
   text.clear();
