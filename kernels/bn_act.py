@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Numbers that a kernel is not compiled anew for where they are 1 or multiples of 16.
-COUNTS = ("rows", "chunk", "chunks", "chunk_values", "values")
+COUNTS = ("rows", "chunk", "chunks", "chunks2", "chunk_values", "values")
 
 # --- pieces
 
@@ -267,36 +267,49 @@ def forward_stats(x, residual, partial, rows, chunk, channels, inner, first_norm
 
 
 @triton.jit
-def _merge(partial, chunks, chunk_values, count, c, ok, channels, K: tl.constexpr):
+def _chunk(partial, k, chunk_values, count, c, here, channels, ROWS: tl.constexpr):
+    """Where chunks k [K, 1] begin for channels c [B], and how many values they have: the third of
+    their rows, or what their place says."""
+    at = k.to(tl.int64) * (ROWS * channels) + c[None, :]
+    if ROWS == 3:
+        n = tl.load(partial + at + 2 * channels, mask=here, other=0).to(tl.float64)
+    else:
+        n = tl.minimum(chunk_values, count - k.to(tl.float64) * chunk_values)
+    return at, n
+
+
+@triton.jit
+def _merge(partial, chunks, chunk_values, count, c, ok, channels, ROWS: tl.constexpr,
+           K: tl.constexpr):  # fmt: skip
     """Mean and m2 of all chunks of one norm; c is [B]."""
     k = tl.arange(0, K)[:, None]
     mean = tl.zeros(c.shape, tl.float64)
     for first in range(0, chunks, K):
-        here = first + k < chunks
-        n = tl.minimum(chunk_values, count - (first + k).to(tl.float64) * chunk_values)
-        at = (first + k).to(tl.int64) * (2 * channels) + c[None, :]
-        part = tl.load(partial + at, mask=here & ok[None, :], other=0)
+        here = (first + k < chunks) & ok[None, :]
+        at, n = _chunk(partial, first + k, chunk_values, count, c, here, channels, ROWS)
+        part = tl.load(partial + at, mask=here, other=0).to(tl.float64)
         mean += tl.sum(tl.where(here, part * (n / count), 0), axis=0)
     m2 = tl.zeros(c.shape, tl.float64)
     for first in range(0, chunks, K):
-        here = first + k < chunks
-        n = tl.minimum(chunk_values, count - (first + k).to(tl.float64) * chunk_values)
-        at = (first + k).to(tl.int64) * (2 * channels) + c[None, :]
-        part = tl.load(partial + at, mask=here & ok[None, :], other=0)
-        square = tl.load(partial + at + channels, mask=here & ok[None, :], other=0)
+        here = (first + k < chunks) & ok[None, :]
+        at, n = _chunk(partial, first + k, chunk_values, count, c, here, channels, ROWS)
+        part = tl.load(partial + at, mask=here, other=0).to(tl.float64)
+        square = tl.load(partial + at + channels, mask=here, other=0).to(tl.float64)
         off = part - mean[None, :]
         m2 += tl.sum(tl.where(here, square + off * off * n, 0), axis=0)
     return mean, m2
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def forward_finish(partial, chunks, chunk_values, values, weight, bias, running_mean, running_var,
-                   momentum, eps, weight2, bias2, running_mean2, running_var2, momentum2, eps2,
-                   stats, affine, affine2, channels, TRAINING: tl.constexpr,
-                   TRAINING2: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-                   K: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    """Merges the chunks: running statistics, stats (mean, invstd), and center, scale, shift of both
-    norms. Grid (blocks of B channels). ``values``: per channel; ``chunk_values``: in a chunk.
+def forward_finish(partial, chunks, partial2, chunks2, chunk_values, values, weight, bias,
+                   running_mean, running_var, momentum, eps, weight2, bias2, running_mean2,
+                   running_var2, momentum2, eps2, stats, affine, affine2, channels,
+                   TRAINING: tl.constexpr, TRAINING2: tl.constexpr, ROWS: tl.constexpr,
+                   ROWS2: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr, K: tl.constexpr,
+                   B: tl.constexpr):  # fmt: skip
+    """Merges the chunks of each norm: running statistics, stats (mean, invstd), and center, scale,
+    shift of both norms. Grid (blocks of B channels). ``values``: per channel; ``chunk_values``: in
+    a chunk of 2 rows.
     """
     c = tl.program_id(0) * B + tl.arange(0, B)
     ok = c < channels
@@ -305,14 +318,13 @@ def forward_finish(partial, chunks, chunk_values, values, weight, bias, running_
     mean = tl.zeros([B], tl.float64)
     m2 = tl.zeros([B], tl.float64)
     if TRAINING:
-        mean, m2 = _merge(partial, chunks, size, count, c, ok, channels, K)
+        mean, m2 = _merge(partial, chunks, size, count, c, ok, channels, ROWS, K)
     center, scale, shift = _finish_forward(
         mean, m2, count, c, ok, weight, bias, running_mean, running_var, momentum, eps, stats,
         channels, TRAINING)  # fmt: skip
     if RESIDUAL == 2:
         if TRAINING2:
-            second = partial + chunks.to(tl.int64) * (2 * channels)
-            mean, m2 = _merge(second, chunks, size, count, c, ok, channels, K)
+            mean, m2 = _merge(partial2, chunks2, size, count, c, ok, channels, ROWS2, K)
         center2, scale2, shift2 = _finish_forward(
             mean, m2, count, c, ok, weight2, bias2, running_mean2, running_var2, momentum2, eps2,
             stats + 2 * channels, channels, TRAINING2)  # fmt: skip
@@ -533,7 +545,8 @@ def _add_chunks(partial, chunks, row, c, ok, channels, SUMS: tl.constexpr, K: tl
     total = tl.zeros(c.shape, tl.float64)
     for first in range(0, chunks, K):
         at = ((first + k).to(tl.int64) * SUMS + row) * channels + c[None, :]
-        total += tl.sum(tl.load(partial + at, mask=(first + k < chunks) & ok[None, :], other=0), 0)
+        part = tl.load(partial + at, mask=(first + k < chunks) & ok[None, :], other=0)
+        total += tl.sum(part.to(tl.float64), 0)
     return total
 
 
@@ -635,6 +648,27 @@ def backward_small(dy, x, residual, mask, dx, dresidual, weight, weight2, stats,
                                  G)  # fmt: skip
 
 
+@triton.jit
+def backward_reapply(dy, x, dx, y, table, affine, runs, channels, inner,
+                     CHANNELS_LAST: tl.constexpr, TRAINING: tl.constexpr, R: tl.constexpr,
+                     G: tl.constexpr):  # fmt: skip
+    """dx, where dy is past the ReLU already, and y once more. dx may be dy. Grid as _tile."""
+    run, row_ok, i0, c, in_table = _tile(runs, channels, inner, CHANNELS_LAST, R, G)
+    i = i0 + _columns(G)
+    ok = row_ok & (i < inner)
+    at = run.to(tl.int64) * inner + i
+    value = tl.load(x + at, mask=ok, other=0).to(tl.float32)
+    g = tl.load(dy + at, mask=ok, other=0).to(tl.float32)
+    center, scale, slope, offset = _load_table(table, c, in_table, channels)
+    d = scale * g
+    if TRAINING:
+        d -= offset + slope * (value - center)
+    tl.store(dx + at, d.to(dx.dtype.element_ty), mask=ok)
+    center, scale, shift = _load3(affine, c, in_table, channels)
+    v = (value - center) * scale + shift
+    tl.store(y + at, tl.where(v <= 0, 0.0, v).to(y.dtype.element_ty), mask=ok)
+
+
 # --- configurations
 
 
@@ -653,6 +687,7 @@ CONFIGS = {
     "forward_small": Config(2048, 4, 8),
     "backward_sums": Config(1024, 2, 4),
     "backward_dx": Config(1024, 0, 4),  # of 2048, Triton 3.6 makes 161 to 194 registers a thread
+    "backward_reapply": Config(1024, 0, 4),
     "backward_small": Config(2048, 2, 8),
 }
 _WARP = 64 if torch.version.hip else 32
@@ -766,8 +801,13 @@ def _channels(t: Tensor | None) -> Tensor | None:
 def forward(x, weight, bias, running_mean, running_var, training, momentum, eps, residual,
             residual_norm, residual_weight, residual_bias, residual_running_mean,
             residual_running_var, residual_training, residual_momentum, residual_eps, act,
-            save_mask):  # fmt: skip
-    """``bn_act_fwd``: y, mask, stats."""
+            save_mask, partial=None, partial2=None):  # fmt: skip
+    """``bn_act_fwd``: y, mask, stats.
+
+    Args:
+        partial, partial2: statistics of x and the residual that are there already, (chunks, 3, C):
+            mean, sum of squared deviations and how many values of each chunk.
+    """
     x = _dense(x)
     residual = _like(residual, x)
     g = Geometry.of(x)
@@ -785,8 +825,9 @@ def forward(x, weight, bias, running_mean, running_var, training, momentum, eps,
     trains, trains2 = training, residual_norm and residual_training
     out = mask if masked else None
     modes = {"CHANNELS_LAST": g.channels_last, "RESIDUAL": kind, "ACT": act}
+    given = partial is not None, partial2 is not None
     with _on(x):
-        if g.small:
+        if g.small and not any(given):
             config = CONFIGS["forward_small"]
             tile = g.tile(config, 1 if g.channels_last else 128)
             _launch(
@@ -795,25 +836,30 @@ def forward(x, weight, bias, running_mean, running_var, training, momentum, eps,
                 TRAINING2=trains2, **modes, **tile,
             )  # fmt: skip
         else:
-            partial, chunk, chunks = None, 0, 0
-            if trains or trains2:
+            counted = trains and not given[0], trains2 and not given[1]
+            chunk = 0
+            if any(counted):
                 config = CONFIGS["forward_stats"]
                 tile = g.tile(config, 16)
                 blocks = g.blocks(tile["G"])
                 chunk, chunks = g.chunks(tile, blocks)
-                partial = x.new_empty((2, chunks, 2, g.channels), dtype=torch.float64)
+                sums = x.new_empty((2, chunks, 2, g.channels), dtype=torch.float64)
                 second_x = x if residual is None else residual  # compiled, if not run
                 _launch(
-                    forward_stats, (blocks, chunks, trains + trains2), x, second_x, partial, g.rows,
-                    chunk, g.channels, g.inner, 0 if trains else 1, warps=config.warps,
+                    forward_stats, (blocks, chunks, sum(counted)), x, second_x, sums, g.rows, chunk,
+                    g.channels, g.inner, 0 if counted[0] else 1, warps=config.warps,
                     CHANNELS_LAST=g.channels_last, **tile,
                 )  # fmt: skip
+                partial = sums[0] if counted[0] else partial
+                partial2 = sums[1] if counted[1] else partial2
+            chunks, chunks2 = (0 if t is None else len(t) for t in (partial, partial2))
             affine2 = torch.empty_like(affine) if residual_norm else None
             per_row = 1 if g.channels_last else g.inner
             _launch(
-                forward_finish, (_ceil_div(g.channels, MERGE["B"]),), partial, chunks,
-                chunk * per_row, g.values, *norm, *second, stats, affine, affine2, g.channels,
-                warps=4, TRAINING=trains, TRAINING2=trains2, RESIDUAL=kind, ACT=act, **MERGE,
+                forward_finish, (_ceil_div(g.channels, MERGE["B"]),), partial, chunks, partial2,
+                chunks2, chunk * per_row, g.values, *norm, *second, stats, affine, affine2,
+                g.channels, warps=4, TRAINING=trains, TRAINING2=trains2, ROWS=2 + given[0],
+                ROWS2=2 + given[1], RESIDUAL=kind, ACT=act, **MERGE,
             )  # fmt: skip
             config = CONFIGS["forward_apply"]
             tile = g.tile(config, 128)
@@ -902,3 +948,37 @@ def backward(dy, x, weight, training, residual, residual_norm, residual_weight, 
                 )  # fmt: skip
     results = (dx, dweight, dbias, dresidual, dweight2, dbias2)
     return tuple(x.new_empty(0) if t is None else t for t in results)
+
+
+def backward_of_sums(g: Tensor, x: Tensor, weight: Tensor | None, training: bool, stats: Tensor,
+                     partial: Tensor, parameters: bool):  # fmt: skip
+    """The backward pass of a call with a ReLU and no residual, from where its sums are there.
+
+    Args:
+        g: the gradient past the ReLU; becomes dx.
+        partial: (chunks, 2, C): sums of g and of g * (x - mean).
+        parameters: whether their gradients are wanted.
+
+    Returns:
+        dx, dweight, dbias (None where not wanted), and y once more.
+    """
+    geometry = Geometry.of(x)
+    channels = geometry.channels
+    wanted = parameters and weight is not None
+    gradients = [torch.empty_like(weight) if wanted else None for _ in range(2)]
+    table = x.new_empty((4, channels), dtype=torch.float32)
+    y = torch.empty_like(x)
+    config = CONFIGS["backward_reapply"]
+    tile = geometry.tile(config, 128)
+    with _on(x):
+        _launch(
+            backward_finish, (_ceil_div(channels, MERGE["B"]),), partial, len(partial),
+            geometry.values, _channels(weight), None, stats, *gradients, None, None, table,
+            channels, warps=4, SECOND=False, TRAINING=training, TRAINING2=False, **MERGE,
+        )  # fmt: skip
+        _launch(
+            backward_reapply, geometry.tiles(tile), g, x, g, y, table, stats[2:], geometry.runs,
+            channels, geometry.inner, warps=config.warps, CHANNELS_LAST=geometry.channels_last,
+            TRAINING=training, **tile,
+        )  # fmt: skip
+    return g, *gradients, y

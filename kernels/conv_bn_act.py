@@ -467,12 +467,21 @@ def _describe_filters(weight: Tensor, config: Config) -> TensorDescriptor:
     return TensorDescriptor(weight, [k, r * s * c], [r * s * c, 1], block, **rounding)
 
 
-def _describe_pixels(t: Tensor, channels: int, stride, size, block, **rounding):
-    """Every stride-th pixel of NHWC memory of ``channels``, of which t may be a slice; t's own
-    strides may be anything in dimensions of size 1."""
-    _, c, h, w = t.shape
+def _describe_pixels(t: Tensor, channels: int, stride, size, block, image=None, **rounding):
+    """Every stride-th pixel of NHWC memory of ``channels``, of which t may be a slice, and of
+    images of ``image`` rows and columns, t's if None; t's own strides may be anything in dimensions
+    of size 1."""
+    c = t.size(1)
+    h, w = image or t.shape[2:]
     strides = [h * w * channels, stride[0] * w * channels, stride[1] * channels, 1]
     return TensorDescriptor(t, [*size, c], strides, block, **rounding)
+
+
+def _describe_pairs(x: Tensor, block, **rounding):
+    """(N, H / 2, 2, W / 2, 2 * C): the rows and columns of an image in pairs."""
+    n, c, h, w = x.shape
+    strides = [h * w * c, 2 * w * c, w * c, 2 * c, 1]
+    return TensorDescriptor(x, [n, h // 2, 2, w // 2, 2 * c], strides, block, **rounding)
 
 
 def _launch_descriptor(x, conv, y, channels, residual, shortcut, act, problem, config) -> None:
@@ -484,9 +493,7 @@ def _launch_descriptor(x, conv, y, channels, residual, shortcut, act, problem, c
     rounding = ROUND if x.dtype == torch.float32 else {}  # of what is multiplied, not of y
     paired = not _pixelwise(conv) and tuple(conv.stride) == (2, 2)
     if paired:
-        x = TensorDescriptor(
-            x, [n, h // 2, 2, w // 2, 2 * c], [h * w * c, 2 * w * c, w * c, 2 * c, 1],
-            [images, rows, 1, columns, config.BK], **rounding)  # fmt: skip
+        x = _describe_pairs(x, [images, rows, 1, columns, config.BK], **rounding)
     else:
         pixels = size if _pixelwise(conv) else (n, h, w)
         x = _describe_pixels(x, c, conv.stride, pixels, [*box, config.BK], **rounding)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import choose
+from ..backends import choose, named
 from ..reference import ACTS, Act, ConvNorm, Norm
 from . import library
 from .bn_act import bn_act_norms, is_nchw, laid_out
@@ -46,21 +46,29 @@ _BWD = (
 PARAMETERS, INTEGERS = 4, 8
 MOST_STAGES = 20  # bits of needs
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
-# Elements of x up to which one call is worth it. One autograd node keeps all that it saved until
-# its backward pass is over, where a node for each stage frees as it goes. On a CPU one call takes
-# 0.98 to 0.99 of the time up to 2 million elements, and 1.03 at 6 million; but where our own
-# convolutions run, which are in this op alone, two thirds. The GPU's figure is an estimate: 16 MB a
-# pass, as long as the host takes to launch it.
-MOST_ELEMENTS = {"cpu": 2**22, "cuda": 2**23}
+# Elements of x up to which one call is worth it on a CPU where the library's convolutions run. One
+# autograd node keeps all that it saved until its backward pass is over, where a node for each stage
+# frees as it goes: one call takes 0.98 to 0.99 of the time up to 2 million elements, and 1.03 at 6
+# million. Where our own run, which are in this op alone, it is two thirds. A GPU's memory is worth
+# more than the pass that one call takes for what it does not keep.
+MOST_ELEMENTS = 2**22
 MOST_WEIGHT, LEAST_CHANNELS = 2**18, 24  # of ours: csrc/cpu/training_convolution.cpp
 library.define(f"res_block_fwd{_FWD}")
 library.define(f"res_block_bwd{_BWD}")
+# Triton's, as in bn_act. plan: of each stage what runs its convolution, forward and backward:
+# `Choice` of kernels/res_block.py. The gradient of x is one.
+for _name, _schema in (("res_block_fwd", _FWD), ("res_block_bwd", _BWD)):
+    library.define(f"{_name}_triton{_schema.replace(') ->', ', int[] plan) ->')}")
 _forward = torch.ops.fused_res.res_block_fwd.default
 _backward = torch.ops.fused_res.res_block_bwd.default
+_forward_triton = torch.ops.fused_res.res_block_fwd_triton.default
+_backward_triton = torch.ops.fused_res.res_block_bwd_triton.default
 
 
 @torch.library.register_fake("fused_res::res_block_fwd", lib=library)
-def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, recompute):
+@torch.library.register_fake("fused_res::res_block_fwd_triton", lib=library)
+def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, recompute,
+      plan=None):  # fmt: skip
     def convolve(stage, x):
         weight, bias = parameters[PARAMETERS * stage : PARAMETERS * stage + 2]
         n = integers[INTEGERS * stage :]
@@ -84,16 +92,82 @@ def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, 
 
 
 @torch.library.register_fake("fused_res::res_block_bwd", lib=library)
-def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs):
+@torch.library.register_fake("fused_res::res_block_bwd_triton", lib=library)
+def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, plan=None):
     gradients = []
     if needs & 1:
-        gradients += [torch.empty_like(x)] * (2 if shortcut or act == ACTS.index("relu") else 1)
+        two = plan is None and (shortcut or act == ACTS.index("relu"))
+        gradients += [torch.empty_like(x)] * (2 if two else 1)
     for stage in range(len(parameters) // PARAMETERS):
         weight, bias, *norm = parameters[PARAMETERS * stage : PARAMETERS * (stage + 1)]
         for bit, tensors in enumerate(([weight], [bias], norm)):
             if needs >> (1 + 3 * stage + bit) & 1:
                 gradients += tensors
     return [torch.empty_like(t) for t in gradients]
+
+
+@torch.library.impl(library, "res_block_fwd_triton", "CompositeExplicitAutograd")
+def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, recompute, plan):
+    from ..kernels import res_block as kernels
+
+    call = _Call(running, counters, integers, numbers, shortcut, act, recompute, plan)
+    branch, projection = _stages(call, parameters)
+    if not _takes(x, branch, projection):
+        return []
+    if counters:
+        torch._foreach_add_(counters, 1)
+    choices = [*map(kernels.Choice, plan[::2], plan[1::2])]
+    return kernels.forward(x, branch, projection, act, save, recompute, choices)
+
+
+@torch.library.impl(library, "res_block_bwd_triton", "CompositeExplicitAutograd")
+def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, plan):
+    from ..kernels import res_block as kernels
+
+    count = len(parameters) // PARAMETERS
+    call = _Call([None] * 2 * count, [], integers, [0.0] * 2 * count, shortcut, act, recompute,
+                 plan)  # fmt: skip
+    choices = [*map(kernels.Choice, plan[::2], plan[1::2])]
+    return kernels.backward(
+        dy, x, *_stages(call, parameters), saved, act, recompute, needs, choices)  # fmt: skip
+
+
+def _takes(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None) -> bool:
+    """Whether x can go through, as in ``csrc/res_block.h``."""
+    if x.dim() != 4 or x.numel() == 0:
+        return False
+
+    def after(image: tuple[int, ...], stage: ConvNorm) -> tuple[int, ...] | None:
+        weight, bias, stride, padding, dilation, groups, norm = stage
+        convolution, channels = (weight, bias), norm[:4]
+        if weight.dim() != 4 or groups < 1 or weight.size(1) * groups != image[0]:
+            return None
+        if any(t is not None and (t.dtype, t.device) != (x.dtype, x.device) for t in convolution):
+            return None
+        image = (
+            len(weight),
+            *(
+                (size + 2 * pad - step * (taps - 1) - 1) // each + 1 if each > 0 else 0
+                for size, taps, each, pad, step in zip(
+                    image[1:], weight.shape[2:], stride, padding, dilation, strict=True
+                )
+            ),
+        )
+        kinds = (x.dtype, torch.float32)
+        fits = all(
+            t is None
+            or (t.shape == image[:1] and t.device == x.device and t.dtype in kinds)
+            for t in channels
+        ) and (norm.weight is None) == (norm.bias is None)  # fmt: skip
+        many = not norm.training or len(x) * image[1] * image[2] > 1
+        return image if fits and many and min(image) > 0 else None
+
+    image = tuple(x.shape[1:])
+    for stage in branch:
+        image = after(image, stage)
+        if image is None:
+            return False
+    return image == (tuple(x.shape[1:]) if shortcut is None else after(x.shape[1:], shortcut))
 
 
 class _Call(NamedTuple):
@@ -106,10 +180,11 @@ class _Call(NamedTuple):
     shortcut: bool
     act: int
     recompute: bool
+    plan: list[int] | None  # None: the library's in C++ decides
 
 
-def _flatten(branch, shortcut, act, counters, recompute) -> tuple[_Call, list[Tensor | None]]:
-    call = _Call([], counters, [], [], shortcut is not None, ACTS.index(act), recompute)
+def _flatten(branch, shortcut, act, counters, recompute, plan) -> tuple[_Call, list[Tensor | None]]:
+    call = _Call([], counters, [], [], shortcut is not None, ACTS.index(act), recompute, plan)
     parameters = []
     for conv_weight, conv_bias, stride, padding, dilation, groups, norm in (
         (*branch, shortcut) if shortcut else branch
@@ -123,12 +198,12 @@ def _flatten(branch, shortcut, act, counters, recompute) -> tuple[_Call, list[Te
 
 
 def _stages(call: _Call, parameters) -> tuple[list[ConvNorm], ConvNorm | None]:
-    """The other way round, with running statistics only where they are read."""
+    """The other way round."""
     stages = []
     for i in range(len(call.numbers) // 2):
         conv_weight, conv_bias, weight, bias = parameters[PARAMETERS * i : PARAMETERS * (i + 1)]
         *sizes, groups, training = call.integers[INTEGERS * i : INTEGERS * (i + 1)]
-        running = (None, None) if training else call.running[2 * i : 2 * i + 2]
+        running = call.running[2 * i : 2 * i + 2]
         norm = Norm(*running, weight, bias, bool(training), *call.numbers[2 * i : 2 * i + 2])
         stages.append(
             ConvNorm(conv_weight, conv_bias, sizes[:2], sizes[2:4], sizes[4:], groups, norm)
@@ -137,8 +212,12 @@ def _stages(call: _Call, parameters) -> tuple[list[ConvNorm], ConvNorm | None]:
 
 
 def _run(x, parameters, call, save) -> list[Tensor]:
-    *rest, recompute = call
-    result = _in_pytorchs_terms(_forward, x, parameters, *rest, save, recompute)
+    *rest, recompute, plan = call
+    if plan is None:
+        result = _in_pytorchs_terms(_forward, x, parameters, *rest, save, recompute)
+    else:
+        args = x, parameters, *rest, save, recompute, plan
+        result = _in_pytorchs_terms(_forward_triton, *args)
     if not result:
         raise _DoesNotFit
     return result
@@ -161,6 +240,10 @@ def _differentiable_bwd(call, x, parameters, wanted, dy):
 
     The block is computed again, on aliases: a tensor may depend on another one, or be there twice.
     """
+    # running statistics only where they are read
+    trains = [t for t in call.integers[INTEGERS - 1 :: INTEGERS] for _ in range(2)]
+    running = [None if t else r for t, r in zip(trains, call.running, strict=True)]
+    call = call._replace(running=running)
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         tensors = [None if t is None else t.view_as(t) for t in (x, *parameters)]
         y = reference.res_block(tensors[0], *_stages(call, tensors[1:]), ACTS[call.act])
@@ -194,13 +277,18 @@ class _ResBlock(torch.autograd.Function):
         for i in range(0, count, PARAMETERS):
             needs |= (wants[i] | wants[i + 1] << 1 | (wants[i + 2] or wants[i + 3]) << 2) << bit
             bit += 3
-        args = dy, x, parameters, saved, call.integers, *call[4:], needs
-        grads = iter(_in_pytorchs_terms(_backward, *args))
+        args = dy, x, parameters, saved, call.integers, *call[4:7], needs
+        triton = call.plan is not None
+        if triton:
+            grads = iter(_in_pytorchs_terms(_backward_triton, *args, call.plan))
+        else:
+            grads = iter(_in_pytorchs_terms(_backward, *args))
         dx = None
         if wants_x:
             dx = next(grads)
             passes = not call.shortcut and ACTS[call.act] != "relu"
-            dx += dy if passes else next(grads)
+            if not triton:
+                dx += dy if passes else next(grads)
         out = []
         for i in range(0, count, PARAMETERS):
             norm = wants[i + 2] or wants[i + 3]
@@ -226,8 +314,8 @@ def _convolves(x: Tensor, branch: list[ConvNorm]) -> bool:
     return 2 * sum(ours) > len(ours)
 
 
-def _runs_whole(x: Tensor, branch: list[ConvNorm], backend: str | None, recompute) -> bool:
-    """Whether the backend for ``x`` runs a block in one call here.
+def _whole_in(x: Tensor, branch: list[ConvNorm], backend: str | None, recompute) -> str | None:
+    """The backend that runs a block in one call here; None where it is run stage by stage.
 
     Raises:
         BackendUnavailable: a backend was named and cannot run bn_act.
@@ -239,12 +327,18 @@ def _runs_whole(x: Tensor, branch: list[ConvNorm], backend: str | None, recomput
         or torch._C._len_torch_dispatch_stack()
         or torch.autograd.forward_ad._current_level >= 0
     ):
-        return False
+        return None
     name = choose("bn_act", backend, x)
-    if name not in MOST_ELEMENTS:
-        return False
-    small = recompute is not None or x.numel() <= MOST_ELEMENTS[name]
-    return small or (name == "cpu" and _convolves(x, branch))
+    if name == "eager":
+        return None
+    small = recompute is not None or x.numel() <= MOST_ELEMENTS or name != "cpu"
+    return name if small or _convolves(x, branch) else None
+
+
+def _plan(x: Tensor, stages: list[ConvNorm], backend: str | None) -> list[int]:
+    """What runs each stage's convolution: our own where Triton was asked for by name."""
+    asked = (named() if backend is None else backend) != "auto"
+    return [int(asked)] * (2 * len(stages))
 
 
 def _autocast(x: Tensor, branch, shortcut, dtype: torch.dtype):
@@ -306,14 +400,18 @@ def check_recompute(recompute: str | None) -> str | None:
 def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor | None:
     """``res_block`` in one call, which adds one to ``counters`` too: one of each BatchNorm that
     trains, or none. None where it must be run stage by stage, and nothing is done."""
-    if not _runs_whole(x, branch, backend, recompute):
+    name = _whole_in(x, branch, backend, recompute)
+    if name is None:
         return None
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         if shortcut is None and x.dtype != dtype:
             return None  # to PyTorch's promotion rules: the convolutions' output is of another type
         x, branch, shortcut = _autocast(x, branch, shortcut, dtype)
-    call, parameters = _flatten(branch, shortcut, act, counters, recompute == "last")
+    plan = None
+    if name == "triton":
+        plan = _plan(x, branch if shortcut is None else [*branch, shortcut], backend)
+    call, parameters = _flatten(branch, shortcut, act, counters, recompute == "last", plan)
     if (
         any(t is None for t in call.running)
         or len(parameters) > PARAMETERS * MOST_STAGES

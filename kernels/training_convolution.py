@@ -1,0 +1,411 @@
+"""A convolution of a residual block in training, in Triton: what BatchNorm wants of its result is
+computed where the result is made.
+
+``convolve`` also gives the statistics of its output, ``input_gradient`` ends with the ReLU and the
+BatchNorm's sums before the convolution, or with the gradient that it is added to: each a pass over
+memory less. The products are ``conv_bn_act``'s. An input's gradient is a convolution too, with the
+filters transposed and the taps in reverse; in steps of s it is s * s of them, of a part of the taps
+each, one for every s-th pixel.
+
+A program keeps its sums of all its tiles, so there are as many to be merged as programs, in a fixed
+order: on one GPU every result is bitwise the same on every run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_res.reference import ConvNorm
+
+from . import conv_bn_act as inference
+from .bn_act import _WARP, _on
+from .bn_act import options as _options
+from .conv_bn_act import Config, Problem, _box_convolve, _gather_convolve
+
+# Numbers that a kernel is not compiled anew for where they are 1 or multiples of 16.
+COUNTS = ("N", "H", "W", "P", "Q", "pixels", "tiles", "image", "row", "column", "first")
+# What a tile ends with.
+NOTHING, STATISTICS, RELU, ADD = range(4)
+ROWS = {NOTHING: 0, STATISTICS: 3, RELU: 2, ADD: 0}  # of a program's sums
+
+# --- the end of a tile
+
+
+@triton.jit
+def _end(z, dtype, pixel, inside, k, ok, bias, a, stats, other, mask, s0, s1, seen, K,
+         END: tl.constexpr):  # fmt: skip
+    """z [BN, M] in dtype, and the sums of the program's tiles so far: mean, sum of squared
+    deviations and how many (STATISTICS; Chan, Golub and LeVeque's merge), or those of g and of
+    g * (a - mean) (RELU)."""
+    both = inside[None, :] & ok[:, None]
+    at = pixel[None, :] * K + k[:, None]
+    if bias is not None:
+        z += tl.load(bias + k, mask=ok, other=0).to(tl.float32)[:, None]
+    if END == 3:
+        value = tl.load(other + at, mask=both, other=0).to(tl.float32)
+        if mask is not None:
+            byte = tl.load(mask + (pixel[None, :] * ((K + 7) // 8) + (k // 8)[:, None]), mask=both,
+                           other=0)  # fmt: skip
+            value = tl.where((byte.to(tl.int32) >> (k % 8)[:, None]) & 1 != 0, value, 0.0)
+        z += value
+    out = z.to(dtype)
+    if END == 1:
+        value = tl.where(both, out.to(tl.float32), 0.0)
+        n = tl.sum(inside.to(tl.float32), 0)
+        mean = tl.sum(value, 1) / n
+        d = tl.where(both, value - mean[:, None], 0.0)
+        delta = mean - s0
+        part = n / (seen + n)
+        s0 += delta * part
+        s1 += tl.sum(d * d, 1) + delta * delta * (seen * part)
+        seen += n
+    if END == 2:
+        value = tl.load(a + at, mask=both, other=0).to(tl.float32)
+        mean = tl.load(stats + k, mask=ok, other=0)[:, None]
+        center = tl.load(stats + 2 * K + k, mask=ok, other=0)[:, None]
+        scale = tl.load(stats + 3 * K + k, mask=ok, other=0)[:, None]
+        shift = tl.load(stats + 4 * K + k, mask=ok, other=0)[:, None]
+        positive = ((value - center) * scale + shift <= 0) == 0  # as bn_act's pass: NaN passes
+        g = tl.where(both & positive, out.to(tl.float32), 0.0)
+        out = g.to(dtype)
+        s0 += tl.sum(g, 1)
+        s1 += tl.sum(tl.where(both, g * (value - mean), 0.0), 1)
+    return out, s0, s1, seen
+
+
+@triton.jit
+def _keep(partial, s0, s1, seen, k, ok, K, k_tiles, END: tl.constexpr):
+    """A program's sums, for the merge."""
+    if END == 1 or END == 2:
+        ROWS: tl.constexpr = 3 if END == 1 else 2
+        row = partial + (tl.program_id(0) // k_tiles).to(tl.int64) * (ROWS * K)
+        tl.store(row + k, s0, mask=ok)
+        tl.store(row + K + k, s1, mask=ok)
+        if END == 1:
+            tl.store(row + 2 * K + k, seen + tl.zeros(k.shape, tl.float32), mask=ok)
+
+
+# --- kernels
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def train_descriptor(x, w, y, partial, bias, a, stats, other, mask, N, P, Q, K, channels, tiles,
+                     image, row, column, first, R: tl.constexpr, S: tl.constexpr,
+                     PAIRED: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+                     DIL_H: tl.constexpr, DIL_W: tl.constexpr, END: tl.constexpr,
+                     IMAGES: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr,
+                     BK: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    """x, w, y are descriptors, the rest pointers. Pixel (n, p, q) is y's n * image + p * row +
+    q * column + first. Grid: any multiple of the tiles of K, so that a program's tiles are all of
+    the same channels."""
+    M: tl.constexpr = IMAGES * TH * TW
+    across = tl.cdiv(Q, TW)
+    down = tl.cdiv(P, TH)
+    k_tiles = tl.cdiv(K, BN)
+    k0 = tl.program_id(0) % k_tiles * BN
+    k = k0 + tl.arange(0, BN)
+    ok = k < K
+    s0 = tl.zeros([BN], tl.float32)
+    s1 = tl.zeros([BN], tl.float32)
+    seen = 0.0
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        box = tile // k_tiles
+        q0 = box % across * TW
+        p0 = box // across % down * TH
+        n0 = box // across // down * IMAGES
+        z = _box_convolve(x, w, n0, p0, q0, k0, channels, R, S, PAIRED, PAD_H, PAD_W, DIL_H, DIL_W,
+                          IMAGES, TH, TW, BN, BK, INTERPRETED)  # fmt: skip
+        i = tl.arange(0, M)
+        n = n0 + i // (TH * TW)
+        p = p0 + i // TW % TH
+        q = q0 + i % TW
+        inside = (n < N) & (p < P) & (q < Q)
+        pixel = n.to(tl.int64) * image + p * row + q * column + first
+        out, s0, s1, seen = _end(z, y.dtype, pixel, inside, k, ok, bias, a, stats, other, mask, s0,
+                                 s1, seen, K, END)  # fmt: skip
+        y.store([n0, p0, q0, k0], out.T.reshape(IMAGES, TH, TW, BN))
+    _keep(partial, s0, s1, seen, k, ok, K, k_tiles, END)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def train_pointer(x, w, y, partial, bias, a, stats, other, mask, P, Q, K, pixels, tiles, H, W, C,
+                  image, row, column, first, R: tl.constexpr, S: tl.constexpr,
+                  STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
+                  PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+                  WHOLE: tl.constexpr, END: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+                  BK: tl.constexpr, PRECISION: tl.constexpr,
+                  INTERPRETED: tl.constexpr):  # fmt: skip
+    """As train_descriptor, for pointers to NHWC tensors."""
+    k_tiles = tl.cdiv(K, BN)
+    k = tl.program_id(0) % k_tiles * BN + tl.arange(0, BN)
+    ok = k < K
+    s0 = tl.zeros([BN], tl.float32)
+    s1 = tl.zeros([BN], tl.float32)
+    seen = 0.0
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        # int64 where there are so many pixels
+        m = (tile // k_tiles).to(pixels.dtype) * M + tl.arange(0, M)
+        inside = m < pixels
+        n = m // Q // P
+        p = (m // Q % P).to(tl.int32)
+        q = (m % Q).to(tl.int32)
+        z = _gather_convolve(x, w, n, p, q, inside, k, ok, 0, H, W, C, C, R, S, STRIDE_H, STRIDE_W,
+                             PAD_H, PAD_W, DIL_H, DIL_W, WHOLE, M, BN, BK, PRECISION,
+                             INTERPRETED)  # fmt: skip
+        pixel = n.to(tl.int64) * image + p * row + q * column + first
+        out, s0, s1, seen = _end(z, y.dtype.element_ty, pixel, inside, k, ok, bias, a, stats, other,
+                                 mask, s0, s1, seen, K, END)  # fmt: skip
+        both = inside[None, :] & ok[:, None]
+        tl.store(y + (pixel[None, :] * K + k[:, None]), out, mask=both)
+    _keep(partial, s0, s1, seen, k, ok, K, k_tiles, END)
+
+
+# --- launches
+
+
+class Part(NamedTuple):
+    """A convolution that makes the pixels (first + step * i) of y, rows and columns."""
+
+    weight: Tensor  # (channels of y, channels of x, R, S), channels_last
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    first: tuple[int, int]
+    step: tuple[int, int]
+    size: tuple[int, int]
+
+    @property
+    def pixelwise(self) -> bool:
+        return self.weight.shape[2:] == (1, 1) and self.padding == (0, 0)
+
+
+class End(NamedTuple):
+    """What the tiles end with, and what that reads."""
+
+    kind: int = NOTHING
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    stats: Tensor | None = None
+    other: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _launch(kernel, grid: tuple[int, ...], *args, warps: int, stages: int, **constants) -> None:
+    kernel[grid](*args, **constants, **_options(warps, _WARP), num_stages=stages)
+
+
+def _kind(x: Tensor, y: Tensor, part: Part) -> str:
+    """Of the kernel that takes a part, as in ``conv_bn_act``."""
+    if inference._exact(x.dtype):
+        return "exact"
+    stride = (1, 1) if part.pixelwise else part.stride
+    fits = (
+        inference._gpu(x.device)[1]
+        and y.size(1) * y.element_size() % 16 == 0
+        and inference._boxed(x)
+        and inference._boxed(part.weight)
+        and (stride == (1, 1) or (stride == (2, 2) and x.size(2) % 2 == x.size(3) % 2 == 0))
+    )
+    return "descriptor" if fits else "pointer"
+
+
+def _problem(x: Tensor, y: Tensor, part: Part, end: int) -> Problem:
+    k, c, r, s = part.weight.shape
+    n, (p, q) = x.size(0), part.size
+    flat = part.pixelwise and part.stride == part.step == (1, 1) and n * p * q < 2**31 - 2**16
+    return Problem(
+        _kind(x, y, part), n, c, k, p, q, r * s, 1, flat, 0, end in (RELU, ADD), x.element_size(),
+        inference._gpu(x.device)[0],
+    )  # fmt: skip
+
+
+def _ranked(problem: Problem) -> list[Config]:
+    """The configurations of a part, best guess first."""
+    every = inference._ranked(problem)
+    return [config for config in every if config.M * config.BN <= inference.WIDEST]
+
+
+def _grid(problem: Problem, config: Config) -> tuple[int, int, int]:
+    """Tiles, programs, and how many of these share the channels of one: tiles of K are neighbours,
+    and a program stays with its own."""
+    size = inference._size(problem)
+    if problem.kind == "descriptor":
+        boxes = inference._boxes(*size, inference._box(*size, config.M))
+    else:
+        boxes = -(-problem.N * problem.P * problem.Q // config.M)
+    k_tiles = -(-problem.K // config.BN)
+    most = max(1, config.programs * problem.multiprocessors // k_tiles)
+    return boxes * k_tiles, min(boxes, most) * k_tiles, min(boxes, most)
+
+
+def _launch_part(x, y, part: Part, end: End, partial, problem: Problem, config: Config) -> None:
+    tiles, programs, _ = _grid(problem, config)
+    k, c, r, s = part.weight.shape
+    n, (p, q), width = x.size(0), part.size, y.size(3)
+    first = part.first[0] * width + part.first[1]
+    tensors = partial, end.bias, end.a, end.stats, end.other, end.mask
+    taps = {"R": r, "S": s, "PAD_H": part.padding[0], "PAD_W": part.padding[1]}
+    taps |= {"DIL_H": part.dilation[0], "DIL_W": part.dilation[1], "END": end.kind}
+    tile = {"BN": config.BN, "BK": config.BK, "INTERPRETED": inference.INTERPRETED}
+    options = {"warps": config.warps, "stages": config.stages}
+    steps = y.size(2) * width, part.step[0] * width, part.step[1], first
+    if problem.kind != "descriptor":
+        _launch(
+            train_pointer, (programs,), x, part.weight, y, *tensors, p, q, k, n * p * q, tiles,
+            *x.shape[2:], c, *steps, **taps, STRIDE_H=part.stride[0], STRIDE_W=part.stride[1],
+            WHOLE=c % config.BK == 0, M=config.M, PRECISION="ieee" if config.kind == "exact"
+            else "tf32", **tile, **options,
+        )  # fmt: skip
+        return
+    size = inference._size(problem)
+    box = images, rows, columns = inference._box(*size, config.M)
+    rounding = inference.ROUND if x.dtype == torch.float32 else {}
+    paired = not part.pixelwise and part.stride == (2, 2)
+    if paired:
+        pixels = inference._describe_pairs(x, [images, rows, 1, columns, config.BK], **rounding)
+    else:
+        shape = size if part.pixelwise else (n, *x.shape[2:])
+        block = [*box, config.BK]
+        pixels = inference._describe_pixels(x, c, part.stride, shape, block, **rounding)
+    out = y[:, :, part.first[0] :: part.step[0], part.first[1] :: part.step[1]]
+    described = inference._describe_pixels(
+        out, k, part.step, size, [*box, config.BN], image=(y.size(2), width)
+    )
+    if problem.flat:
+        steps = 0, 0, 1, 0
+    _launch(
+        train_descriptor, (programs,), pixels, inference._describe_filters(part.weight, config),
+        described, *tensors, *size, k, c, tiles, *steps, **taps, PAIRED=paired, IMAGES=images,
+        TH=rows, TW=columns, **tile, **options,
+    )  # fmt: skip
+
+
+def _run(x, y, parts: list[Part], end: End, config: Config | None) -> Tensor | None:
+    """Makes y; the programs' sums, (programs, rows, channels of y) in float32, or None."""
+    jobs = []
+    for part in parts:
+        problem = _problem(x, y, part, end.kind)
+        jobs.append((part, problem, inference._fitted(problem, config) if config is not None
+                     and config.kind == problem.kind else _ranked(problem)[0]))  # fmt: skip
+    programs = [_grid(problem, chosen)[2] for _, problem, chosen in jobs]
+    partial = None
+    if ROWS[end.kind]:
+        shape = (sum(programs), ROWS[end.kind], y.size(1))
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    begin = 0
+    with _on(x):
+        for (part, problem, chosen), count in zip(jobs, programs, strict=True):
+            own = None if partial is None else partial[begin : begin + count]
+            _launch_part(x, y, part, end, own, problem, chosen)
+            begin += count
+    return partial
+
+
+# --- what a block is made of
+
+
+def why_not(x: Tensor, conv: ConvNorm) -> str | None:
+    """What of a convolution of x the kernels cannot take; None where they can."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"x is {x.dtype}"
+    if conv.groups != 1:
+        return "the convolution has groups"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "x is not channels_last"
+    if max(conv.stride) > 1 and max(conv.dilation) > 1:
+        return "the convolution is dilated and strided"
+    return None
+
+
+def forward_part(x: Tensor, conv: ConvNorm) -> Part:
+    return Part(
+        _channels_last(conv.weight), tuple(conv.stride), tuple(conv.padding), tuple(conv.dilation),
+        (0, 0), (1, 1), inference._output(x, conv),
+    )  # fmt: skip
+
+
+def gradient_parts(size: tuple[int, int], conv: ConvNorm) -> list[Part]:
+    """Of the gradient of an input of ``size`` rows and columns; pixels that no part makes are 0."""
+    filters = conv.weight.transpose(0, 1)
+    steps = tuple(conv.stride)
+    parts = []
+    for row in range(min(steps[0], size[0])):
+        for column in range(min(steps[1], size[1])):
+            # Pixel first + step * i is output (first + pad - tap * dilation) / step + i for the
+            # taps of which that is whole: from `tap` on in steps of `step`.
+            first = row, column
+            tap = [(f + pad) % s for f, pad, s in zip(first, conv.padding, steps, strict=True)]
+            own = filters[:, :, tap[0] :: steps[0], tap[1] :: steps[1]]
+            if own.numel() == 0:
+                continue
+            padding = [
+                -((f + pad - t) // s)
+                for f, pad, t, s in zip(first, conv.padding, tap, steps, strict=True)
+            ]
+            out = [-(-(n - f) // s) for n, f, s in zip(size, first, steps, strict=True)]
+            dilation = [-d for d in conv.dilation]
+            parts.append(
+                Part(_channels_last(own), (1, 1), tuple(padding), tuple(dilation), first, steps,
+                     tuple(out))
+            )  # fmt: skip
+    return parts
+
+
+def convolve(
+    x: Tensor, conv: ConvNorm, statistics: bool, config: Config | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """``F.conv2d`` and the statistics of its output.
+
+    Args:
+        x: (N, C, H, W), channels_last; ``why_not`` says nothing against it.
+        conv: its norm is not looked at.
+        config: default: the best guess.
+
+    Returns:
+        (N, K, P, Q), channels_last; (programs, 3, K) in float32: mean, sum of squared deviations
+        and how many values, of each program's part of the output as it was rounded.
+    """
+    part = forward_part(x, conv)
+    y = torch.empty(
+        (x.size(0), len(conv.weight), *part.size), dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last,
+    )  # fmt: skip
+    end = End(STATISTICS if statistics else NOTHING, conv.bias)
+    return y, _run(x, y, [part], end, config)
+
+
+def input_gradient(
+    dy: Tensor, conv: ConvNorm, size: tuple[int, int], end: End = End(),  # noqa: B008
+    config: Config | None = None, out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The gradient of a convolution's input, rounded once, as ``end`` has it.
+
+    Args:
+        dy: (N, K, P, Q), channels_last.
+        size: rows and columns of the input.
+        end: RELU: multiplied by the mask of the ReLU that made the input, of ``a`` by ``stats`` of
+            bn_act. ADD: ``other``, where ``mask``, of bn_act, lets it through, is added.
+        out: where to; of a convolution in steps only what it reads is written. Default: new, with
+            zeros there.
+
+    Returns:
+        (N, C, *size), channels_last; RELU: (programs, 2, C) in float32, sums of the gradient and
+        of the gradient times (a - mean).
+    """
+    parts = gradient_parts(size, conv)
+    if out is None:
+        shape = (dy.size(0), conv.weight.size(1), *size)
+        out = torch.empty(
+            shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)  # fmt: skip
+        if len(parts) < conv.stride[0] * conv.stride[1]:
+            out.zero_()
+    return out, _run(dy, out, parts, end, config)
