@@ -19,7 +19,7 @@ import torch
 
 from . import (
     measured,
-    ops,  # noqa: F401  defines cpu_isa, which this module calls
+    ops,  # noqa: F401  defines the ops that this module calls
 )
 from .env import BACKENDS, CPU_ISAS, settings
 
@@ -125,6 +125,7 @@ def cpu_isa(limit: str | None = None) -> str:
 
 if STATUS["cpu"] is None:
     cpu_isa(settings.cpu_isa)
+    torch.ops.fused_res.training_winograd(settings.winograd)
 
 
 def empty_cache() -> int:

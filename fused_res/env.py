@@ -7,7 +7,7 @@ FUSED_RES_BACKEND       auto cpu cuda triton eager  what runs; ``eager`` is the 
 FUSED_RES_CACHE         ~/.cache/fused_res          folder of what ``fused_res.tune`` finds
 FUSED_RES_CPU_ISA       best plain avx2 avx512      at most this instruction set in the CPU library
 FUSED_RES_LOG           off dispatch                ``dispatch``: say on stderr what ran and why
-FUSED_RES_WINOGRAD      4 2 0                       largest Winograd tile in inference on a CPU
+FUSED_RES_WINOGRAD      4 2 0                       largest Winograd tile on a CPU (training: 2)
 ======================  ==========================  =============================================
 
 They are read once, when ``fused_res`` is imported. ``XDG_CACHE_HOME``, where it is set, stands for

@@ -1,6 +1,10 @@
 """Our own convolutions in training on a CPU, in the op res_block: the rule for outputs and every
 gradient, where they run, and that sums do not depend on the threads."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from errors import rule
@@ -161,3 +165,35 @@ def test_nan_and_infinity_are_not_lost():
     x[2, 3, 4, 5] = float("nan")
     got = step(ours, branch, shortcut, x, dy, "relu", torch.float32)
     assert got["y"].isnan().any() and got["weight 0"].isnan().any()
+
+
+INFINITIES = """
+import torch
+from fused_res import Norm
+from fused_res.ops.res_block import res_block
+from fused_res.reference import ConvNorm
+
+torch.manual_seed(0)
+
+def last(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+norm = Norm(torch.zeros(32), torch.ones(32), None, None, False)
+weight = last(32, 32, 3, 3).requires_grad_()
+x, dy = last(2, 32, 34, 34), last(2, 32, 34, 34)
+x[0, 3, 4, 5] = dy[1, 5, 8, 9] = float("inf")
+stage = ConvNorm(weight, None, (1, 1), (1, 1), (1, 1), 1, norm)
+y = res_block(x.requires_grad_(), [stage], act="none", backend="cpu")
+dx, dweight = torch.autograd.grad(y, (x, weight), dy)
+print(*(bool(t.isnan().any()) for t in (y[:, 6:], dx[:, 6:], dweight[6])))
+"""
+
+
+@pytest.mark.parametrize(("limit", "some"), [("0", False), ("2", True)])
+def test_the_setting_limits_winograd(limit, some):
+    """Its sums and differences make NaN of an infinity; a direct convolution's do not."""
+    run = subprocess.run(
+        [sys.executable, "-c", INFINITIES], capture_output=True, text=True,
+        env={**os.environ, "FUSED_RES_WINOGRAD": limit},
+    )  # fmt: skip
+    assert run.stdout.split() == 3 * [str(some)], run.stderr

@@ -1,5 +1,7 @@
 #include "training_convolution.h"
 
+#include <atomic>
+
 #include "convolution.h"
 #include "direct.h"
 #include "winograd.h"
@@ -16,10 +18,12 @@ constexpr int64_t kLeastPixels = 256, kLeastWork = 4 << 20;
 // Panels are of 32 channels: of fewer than these the library's kernels are faster.
 constexpr int64_t kLeastChannels = 24;
 
+std::atomic<int64_t> most_tile{4};
+
 // Winograd's of 2x2 outputs has the error of a direct one, at 4 / 9 of its multiplications.
 bool suits_winograd(const Filters& f, int64_t images, int64_t height, int64_t width) {
-  return f.size[2] == 3 && f.size[3] == 3 && f.size[0] % 8 == 0 && f.size[1] % 8 == 0 &&
-         images * ceil_div(height, 2) * ceil_div(width, 2) >= kLeastTiles;
+  return most_tile >= 2 && f.size[2] == 3 && f.size[3] == 3 && f.size[0] % 8 == 0 &&
+         f.size[1] % 8 == 0 && images * ceil_div(height, 2) * ceil_div(width, 2) >= kLeastTiles;
 }
 
 Tensor convolve(const Tensor& x, const Filters& filters, const OptTensor& bias,
@@ -42,6 +46,11 @@ bool trains(const Tensor& x, const Tensor& weight, const int64_t* stride, const 
                       pixels >= kLeastPixels && pixels * weight.numel() >= kLeastWork;
   return square && small && dense && enough && padding[0] < weight.size(2) &&
          (trains_weight(weight) || (weight.size(2) == 3 && pixels >= kLeastPixelsOfLarge));
+}
+
+int64_t training_winograd(int64_t limit) {
+  if (limit >= 0) most_tile = limit;
+  return most_tile;
 }
 
 bool trains_weight(const Tensor& weight) {

@@ -15,6 +15,10 @@ bool trains_weight(const Tensor& weight);
 Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias,
                             const int64_t* padding);
 
+// limits Winograd's tile (FUSED_RES_WINOGRAD): it is 2 here, or there is none. A limit < 0 changes
+// nothing. Returns the one in use.
+int64_t training_winograd(int64_t limit);
+
 // Gradients of the input, the weight and the bias, where `wanted`; the others are undefined.
 std::array<Tensor, 3> training_convolution_backward(const Tensor& dy, const Tensor& x,
                                                     const Tensor& weight, const int64_t* padding,
