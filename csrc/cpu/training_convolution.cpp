@@ -17,6 +17,7 @@ constexpr int64_t kMostGradientBytes = 1 << 20;  // of a weight: more do not sta
 constexpr int64_t kLeastPixels = 256, kLeastWork = 4 << 20;
 // Panels are of 32 channels: of fewer than these the library's kernels are faster.
 constexpr int64_t kLeastChannels = 24;
+constexpr int64_t kPixelsOfPart = 256, kMostParts = 16;  // of the gradient of a bias
 
 std::atomic<int64_t> most_tile{4};
 
@@ -32,6 +33,26 @@ Tensor convolve(const Tensor& x, const Filters& filters, const OptTensor& bias,
                                        x.size(3) + 2 * padding[1] - 2);
   return winograd ? winograd_once(x, filters, bias, padding, 2)
                   : direct_once(x, filters, bias, padding);
+}
+
+// Summed in parts, as a weight's gradient: how many depends on the size alone.
+Tensor bias_gradient(const Tensor& dy) {
+  const int64_t channels = dy.size(1), pixels = dy.numel() / channels;
+  const int64_t parts = std::clamp(pixels / kPixelsOfPart, (int64_t)1, kMostParts);
+  const float* from = (const float*)dy.const_data_ptr();
+  std::vector<double> sums(parts * channels);
+  parallel(parts, dy.numel(), [&](int64_t lo, int64_t hi) {
+    for (int64_t part = lo; part < hi; part++) {
+      double* sum = sums.data() + part * channels;
+      for (int64_t i = pixels * part / parts; i < pixels * (part + 1) / parts; i++)
+        for (int64_t c = 0; c < channels; c++) sum[c] += from[i * channels + c];
+    }
+  });
+  for (int64_t i = channels; i < parts * channels; i++) sums[i % channels] += sums[i];
+  sums.resize(channels);
+  Tensor dbias = uninitialised(channels, ScalarType::Float);
+  write_channels(sums, dbias);
+  return dbias;
 }
 
 }  // namespace
@@ -79,15 +100,7 @@ std::array<Tensor, 3> training_convolution_backward(const Tensor& dy, const Tens
     gradients[1] = winograd ? winograd_weight_gradient(dy, x, weight, padding)
                             : direct_weight_gradient(dy, x, weight, padding);
   }
-  if (wanted[2]) {
-    const int64_t channels = weight.size(0), pixels = dy.numel() / channels;
-    const float* from = (const float*)dy.const_data_ptr();
-    std::vector<double> sums(channels);
-    for (int64_t i = 0; i < pixels; i++)
-      for (int64_t c = 0; c < channels; c++) sums[c] += from[i * channels + c];
-    gradients[2] = uninitialised(channels, ScalarType::Float);
-    write_channels(sums, gradients[2]);
-  }
+  if (wanted[2]) gradients[2] = bias_gradient(dy);
   return gradients;
 }
 
