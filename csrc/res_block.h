@@ -1,8 +1,8 @@
 // A residual block, forward and backward, in one call each way: convolutions from the library, all
 // the rest by bn_act. Schemas and their meaning: fused_res/ops/res_block.py.
 //
-// `Library` is a device's: bn_act_fwd, bn_act_bwd and bn_act_reapply, convolve and
-// convolve_backward of a stage,
+// `Library` is a device's: bn_act_fwd, bn_act_bwd and bn_act_reapply; convolve and
+// convolve_backward of a stage, and adds, whether the latter can add another gradient of the input;
 // count(counters), which adds one to each, and Guard, which makes a tensor's device the current
 // one; and convolution and convolution_backward of libtorch's C interface, past the dispatcher, for
 // the stages' own.
@@ -158,9 +158,10 @@ struct ResBlock {
     return result;
   }
 
-  // The gradients that `needs` names, in its order: bit 0 is x's, which comes in two, by way of the
-  // branch and of the shortcut (where that is not dy itself), to be added; then of each stage the
-  // convolution's weight, its bias, and the BatchNorm's weight and bias, which are one bit.
+  // The gradients that `needs` names, in its order: bit 0 is x's, which may come in two to be
+  // added, by way of the branch and of the shortcut (empty where that is dy itself); then of each
+  // stage the convolution's weight, its bias, and the BatchNorm's weight and bias, which are one
+  // bit.
   //
   // The inner activations are computed again, each when its convolution's turn comes.
   Tensors backward(const Tensor& dy, const Tensor& x, const Tensors& saved, int64_t act,
@@ -174,6 +175,7 @@ struct ResBlock {
       return needs >> (1 + 3 * stage + which) & 1;
     };
     const bool wants_x = needs & 1;
+    const OptTensor none;
     // whether anything before stage i of the branch wants a gradient
     const auto before = [&](size_t i) { return (needs & ((int64_t(1) << (1 + 3 * i)) - 1)) != 0; };
     const auto conv_wants = [&](size_t i, bool input) {
@@ -190,14 +192,16 @@ struct ResBlock {
     };
     // the input's gradient
     const auto convolve_backward = [&](size_t i, const BlockStage& s, const Tensor& dy,
-                                       const Tensor& z, const std::array<bool, 3>& wanted) {
-      auto [dz, dweight, dbias] = Library::convolve_backward(s, dy, z, wanted);
+                                       const Tensor& z, const std::array<bool, 3>& wanted,
+                                       const OptTensor& add = {}) {
+      auto [dz, dweight, dbias] = Library::convolve_backward(s, dy, z, wanted, add);
       if (wanted[1]) put(i, 0, dweight);
       if (wanted[2]) put(i, 1, dbias);
       return dz;
     };
 
     Tensor g = dy, d_residual = dy, mask = saved.back();
+    bool added = false;
     for (size_t i = n; i-- > 0;) {
       const BlockStage& s = branch[i];
       const bool last = i + 1 == n, second = last && shortcut;
@@ -220,16 +224,18 @@ struct ResBlock {
       put_norm(i, dweight, dbias);
       if (second) put_norm(n, dweight2, dbias2);
       if (of_residual) d_residual = dresidual;
+      if (second && of_residual)
+        d_residual = convolve_backward(n, *shortcut, d_residual, x, conv_wants(n, wants_x));
       if (!any(of_conv)) break;
       if (!again) find_input();
-      g = convolve_backward(i, s, dx, input[0], of_conv);
+      added = i == 0 && wants_x && Library::adds(s, dx, x, d_residual);
+      g = convolve_backward(i, s, dx, input[0], of_conv, added ? OptTensor(d_residual) : none);
       mask = input[1];
     }
-    if (shortcut && any(conv_wants(n, wants_x)))
-      d_residual = convolve_backward(n, *shortcut, d_residual, x, conv_wants(n, wants_x));
     Tensors result;
     if (wants_x) result.push_back(g);
-    if (wants_x && (shortcut || act == 1)) result.push_back(d_residual);
+    if (wants_x && !added)
+      result.push_back(shortcut || act == 1 ? d_residual : torch::stable::new_empty(x, {0}));
     for (const OptTensor& t : gradients)
       if (t) result.push_back(*t);
     return result;

@@ -208,12 +208,12 @@ Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptT
 }
 
 Tensor direct_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
-                   const int64_t* padding) {
+                   const OptTensor& add, const int64_t* padding) {
   const int64_t channels = filters.size[0];
   Pooled u(ceil_div(channels, kPanel) * filters.depth() * kPanel);
   pack_direct(filters, std::vector<double>(channels, 1.0), filters.depth(), u.data());
   return run_direct(args_of(x, filters.size[2], filters.size[3], padding), x.size(0), u.data(),
-                    bias, {}, channels, false, 0);
+                    bias, add, channels, false, 0);
 }
 
 // Pixels are summed in parts, which threads share, each from first to last and then one part after

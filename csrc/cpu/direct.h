@@ -13,7 +13,7 @@ Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptT
 // With weights that are used once: stride 1, no groups or dilation; filters of Filters(weight).
 struct Filters;
 Tensor direct_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
-                   const int64_t* padding);
+                   const OptTensor& add, const int64_t* padding);
 struct DirectKernels;
 const DirectKernels& direct_kernels_of_isa();
 // The gradient of `weight`, of that convolution's output and input

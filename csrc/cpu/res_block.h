@@ -25,19 +25,24 @@ struct CpuLibrary {
     if (!ours(s, x)) return s.convolve<CpuLibrary>(x);
     return training_convolution(x, s.conv_weight, s.conv_bias, s.padding);
   }
+  static bool ours_backward(const BlockStage& s, const Tensor& dy, const Tensor& x) {
+    return ours(s, x) && channels_last_contiguous(dy);
+  }
+  static bool adds(const BlockStage& s, const Tensor& dy, const Tensor& x, const Tensor& other) {
+    return ours_backward(s, dy, x) && channels_last_contiguous(other);
+  }
   static std::array<Tensor, 3> convolve_backward(const BlockStage& s, const Tensor& dy,
-                                                 const Tensor& x,
-                                                 const std::array<bool, 3>& wanted) {
-    if (!ours(s, x) || !channels_last_contiguous(dy))
-      return s.convolve_backward<CpuLibrary>(dy, x, wanted);
+                                                 const Tensor& x, const std::array<bool, 3>& wanted,
+                                                 const OptTensor& add) {
+    if (!ours_backward(s, dy, x)) return s.convolve_backward<CpuLibrary>(dy, x, wanted);
     if (trains_weight(s.conv_weight))
-      return training_convolution_backward(dy, x, s.conv_weight, s.padding, wanted);
+      return training_convolution_backward(dy, x, s.conv_weight, s.padding, wanted, add);
     std::array<Tensor, 3> gradients;
     if (wanted[1] || wanted[2])
       gradients = s.convolve_backward<CpuLibrary>(dy, x, {false, wanted[1], wanted[2]});
     if (wanted[0])
-      gradients[0] =
-          training_convolution_backward(dy, x, s.conv_weight, s.padding, {true, false, false})[0];
+      gradients[0] = training_convolution_backward(dy, x, s.conv_weight, s.padding,
+                                                   {true, false, false}, add)[0];
     return gradients;
   }
   static void count(const Tensors& counters) {

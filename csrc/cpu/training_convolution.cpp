@@ -28,11 +28,11 @@ bool suits_winograd(const Filters& f, int64_t images, int64_t height, int64_t wi
 }
 
 Tensor convolve(const Tensor& x, const Filters& filters, const OptTensor& bias,
-                const int64_t* padding) {
+                const OptTensor& add, const int64_t* padding) {
   const bool winograd = suits_winograd(filters, x.size(0), x.size(2) + 2 * padding[0] - 2,
                                        x.size(3) + 2 * padding[1] - 2);
-  return winograd ? winograd_once(x, filters, bias, padding, 2)
-                  : direct_once(x, filters, bias, padding);
+  return winograd ? winograd_once(x, filters, bias, add, padding, 2)
+                  : direct_once(x, filters, bias, add, padding);
 }
 
 // Summed in parts, as a weight's gradient: how many depends on the size alone.
@@ -80,16 +80,17 @@ bool trains_weight(const Tensor& weight) {
 
 Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias,
                             const int64_t* padding) {
-  return convolve(x, Filters(weight), bias, padding);
+  return convolve(x, Filters(weight), bias, {}, padding);
 }
 
 std::array<Tensor, 3> training_convolution_backward(const Tensor& dy, const Tensor& x,
                                                     const Tensor& weight, const int64_t* padding,
-                                                    const std::array<bool, 3>& wanted) {
+                                                    const std::array<bool, 3>& wanted,
+                                                    const OptTensor& add) {
   std::array<Tensor, 3> gradients;
   if (wanted[0]) {
     const int64_t around[] = {weight.size(2) - 1 - padding[0], weight.size(3) - 1 - padding[1]};
-    gradients[0] = convolve(dy, Filters(weight).reversed(), {}, around);
+    gradients[0] = convolve(dy, Filters(weight).reversed(), {}, add, around);
   }
   if (wanted[1]) {
     // sums of few products have less error than their transforms

@@ -19,9 +19,11 @@ Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTens
 // nothing. Returns the one in use.
 int64_t training_winograd(int64_t limit);
 
-// Gradients of the input, the weight and the bias, where `wanted`; the others are undefined.
+// Gradients of the input, the weight and the bias, where `wanted`; the others are undefined. `add`,
+// like the input, is added to its gradient.
 std::array<Tensor, 3> training_convolution_backward(const Tensor& dy, const Tensor& x,
                                                     const Tensor& weight, const int64_t* padding,
-                                                    const std::array<bool, 3>& wanted);
+                                                    const std::array<bool, 3>& wanted,
+                                                    const OptTensor& add);
 
 }  // namespace fused_res

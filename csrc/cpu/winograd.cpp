@@ -183,11 +183,11 @@ Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
 }
 
 Tensor winograd_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
-                     const int64_t* padding, int64_t tile) {
+                     const OptTensor& add, const int64_t* padding, int64_t tile) {
   const int64_t size = (tile + 2) * (tile + 2);
   Pooled u(size * ceil_div(filters.size[0], kPanel) * filters.size[1] * kPanel);
   pack_winograd(filters, std::vector<double>(filters.size[0], 1.0), tile, u.data());
-  return run_winograd(x, u.data(), bias, {}, filters.size[0], padding, tile, false, 0);
+  return run_winograd(x, u.data(), bias, add, filters.size[0], padding, tile, false, 0);
 }
 
 // As direct_weight_gradient: tiles are summed in parts, how many depends on the sizes alone.

@@ -13,7 +13,7 @@ Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
 // With weights that are used once
 struct Filters;
 Tensor winograd_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
-                     const int64_t* padding, int64_t tile);
+                     const OptTensor& add, const int64_t* padding, int64_t tile);
 
 // The gradient of `weight`, of a convolution's output and input
 Tensor winograd_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight,

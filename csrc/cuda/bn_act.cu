@@ -266,9 +266,10 @@ struct CudaLibrary {
   static Tensor convolve(const BlockStage& s, const Tensor& x) {
     return s.convolve<CudaLibrary>(x);
   }
+  static bool adds(const BlockStage&, const Tensor&, const Tensor&, const Tensor&) { return false; }
   static std::array<Tensor, 3> convolve_backward(const BlockStage& s, const Tensor& dy,
-                                                 const Tensor& x,
-                                                 const std::array<bool, 3>& wanted) {
+                                                 const Tensor& x, const std::array<bool, 3>& wanted,
+                                                 const OptTensor&) {
     return s.convolve_backward<CudaLibrary>(dy, x, wanted);
   }
   static constexpr auto convolution = aoti_torch_cuda_convolution;

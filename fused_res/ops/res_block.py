@@ -37,8 +37,8 @@ _FWD = (
     "float[] numbers, bool shortcut, int act, bool save, bool recompute) -> Tensor[]"
 )
 # needs: bit 0 for x, then three for each stage: the convolution's weight, its bias, the BatchNorm.
-# Returns the gradients asked for in that order; x's are two where the shortcut does not pass dy on
-# as it is, and the sum is the caller's.
+# Returns the gradients asked for in that order. x's are two where they are still to be added; the
+# second is empty where it is dy itself.
 _BWD = (
     "(Tensor dy, Tensor x, Tensor?[] parameters, Tensor[] saved, int[] integers, bool shortcut, "
     "int act, bool recompute, int needs) -> Tensor[]"
@@ -96,8 +96,10 @@ def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, 
 def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, plan=None):
     gradients = []
     if needs & 1:
-        two = plan is None and (shortcut or act == ACTS.index("relu"))
-        gradients += [torch.empty_like(x)] * (2 if two else 1)
+        gradients.append(torch.empty_like(x))
+        if plan is None:
+            passes = not shortcut and act != ACTS.index("relu")
+            gradients.append(x.new_empty(0) if passes else torch.empty_like(x))
     for stage in range(len(parameters) // PARAMETERS):
         weight, bias, *norm = parameters[PARAMETERS * stage : PARAMETERS * (stage + 1)]
         for bit, tensors in enumerate(([weight], [bias], norm)):
@@ -278,23 +280,20 @@ class _ResBlock(torch.autograd.Function):
             needs |= (wants[i] | wants[i + 1] << 1 | (wants[i + 2] or wants[i + 3]) << 2) << bit
             bit += 3
         args = dy, x, parameters, saved, call.integers, *call[4:7], needs
-        triton = call.plan is not None
-        if triton:
-            grads = iter(_in_pytorchs_terms(_backward_triton, *args, call.plan))
+        if call.plan is None:
+            grads = _in_pytorchs_terms(_backward, *args)
         else:
-            grads = iter(_in_pytorchs_terms(_backward, *args))
-        dx = None
-        if wants_x:
-            dx = next(grads)
-            passes = not call.shortcut and ACTS[call.act] != "relu"
-            if not triton:
-                dx += dy if passes else next(grads)
-        out = []
+            grads = _in_pytorchs_terms(_backward_triton, *args, call.plan)
+        flags = []
         for i in range(0, count, PARAMETERS):
             norm = wants[i + 2] or wants[i + 3]
-            for wanted in (wants[i], wants[i + 1], norm, norm):
-                out.append(next(grads) if wanted else None)
-        return None, dx, *out
+            flags += [wants[i], wants[i + 1], norm, norm]
+        of_x, of_parameters = grads[: len(grads) - sum(flags)], grads[len(grads) - sum(flags) :]
+        dx = of_x[0] if wants_x else None
+        if len(of_x) == 2:
+            dx += of_x[1] if of_x[1].numel() else dy
+        rest = iter(of_parameters)
+        return None, dx, *(next(rest) if flag else None for flag in flags)
 
 
 class _DoesNotFit(Exception):
