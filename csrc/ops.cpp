@@ -22,5 +22,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&fused_res::cpu_isa));
   m.impl("empty_cache", TORCH_BOX(&fused_res::pool_release));
+  m.impl("training_convolutions", TORCH_BOX(&fused_res::training_convolutions));
   m.impl("training_winograd", TORCH_BOX(&fused_res::training_winograd));
 }

@@ -10,6 +10,7 @@ import torch
 from errors import rule
 
 from fused_res import Norm, reference
+from fused_res.ops import res_block as op
 from fused_res.ops.res_block import res_block
 from fused_res.reference import ConvNorm
 
@@ -124,24 +125,52 @@ def test_they_run(name):
     assert library_calls(lambda: step(ours, *args)) == 0
 
 
-@pytest.mark.parametrize(
-    ("branch", "x"),
-    [
-        (lambda: [stage(32, 32, 3)], lambda: torch.randn(9, 32, 8, 8)),
-        (lambda: [stage(16, 16, 3)], lambda: image(9, 16, 16, 16)),
-        (lambda: [stage(32, 32, 3)], lambda: image(5, 32, 8, 8)),
-        (lambda: [stage(32, 32, 5)], lambda: image(9, 32, 8, 8)),
-        (lambda: [stage(32, 32, 3)._replace(dilation=(2, 2), padding=(2, 2))],
-         lambda: image(9, 32, 8, 8)),
-    ],
-    ids=["NCHW", "few channels", "small", "5x5", "dilation"],
-)  # fmt: skip
-def test_elsewhere_the_library_runs(branch, x):
-    branch, x = branch(), x()
+# branch, input
+ELSEWHERE = {
+    "strides": lambda: (
+        [stage(32, 32, 3)._replace(stride=(1, 2)), stage(32, 32, 3)._replace(stride=(1, 2))],
+        image(20, 32, 32, 1)),
+    "NCHW": lambda: ([stage(32, 32, 3)], torch.randn(9, 32, 8, 8)),
+    "few channels": lambda: ([stage(16, 16, 3)], image(9, 16, 16, 16)),
+    "small": lambda: ([stage(32, 32, 3)], image(5, 32, 8, 8)),
+    "few pixels": lambda: ([stage(128, 128, 3)], image(3, 128, 9, 9)),
+    "5x5": lambda: ([stage(32, 32, 5)], image(9, 32, 8, 8)),
+    "dilation": lambda: (
+        [stage(32, 32, 3)._replace(dilation=(2, 2), padding=(2, 2))], image(9, 32, 8, 8)),
+    "groups": lambda: ([stage(32, 64, 3)._replace(groups=2)], image(9, 64, 8, 8)),
+    "padding of one dimension": lambda: (
+        [stage(32, 32, 3)._replace(padding=(0, 1)), stage(32, 32, 3)._replace(padding=(2, 1))],
+        image(9, 32, 8, 8)),
+    "large 1x1": lambda: ([stage(512, 512, 1)], image(4, 512, 16, 16)),
+    "large, few pixels": lambda: ([stage(176, 176, 3)], image(5, 176, 14, 14)),
+    "large, not for Winograd": lambda: (
+        [stage(164, 180, 3), stage(180, 164, 3)], image(5, 164, 15, 14)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_elsewhere_the_library_runs(name):
+    branch, x = ELSEWHERE[name]()
     args = branch, None, x, torch.randn_like(x), "relu", torch.float32
-    assert library_calls(lambda: step(ours, *args)) > 0
+    calls = library_calls(lambda: step(reference.res_block, *args))
+    assert library_calls(lambda: step(ours, *args)) == calls > 0
     for key, value in step(reference.res_block, *args).items():
         torch.testing.assert_close(step(ours, *args)[key], value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*BLOCKS, *ELSEWHERE, "few pixels after a stride"])
+def test_large_maps_are_one_call_where_ours_run(name, monkeypatch):
+    monkeypatch.setattr(op, "MOST_ELEMENTS", {"cpu": 0})
+    if name in BLOCKS:
+        branch, shortcut, shape = BLOCKS[name]()
+        x = image(*shape)
+    elif name in ELSEWHERE:
+        (branch, x), shortcut = ELSEWHERE[name](), None
+    else:
+        branch = [stage(32, 32, 3)._replace(stride=(2, 2)), stage(32, 32, 3), stage(32, 32, 3)]
+        shortcut, x = stage(32, 32, 1)._replace(stride=(2, 2)), image(4, 32, 16, 16)
+    y = res_block(x.requires_grad_(), branch, shortcut, backend="cpu")
+    assert ("_ResBlock" in y.grad_fn.name()) == (name in BLOCKS)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ struct CpuLibrary {
   static constexpr auto convolution = aoti_torch_cpu_convolution;
   static constexpr auto convolution_backward = aoti_torch_cpu_convolution_backward;
   static bool ours(const BlockStage& s, const Tensor& x) {
-    return s.groups == 1 && s.dilation[0] == 1 && s.dilation[1] == 1 &&
-           trains(x, s.conv_weight, s.stride, s.padding);
+    return trains(x, s.conv_weight, s.stride, s.padding, s.dilation, s.groups);
   }
   static Tensor convolve(const BlockStage& s, const Tensor& x) {
     if (!ours(s, x)) return s.convolve<CpuLibrary>(x);

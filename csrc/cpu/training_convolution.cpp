@@ -18,18 +18,39 @@ constexpr int64_t kLeastPixels = 256, kLeastWork = 4 << 20;
 // Panels are of 32 channels: of fewer than these the library's kernels are faster.
 constexpr int64_t kLeastChannels = 24;
 constexpr int64_t kPixelsOfPart = 256, kMostParts = 16;  // of the gradient of a bias
+constexpr int kSizes = 11;                               // of a convolution of a branch
 
 std::atomic<int64_t> most_tile{4};
 
 // Winograd's of 2x2 outputs has the error of a direct one, at 4 / 9 of its multiplications.
-bool suits_winograd(const Filters& f, int64_t images, int64_t height, int64_t width) {
-  return most_tile >= 2 && f.size[2] == 3 && f.size[3] == 3 && f.size[0] % 8 == 0 &&
-         f.size[1] % 8 == 0 && images * ceil_div(height, 2) * ceil_div(width, 2) >= kLeastTiles;
+bool suits_winograd(const int64_t* weight, int64_t images, int64_t height, int64_t width) {
+  return most_tile >= 2 && weight[2] == 3 && weight[3] == 3 && weight[0] % 8 == 0 &&
+         weight[1] % 8 == 0 && images * ceil_div(height, 2) * ceil_div(width, 2) >= kLeastTiles;
+}
+
+bool is_small(const int64_t* weight) {
+  const int64_t numel = weight[0] * weight[1] * weight[2] * weight[3];
+  return numel * (int64_t)sizeof(float) < kMostGradientBytes;
+}
+
+bool suits(const int64_t* x, const int64_t* weight, const int64_t* stride, const int64_t* padding,
+           const int64_t* dilation, int64_t groups) {
+  for (int d = 0; d < 2; d++)
+    if (stride[d] != 1 || dilation[d] != 1) return false;
+  const int64_t size = weight[2], pixels = x[0] * x[2] * x[3];
+  const bool square = size == weight[3] && padding[0] == padding[1] && padding[0] < size;
+  const bool enough = std::min(weight[0], weight[1]) >= kLeastChannels && pixels >= kLeastPixels &&
+                      pixels * weight[0] * weight[1] * size * size >= kLeastWork;
+  if (groups != 1 || !square || (size != 1 && size != 3) || !enough) return false;
+  // of large ones a direct convolution takes 1.03 to 1.2 times as long as the library's
+  const int64_t around = 2 * padding[0] - 2;
+  return is_small(weight) || (pixels >= kLeastPixelsOfLarge &&
+                              suits_winograd(weight, x[0], x[2] + around, x[3] + around));
 }
 
 Tensor convolve(const Tensor& x, const Filters& filters, const OptTensor& bias,
                 const OptTensor& add, const int64_t* padding) {
-  const bool winograd = suits_winograd(filters, x.size(0), x.size(2) + 2 * padding[0] - 2,
+  const bool winograd = suits_winograd(filters.size, x.size(0), x.size(2) + 2 * padding[0] - 2,
                                        x.size(3) + 2 * padding[1] - 2);
   return winograd ? winograd_once(x, filters, bias, add, padding, 2)
                   : direct_once(x, filters, bias, add, padding);
@@ -57,16 +78,29 @@ Tensor bias_gradient(const Tensor& dy) {
 
 }  // namespace
 
-bool trains(const Tensor& x, const Tensor& weight, const int64_t* stride, const int64_t* padding) {
-  if (!is_nhwc(x) || !is_float(weight) || stride[0] != 1 || stride[1] != 1) return false;
-  const int64_t pixels = x.size(0) * x.size(2) * x.size(3);
-  const bool square = weight.size(2) == weight.size(3) && padding[0] == padding[1];
-  const bool small = weight.size(2) == 3 || weight.size(2) == 1;
-  const bool dense = weight.is_contiguous() || channels_last_contiguous(weight);
-  const bool enough = std::min(weight.size(0), weight.size(1)) >= kLeastChannels &&
-                      pixels >= kLeastPixels && pixels * weight.numel() >= kLeastWork;
-  return square && small && dense && enough && padding[0] < weight.size(2) &&
-         (trains_weight(weight) || (weight.size(2) == 3 && pixels >= kLeastPixelsOfLarge));
+bool trains(const Tensor& x, const Tensor& weight, const int64_t* stride, const int64_t* padding,
+            const int64_t* dilation, int64_t groups) {
+  return is_nhwc(x) && is_float(weight) &&
+         (weight.is_contiguous() || channels_last_contiguous(weight)) &&
+         suits(x.sizes().data(), weight.sizes().data(), stride, padding, dilation, groups);
+}
+
+int64_t training_convolutions(const std::vector<int64_t>& image,
+                              const std::vector<int64_t>& sizes) {
+  STD_TORCH_CHECK(image.size() == 4, "image must be 4 sizes");
+  std::vector<int64_t> x = image;
+  int64_t count = 0;
+  for (size_t i = 0; i + kSizes <= sizes.size(); i += kSizes) {
+    const int64_t *weight = &sizes[i], *stride = weight + 4, *padding = stride + 2;
+    const int64_t *dilation = padding + 2, groups = dilation[2];
+    count += suits(x.data(), weight, stride, padding, dilation, groups);
+    for (int d = 0; d < 2; d++) {
+      const int64_t room = x[2 + d] + 2 * padding[d] - dilation[d] * (weight[2 + d] - 1) - 1;
+      if (room < 0 || stride[d] < 1) return 0;
+      x[2 + d] = room / stride[d] + 1;
+    }
+  }
+  return count;
 }
 
 int64_t training_winograd(int64_t limit) {
@@ -74,9 +108,7 @@ int64_t training_winograd(int64_t limit) {
   return most_tile;
 }
 
-bool trains_weight(const Tensor& weight) {
-  return weight.numel() * (int64_t)sizeof(float) < kMostGradientBytes;
-}
+bool trains_weight(const Tensor& weight) { return is_small(weight.sizes().data()); }
 
 Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias,
                             const int64_t* padding) {
@@ -96,7 +128,7 @@ std::array<Tensor, 3> training_convolution_backward(const Tensor& dy, const Tens
     // sums of few products have less error than their transforms
     const bool winograd =
         dy.size(0) * dy.size(2) * dy.size(3) >= kLeastSummed &&
-        suits_winograd(Filters(weight), dy.size(0), dy.size(2), dy.size(3)) &&
+        suits_winograd(weight.sizes().data(), dy.size(0), dy.size(2), dy.size(3)) &&
         16 * weight.size(0) * weight.size(1) * (int64_t)sizeof(float) <= kMostGradientBytes;
     gradients[1] = winograd ? winograd_weight_gradient(dy, x, weight, padding)
                             : direct_weight_gradient(dy, x, weight, padding);

@@ -6,14 +6,19 @@
 
 namespace fused_res {
 
-// Whether ours run a convolution without groups or dilation: of stride 1, and in float32.
-bool trains(const Tensor& x, const Tensor& weight, const int64_t* stride, const int64_t* padding);
+// Whether ours run a convolution: in float32, channels_last, of stride 1, where its sizes suit.
+bool trains(const Tensor& x, const Tensor& weight, const int64_t* stride, const int64_t* padding,
+            const int64_t* dilation, int64_t groups);
 
 // And whether its weight's gradient is ours too
 bool trains_weight(const Tensor& weight);
 
 Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias,
                             const int64_t* padding);
+
+// Of the convolutions of a branch, how many are of sizes that suit: image is the first one's input,
+// sizes each one's weight (4), stride, padding and dilation (2 each) and groups.
+int64_t training_convolutions(const std::vector<int64_t>& image, const std::vector<int64_t>& sizes);
 
 // limits Winograd's tile (FUSED_RES_WINOGRAD): it is 2 here, or there is none. A limit < 0 changes
 // nothing. Returns the one in use.

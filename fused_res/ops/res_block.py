@@ -52,17 +52,20 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 # million. Where our own run, which are in this op alone, it is two thirds. A GPU's memory is worth
 # more than the pass that one call takes for what it does not keep.
 MOST_ELEMENTS = 2**22
-MOST_WEIGHT, LEAST_CHANNELS = 2**18, 24  # of ours: csrc/cpu/training_convolution.cpp
 library.define(f"res_block_fwd{_FWD}")
 library.define(f"res_block_bwd{_BWD}")
 # Triton's, as in bn_act. plan: of each stage what runs its convolution, forward and backward:
 # `Choice` of kernels/res_block.py. The gradient of x is one.
 for _name, _schema in (("res_block_fwd", _FWD), ("res_block_bwd", _BWD)):
     library.define(f"{_name}_triton{_schema.replace(') ->', ', int[] plan) ->')}")
+# Of a branch's convolutions, how many are of sizes for our own. sizes: each one's weight (4),
+# stride, padding and dilation (2 each) and groups.
+library.define("training_convolutions(int[] image, int[] sizes) -> int")
 _forward = torch.ops.fused_res.res_block_fwd.default
 _backward = torch.ops.fused_res.res_block_bwd.default
 _forward_triton = torch.ops.fused_res.res_block_fwd_triton.default
 _backward_triton = torch.ops.fused_res.res_block_bwd_triton.default
+_training_convolutions = torch.ops.fused_res.training_convolutions.default
 
 
 @torch.library.register_fake("fused_res::res_block_fwd", lib=library)
@@ -301,16 +304,19 @@ class _DoesNotFit(Exception):
 
 
 def _convolves(x: Tensor, branch: list[ConvNorm]) -> bool:
-    """Whether most of a block's convolutions may be our own."""
-    if x.dtype != torch.float32 or is_nchw(x) or torch.is_autocast_enabled("cpu"):
+    """Whether most of a block's convolutions are our own."""
+    if (
+        x.dim() != 4
+        or x.dtype != torch.float32
+        or not x.is_contiguous(memory_format=torch.channels_last)
+        or torch.is_autocast_enabled("cpu")
+        or any(c.weight.dim() != 4 for c in branch)
+    ):
         return False
-    ours = [
-        max(c.stride) == c.groups == 1
-        and c.weight.numel() < MOST_WEIGHT
-        and min(c.weight.shape[:2]) >= LEAST_CHANNELS
-        for c in branch
-    ]
-    return 2 * sum(ours) > len(ours)
+    sizes = []
+    for c in branch:
+        sizes += (*c.weight.shape, *c.stride, *c.padding, *c.dilation, c.groups)
+    return 2 * _training_convolutions(x.shape, sizes) > len(branch)
 
 
 def _whole_in(x: Tensor, branch: list[ConvNorm], backend: str | None, recompute) -> str | None:
