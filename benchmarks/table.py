@@ -51,7 +51,12 @@ def targets(suites: dict[str, list[dict]]) -> list[tuple[bool, str]]:
                     claim(f"{what} torch.compile", compiled, 1.3, 6, 6)
     if "blocks" in suites:
         blocks = Suite(suites["blocks"])
-        small = [w for w in blocks.workloads if " 32ch " in w]
+        deep = [w for w in blocks.workloads if w.startswith("bottleneck")]
+        kinds = [
+            ("32 channels", [w for w in blocks.workloads if " 32ch " in w], 1.6),
+            ("basic, 64 channels", [w for w in blocks.workloads if " 64ch " in w], 1.1),
+            ("bottleneck", deep, 1.3),
+        ]
         best = [f"eager {CL}", "compile", "compile-max-autotune"]
         for rival in blocks.ours:
             for allocator in blocks.allocators:
@@ -60,9 +65,9 @@ def targets(suites: dict[str, list[dict]]) -> list[tuple[bool, str]]:
                 def over(names: list[str], rival=rival, allocator=allocator) -> list[float | None]:
                     return [blocks.speedup(w, rival, STEP, allocator, best) for w in names]
 
-                claim(what, over(blocks.workloads), 0.97, 6, 6)
-                claim(f"{what}, 32 channels", over(small), 1.10, 2, 2)
-            deep = [w for w in blocks.workloads if w.startswith("bottleneck")]
+                claim(what, over(blocks.workloads), 1.0, 6, 6)
+                for kind, names, least in kinds:
+                    claim(f"{what}, {kind}", over(names), least, len(names), len(names))
             saved = [
                 blocks.speedup(w, rival, "saved", blocks.allocators[0], ["eager"]) for w in deep
             ]
