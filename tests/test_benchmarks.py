@@ -527,9 +527,14 @@ def synthetic(step, saved):
 
 
 def test_targets(table):
-    assert [met for met, _ in table.targets(synthetic(1.2, 1.25))] == [True, True, True]
-    assert [met for met, _ in table.targets(synthetic(1.0, 1.1))] == [True, False, False]
-    assert [met for met, _ in table.targets(synthetic(0.9, 1.25))] == [False, False, True]
+    """Every block, of 32 channels, basic of 64, bottleneck; saved bytes."""
+    for step, saved, expected in (
+        (1.7, 1.25, [True] * 5),
+        (1.4, 1.25, [True, False, True, True, True]),
+        (1.2, 1.1, [True, False, True, False, False]),
+        (0.9, 1.25, [False, False, False, False, True]),
+    ):
+        assert [met for met, _ in table.targets(synthetic(step, saved))] == expected
 
 
 def inferred(eager, frozen, runtime):
