@@ -21,9 +21,9 @@ from cuda_emulation import ELEMENTS, PLANS, Device, Emulation, EmulationError, S
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_res import Norm
+from fused_res import Norm, reference
 from fused_res.ops.bn_act import unpack_mask
-from fused_res.reference import ACTS
+from fused_res.reference import ACTS, ConvNorm
 
 COMPILER = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
 pytestmark = [
@@ -411,3 +411,78 @@ def test_an_access_out_of_bounds_is_caught(planted, access):
         x = torch.randn(3, 8, 8, 8).contiguous(memory_format=LAYOUTS[layout])
         with pytest.raises(EmulationError, match=rf"bn_act_fwd_\w+: misaligned {access} at 0x"):
             broken.forward(x, norm_of(8))
+
+
+def block_step(emulation, x, stages, dy, act):
+    """Output and gradients of a projection block, as csrc/res_block.h walks it: convolutions of
+    PyTorch's, the rest by the emulated kernels."""
+
+    def convolve(stage, x):
+        return torch.nn.functional.conv2d(x, *stage[:-1])
+
+    def convolve_backward(stage, dy, x):
+        args = dy, x, stage.weight, None, *stage[2:5], False, (0, 0), stage.groups
+        return torch.ops.aten.convolution_backward(*args, (True, True, False))[:2]
+
+    *branch, shortcut = stages
+    outputs, kept, z = [], [], x
+    for stage in branch[:-1]:
+        outputs.append(convolve(stage, z))
+        z, _, stats = emulation.forward(outputs[-1], stage.norm, act="relu", save_mask=False)
+        kept.append(stats)
+    a, b, last = convolve(branch[-1], z), convolve(shortcut, x), branch[-1].norm
+    y, mask, stats = emulation.forward(a, last, b, shortcut.norm, act)
+    g = emulation.backward(dy, a, last, b, shortcut.norm, stats, mask, act)
+    found, (dx, dweight) = [], convolve_backward(shortcut, g.dresidual, x)
+    found += [dweight, *g[4:]]
+    for i in reversed(range(len(branch))):
+        z, mask = emulation.reapply(outputs[i - 1], kept[i - 1]) if i else (x, None)
+        dz, dweight = convolve_backward(branch[i], g.dx, z)
+        found += [dweight, *g[2:4]]
+        if i:
+            norm = branch[i - 1].norm
+            g = emulation.backward(
+                dz, outputs[i - 1], norm, None, None, kept[i - 1], mask, "relu",
+                need_residual=False)  # fmt: skip
+    return [y, dx + dz, *found]
+
+
+@pytest.mark.parametrize("act", ["relu", "relu_before_add"])
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_a_whole_block_is_within_the_rule(emulation, dtype, act):
+    """Pooled over draws, for the ReLUs that rounding turns."""
+    emulation.plan, emulation.seed = "automatic", 0
+    mine, other = [], []
+    for _ in range(6):
+
+        def stage(c, k, size, stride):
+            weight = (torch.randn(k, c, size, size) * (2 / (c * size**2)) ** 0.5).to(dtype)
+            pad = (size // 2,) * 2
+            return ConvNorm(weight, None, (stride,) * 2, pad, (1, 1), 1, norm_of(k))
+
+        stages = [stage(24, 16, 1, 1), stage(16, 16, 3, 2), stage(16, 40, 1, 1)]
+        stages.append(stage(24, 40, 1, 2))
+        x = torch.randn(4, 24, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+        dy = torch.randn(4, 40, 5, 4).to(dtype).contiguous(memory_format=torch.channels_last)
+
+        def theirs(wide, x=x, dy=dy, stages=stages):
+            leaves, again = [x.to(wide).requires_grad_()], []
+            for s in stages:
+                kind = torch.float64 if wide == torch.float64 else torch.float32
+                tensors = s.weight.to(wide), s.norm.weight.to(kind), s.norm.bias.to(kind)
+                tensors = [t.detach().clone().requires_grad_() for t in tensors]
+                norm = Norm(None, None, *tensors[1:], True)
+                again.append(s._replace(weight=tensors[0], norm=norm))
+                leaves.append(tensors)
+            y = reference.res_block(leaves[0], again[:-1], again[-1], act)
+            order = [leaves[0], *leaves[4], *leaves[3], *leaves[2], *leaves[1]]
+            return [y, *torch.autograd.grad(y, order, dy.to(wide))]
+
+        exact = theirs(torch.float64)
+        for row, found in (
+            (mine, block_step(emulation, x, stages, dy, act)),
+            (other, theirs(dtype)),
+        ):
+            row += [(f.double() - e).flatten() for f, e in zip(found, exact, strict=True)]
+    mine, other = torch.cat(mine), torch.cat(other)
+    assert mine.square().mean() <= 1.5**2 * other.square().mean()
