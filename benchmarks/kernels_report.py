@@ -140,6 +140,7 @@ def _record(shape, dtype, layout: str, residual: str) -> list[Configuration]:
         kernels.backward(
             x, x, w, True, x if norm else None, norm, w if norm else None, norm, stats, mask, 1,
             True, True, True)  # fmt: skip
+        kernels.statistics(x)
     return found
 
 

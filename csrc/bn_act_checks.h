@@ -52,4 +52,12 @@ inline void check_residual(const OptTensor& residual, bool residual_norm, const 
   STD_TORCH_CHECK(residual || !residual_norm, "residual_norm needs a residual");
 }
 
+inline void check_sums(const OptTensor& sums, bool residual_norm, const Tensor& x) {
+  STD_TORCH_CHECK(!sums || (sums->dim() == 2 && sums->size(0) == (residual_norm ? 4 : 2) &&
+                            sums->size(1) == x.size(1) && sums->is_contiguous() &&
+                            sums->scalar_type() == ScalarType::Double && same_device(*sums, x)),
+                  "sums must be float64 of shape (2, C), or (4, C) with a residual_norm, "
+                  "contiguous and on x's device");
+}
+
 }  // namespace fused_res

@@ -11,6 +11,7 @@
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
   m.impl("bn_act_fwd", TORCH_BOX(&fused_res::bn_act_fwd_cpu));
   m.impl("bn_act_bwd", TORCH_BOX(&fused_res::bn_act_bwd_cpu));
+  m.impl("bn_act_statistics", TORCH_BOX(&fused_res::bn_act_statistics_cpu));
   m.impl("res_block_fwd", TORCH_BOX(&fused_res::res_block_fwd<fused_res::CpuLibrary>));
   m.impl("res_block_bwd", TORCH_BOX(&fused_res::res_block_bwd<fused_res::CpuLibrary>));
   m.impl("convolutions", TORCH_BOX(&fused_res::convolutions_cpu));

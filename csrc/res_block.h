@@ -220,7 +220,7 @@ struct ResBlock {
       auto [dx, dweight, dbias, dresidual, dweight2, dbias2] = Library::bn_act_bwd(
           g, a, s.weight, s.training, second ? OptTensor(output(n)) : OptTensor(), second,
           second ? shortcut->weight : OptTensor(), second && shortcut->training, stats(i), mask,
-          last ? act : 1, any(of_conv), of_residual, of_norms);
+          last ? act : 1, any(of_conv), of_residual, of_norms, std::nullopt);
       put_norm(i, dweight, dbias);
       if (second) put_norm(n, dweight2, dbias2);
       if (of_residual) d_residual = dresidual;

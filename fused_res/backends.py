@@ -247,15 +247,20 @@ def asked_for(op: str, requested: str | None, *tensors: torch.Tensor | None) -> 
     return "eager"
 
 
-def choose(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str:
+def choose(
+    op: str, requested: str | None, *tensors: torch.Tensor | None, by_shape: bool = True
+) -> str:
     """The backend that runs ``op`` on ``tensors`` (the first one decides device and dtype).
+
+    Args:
+        by_shape: False where processes whose batches differ must choose alike.
 
     Raises:
         as ``asked_for``.
     """
     name = asked_for(op, requested, *tensors)
     if name == "auto":
-        name, reason = _auto(op, tensors[0])
+        name, reason = (_auto if by_shape else preferred)(op, tensors[0])
         if name == "eager":
             say(f"{op} runs in PyTorch's own ops: {reason}")
     return name

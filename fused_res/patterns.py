@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-from .nn.blocks import BlockPlan, Stage, bypassed_children, child, has_hooks
+from .nn.blocks import NORMS, BlockPlan, Stage, bypassed_children, child, has_hooks
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -154,12 +154,13 @@ class Nodes:
         return f"{name}()"
 
 
-def _check_child(nodes: Nodes, node: fx.Node, expected: type) -> str:
+def _check_child(nodes: Nodes, node: fx.Node, *expected: type) -> str:
     module, name = nodes.module(node), node.target
     if parametrize.is_parametrized(module):
         raise Unfusable(f"parametrization on {name}")
-    if type(module) is not expected:
-        raise Unfusable(f"{name} is a {type(module).__name__}, a subclass of {expected.__name__}")
+    if type(module) not in expected:
+        kind = type(module).__name__
+        raise Unfusable(f"{name} is a {kind}, a subclass of {expected[0].__name__}")
     return name
 
 
@@ -193,9 +194,7 @@ def _stages(nodes: Nodes, chain: list[fx.Node], opaque: bool) -> list[Stage]:
             stages.append(Stage(_check_child(nodes, node, nn.Conv2d), None, before=tuple(before)))
             before = []
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if isinstance(module, nn.SyncBatchNorm):
-                raise Unfusable(f"{node.target} is a SyncBatchNorm")
-            name = _check_child(nodes, node, nn.BatchNorm2d)
+            name = _check_child(nodes, node, *NORMS)
             if last is None or last.norm or last.relu:
                 raise Unfusable(f"{name} does not follow a convolution")
             stages[-1] = last._replace(norm=name)

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .collectives import all_gather, all_reduce
 
 Act = Literal["relu", "relu_before_add", "none"]
 ACTS = ("none", "relu", "relu_before_add")  # in the order of csrc's enum Act
@@ -39,6 +42,7 @@ def bn_act(
     residual: Tensor | None = None,
     residual_norm: Norm | None = None,
     act: Act = "relu",
+    batch_norm: Callable[..., Tensor] = F.batch_norm,
 ) -> Tensor:
     """BatchNorm (Ioffe and Szegedy, 2015), + residual, ReLU, as PyTorch's own ops.
 
@@ -48,15 +52,72 @@ def bn_act(
         residual: (N, C, H, W), added to the result; optional.
         residual_norm: a BatchNorm of ``residual``'s own (the projection shortcut); optional.
         act: ``relu`` after the add, ``relu_before_add``, or ``none``.
+        batch_norm: what to run in its place.
     """
-    y = F.batch_norm(x, *norm)
+    y = batch_norm(x, *norm)
     if residual is not None and residual_norm is not None:
-        residual = F.batch_norm(residual, *residual_norm)
+        residual = batch_norm(residual, *residual_norm)
     if act == "relu_before_add":
         y = F.relu(y)
     if residual is not None:
         y = y + residual
     return F.relu(y) if act == "relu" else y
+
+
+def _over_channels(v: Tensor) -> Tensor:
+    return v.view(1, -1, 1, 1)
+
+
+def moments(x: Tensor) -> Tensor:
+    """Mean, sum of squared deviations and number of values of each channel, float64 of (3, C); of
+    an empty ``x`` zeros."""
+    x, dims, count = x.double(), (0, 2, 3), x.numel() // x.size(1)
+    mean = x.sum(dims) / max(count, 1)
+    m2 = (x - _over_channels(mean)).square().sum(dims)
+    return torch.stack((mean, m2, torch.full_like(mean, count)))
+
+
+def merged(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``moments`` of parts, (parts, ..., 3, C), as those of the whole, each (..., C), in a fixed
+    order (Chan, Golub and LeVeque, 1983)."""
+    means, m2s, counts = parts.unbind(-2)
+    count = counts.sum(0)
+    mean = (means * (counts / count)).sum(0)
+    return mean, (m2s + counts * (means - mean).square()).sum(0), count
+
+
+@torch.no_grad()
+def update_running_statistics(norm: Norm, mean: Tensor, m2: Tensor, count: Tensor) -> None:
+    """As ``F.batch_norm`` does in training, by what ``merged`` gives."""
+    if norm.running_mean is None:
+        return
+    for running, new in ((norm.running_mean, mean), (norm.running_var, m2 / (count - 1))):
+        running.copy_(torch.lerp(running.double(), new, norm.momentum))
+
+
+def sync_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """What ``nn.SyncBatchNorm`` computes in training: ``F.batch_norm`` by the statistics of all
+    processes of ``group``. One all_gather, and one all_reduce in backward."""
+    dtype, x = x.dtype, x.double()  # once: each way back would round its gradient
+    mean, m2, count = merged(all_gather(moments(x), group))
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
+    update_running_statistics(norm, mean, m2, count)
+    scale = (m2 / count + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    y = (x - _over_channels(mean)) * _over_channels(scale)
+    return (y if bias is None else y + _over_channels(bias)).to(dtype)
 
 
 class ConvNorm(NamedTuple):
@@ -146,30 +207,36 @@ def batch_norm_bwd(
     invstd: Tensor,
     training: bool,
     eps: float,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one BatchNorm from ``g``, its output's: (dx, dweight, dbias).
 
     Written in differentiable ops, so that a second derivative can be taken through it: in training
     the statistics are computed again from ``x``; otherwise ``mean`` and ``invstd``, (C,), are used.
+
+    Args:
+        group: in training, the processes whose statistics these are; dweight and dbias are of this
+            one's own values.
     """
-
-    def over_channels(v: Tensor) -> Tensor:
-        return v.view(1, -1, 1, 1)
-
     dtype = x.dtype
     g, x = g.to(mean.dtype), x.to(mean.dtype)
     dims = (0, 2, 3)
-    if training:
+    count = x.numel() // x.size(1)
+    if training and group is None:
         mean = x.mean(dims)
-        invstd = ((x - over_channels(mean)).square().mean(dims) + eps).rsqrt()
-    xhat = (x - over_channels(mean)) * over_channels(invstd)
+        invstd = ((x - _over_channels(mean)).square().mean(dims) + eps).rsqrt()
+    elif training:
+        mean, m2, count = merged(all_gather(moments(x), group))
+        invstd = (m2 / count + eps).rsqrt()
+    xhat = (x - _over_channels(mean)) * _over_channels(invstd)
     dbias, dweight = g.sum(dims), (g * xhat).sum(dims)
     dx = g
     if training:
-        count = x.numel() // x.size(1)
-        dx = g - (over_channels(dbias) + xhat * over_channels(dweight)) / count
+        sums = torch.stack((dbias, dweight))
+        of_g, of_gx = (sums if group is None else all_reduce(sums, group)) / count
+        dx = g - (_over_channels(of_g) + xhat * _over_channels(of_gx))
     scale = invstd if weight is None else invstd * weight.to(mean.dtype)
-    dx = dx * over_channels(scale)
+    dx = dx * _over_channels(scale)
     parameter_dtype = dtype if weight is None else weight.dtype
     return dx.to(dtype), dweight.to(parameter_dtype), dbias.to(parameter_dtype)
 

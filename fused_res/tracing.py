@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
-from .nn.blocks import FusedForward, child, has_hooks
+from .nn.blocks import NORMS, FusedForward, child, has_hooks
 from .nn.conv_norm import conv_norm_relu, plain_conv_norm
 from .patterns import Nodes, Tracer, trace
 from .surgery import FuseReport
@@ -62,7 +62,7 @@ def fuse_convolutions(model: nn.Module, graph: fx.Graph, report: FuseReport) -> 
             continue
         chain, bn, relu = [node], None, False
         after = _only_user(node)
-        if after is not None and type(nodes.module(after)) is nn.BatchNorm2d:
+        if after is not None and type(nodes.module(after)) in NORMS:
             chain, bn, after = [*chain, after], after.target, _only_user(after)
         if after is not None and nodes.is_relu(after):
             chain, relu = [*chain, after], after.target if after.op == "call_module" else True

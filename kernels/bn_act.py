@@ -334,6 +334,19 @@ def forward_finish(partial, chunks, partial2, chunks2, chunk_values, values, wei
     _store3(affine, center, scale, shift, c, ok, channels)
 
 
+@triton.jit(do_not_specialize=COUNTS)
+def forward_moments(partial, chunks, chunk_values, values, moments, channels, K: tl.constexpr,
+                    B: tl.constexpr):  # fmt: skip
+    """Merges the chunks: mean, m2 and number of values. Grid (blocks of B channels)."""
+    c = tl.program_id(0) * B + tl.arange(0, B)
+    ok = c < channels
+    count = values.to(tl.float64)
+    mean, m2 = _merge(partial, chunks, chunk_values.to(tl.float64), count, c, ok, channels, K)
+    tl.store(moments + c, mean, mask=ok)
+    tl.store(moments + channels + c, m2, mask=ok)
+    tl.store(moments + 2 * channels + c, tl.zeros([B], tl.float64) + count, mask=ok)
+
+
 @triton.jit
 def forward_apply(x, residual, y, mask, affine, affine2, runs, channels, inner,
                   CHANNELS_LAST: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
@@ -890,8 +903,31 @@ def reapply(x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     return y, mask
 
 
+def statistics(x):
+    """``bn_act_statistics``: mean, sum of squared deviations and number of values."""
+    x = _dense(x)
+    g = Geometry.of(x)
+    moments = x.new_empty((3, g.channels), dtype=torch.float64)
+    config = CONFIGS["forward_stats"]
+    tile = g.tile(config, 16)
+    blocks = g.blocks(tile["G"])
+    chunk, chunks = g.chunks(tile, blocks)
+    partial = x.new_empty((chunks, 2, g.channels), dtype=torch.float64)
+    with _on(x):
+        _launch(
+            forward_stats, (blocks, chunks, 1), x, x, partial, g.rows, chunk, g.channels, g.inner,
+            0, warps=config.warps, CHANNELS_LAST=g.channels_last, **tile,
+        )  # fmt: skip
+        _launch(
+            forward_moments, (_ceil_div(g.channels, MERGE["B"]),), partial, chunks,
+            chunk * (1 if g.channels_last else g.inner), g.values, moments, g.channels, warps=4,
+            **MERGE,
+        )  # fmt: skip
+    return moments
+
+
 def backward(dy, x, weight, training, residual, residual_norm, residual_weight, residual_training,
-             stats, mask, act, need_x, need_residual, need_parameters):  # fmt: skip
+             stats, mask, act, need_x, need_residual, need_parameters, given=None):  # fmt: skip
     """``bn_act_bwd``: dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias."""
     x = _dense(x)
     dy, residual = _like(dy, x), _like(residual, x)
@@ -913,7 +949,7 @@ def backward(dy, x, weight, training, residual, residual_norm, residual_weight, 
     bits = mask if act != 0 else None
     sums = need_parameters or (need_x and trains) or (need_residual and trains2)
     with _on(x):
-        if g.small:
+        if g.small and given is None:
             config = CONFIGS["backward_small"]
             tile = g.tile(config, 1 if g.channels_last else 128)
             _launch(
@@ -928,7 +964,9 @@ def backward(dy, x, weight, training, residual, residual_norm, residual_weight, 
             chunk, chunks = g.chunks(tile, blocks) if sums else (0, 0)
             per_chunk = 4 if residual_norm else 2
             partial = x.new_empty((chunks, per_chunk, g.channels), dtype=torch.float64)
-            if sums:
+            if given is not None:
+                partial, chunks = given.contiguous(), 1
+            elif sums:
                 _launch(
                     backward_sums, (blocks, chunks), dy, x, residual, bits, stats, partial, g.rows,
                     chunk, g.channels, g.inner, warps=config.warps, **modes, **tile,

@@ -104,6 +104,25 @@ def assert_rule(cases, ours=on_cpu):
         rule(*(torch.cat([t.flatten() for t in column]) for column in columns), what=name)
 
 
+def assert_statistics(statistics, shape, dtype, layout):
+    """``statistics(x)`` where E[x^2] - E[x]^2 fails: mean >> std."""
+    x = (torch.randn(shape) + 1000).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    found, exact = statistics(x), x.double().transpose(0, 1).flatten(1)
+    assert found.dtype == torch.float64 and (found[2] == exact.size(1)).all()
+    torch.testing.assert_close(found[0], exact.mean(1), rtol=1e-9, atol=0)
+    m2 = exact.var(1, correction=0) * exact.size(1)
+    torch.testing.assert_close(found[1], m2, rtol=1e-6, atol=0)
+
+
+def gradients_by(sums, g, x, weight, stats):
+    """The gradient of a BatchNorm's input from given sums of g and g * (x - mean), in float64."""
+    mean, invstd, weight, of_g, of_gx = (
+        t.double().view(1, -1, 1, 1) for t in (*stats[:2], weight, *sums[:2])
+    )
+    of_g, of_gx = (t / (x.numel() // x.size(1)) for t in (of_g, of_gx))
+    return weight * invstd * (g.double() - of_g - (x.double() - mean) * invstd.square() * of_gx)
+
+
 @st.composite
 def grid(draw):
     """Arguments of ``draws``: the randomised grid that every implementation is held to."""

@@ -4,7 +4,17 @@ errors."""
 import pytest
 import torch
 import torch.nn.functional as F
-from bn_act_cases import LAYOUTS, NAMES, Case, assert_rule, draws, draws_of_grid, grid
+from bn_act_cases import (
+    LAYOUTS,
+    NAMES,
+    Case,
+    assert_rule,
+    assert_statistics,
+    draws,
+    draws_of_grid,
+    gradients_by,
+    grid,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -262,6 +272,35 @@ def test_opcheck(layout):
                 True,
             )
             torch.library.opcheck(torch.ops.fused_res.bn_act_bwd.default, args)
+            sums = torch.randn(4 if second else 2, 10, dtype=torch.float64)
+            torch.library.opcheck(torch.ops.fused_res.bn_act_bwd.default, (*args, sums))
+            torch.library.opcheck(torch.ops.fused_res.bn_act_statistics.default, (x_,))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_statistics_alone(layout, dtype):
+    for shape in ((3, 37, 7, 5), (2, 3, 65, 67), (40, 200, 1, 1), (1, 70, 130, 130)):
+        assert_statistics(torch.ops.fused_res.bn_act_statistics, shape, dtype, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_that_are_given(layout):
+    """They are taken for those of x."""
+    x, r, dy = (simple((3, 37, 9, 5), layout, requires_grad=False)[0] for _ in range(3))
+    w = torch.rand(37) + 0.5
+    args = (x, w, torch.zeros(37), None, None, True, 0.1, 1e-5, r, True, w, w, None, None, True,
+            0.1, 1e-5, ACTS.index("relu"), True)  # fmt: skip
+    y, mask, stats = torch.ops.fused_res.bn_act_fwd(*args)
+    sums = torch.randn(4, 37, dtype=torch.float64) * 30
+    dx, dw, db, dr, *_ = torch.ops.fused_res.bn_act_bwd(
+        dy, x, w, True, r, True, w, True, stats, mask, 1, True, True, False, sums
+    )
+    g = dy * (y > 0)
+    for found, of, rows in ((dx, x, slice(0, 2)), (dr, r, slice(2, 4))):
+        exact = gradients_by(sums[rows], g, of, w, stats[rows])
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    assert dw.numel() == db.numel() == 0
 
 
 def test_compile_agrees_with_eager():
@@ -381,6 +420,10 @@ def test_raw_op_never_reads_out_of_bounds():
     rest = (None, False, None, False, stats, mask, 1, True, False, True)
     with pytest.raises(RuntimeError, match="mask is not what"):
         torch.ops.fused_res.bn_act_bwd(x, x, w, True, *rest)
+    rest = (None, False, None, False, stats, mask, 0, True, False, True)
+    for wrong in (torch.zeros(2, 24), torch.zeros(4, 24).double(), torch.zeros(2, 23).double()):
+        with pytest.raises(RuntimeError, match="sums must be float64 of shape"):
+            torch.ops.fused_res.bn_act_bwd(x, x, w, True, *rest, wrong)
 
 
 def test_named_backend_raises_with_the_reason():

@@ -12,8 +12,10 @@ from bn_act_cases import (
     NAMES,
     Case,
     assert_rule,
+    assert_statistics,
     draws,
     draws_of_grid,
+    gradients_by,
     grid,
     parameter_dtype,
 )
@@ -164,6 +166,40 @@ def test_statistics_do_not_cancel(emulation, layout, plan):
         torch.testing.assert_close(
             norm.running_var.double(), exact.var(1), rtol=3e-6, atol=0, msg=change
         )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_statistics_alone(emulation, layout, dtype):
+    for shape in ((3, 37, 7, 5), (16, 64, 28, 28), (40, 200, 1, 1)):
+        x = torch.randn(shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        first, *others = (emulation.statistics(x) for emulation.seed in range(3))
+        assert all(torch.equal(first, other) for other in others)
+        assert_statistics(emulation.statistics, shape, dtype, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("plan", PLANS[1:])
+@pytest.mark.parametrize("second", [True, False])
+def test_sums_that_are_given(emulation, layout, plan, second):
+    emulation.plan = plan
+    x, residual, dy = (
+        torch.randn(3, 21, 9, 8).contiguous(memory_format=LAYOUTS[layout]) for _ in range(3)
+    )
+    norm = norm_of(21)
+    y, mask, stats = emulation.forward(x, norm, residual, norm if second else None)
+    sums = torch.randn(4 if second else 2, 21, dtype=torch.float64) * 30
+    found = emulation.backward(
+        dy, x, norm, residual, norm if second else None, stats, mask, "relu",
+        need_parameters=False, sums=sums,
+    )  # fmt: skip
+    g = dy * (y > 0)
+    gradients = [(found.dx, x, slice(0, 2)), (found.dresidual, residual, slice(2, 4))]
+    for dx, of, rows in gradients[: 1 + second]:
+        exact = gradients_by(sums[rows], g, of, norm.weight, stats[rows])
+        torch.testing.assert_close(dx.double(), exact, rtol=1e-5, atol=1e-5)
+    if not second:
+        assert torch.equal(found.dresidual, g)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -471,7 +471,6 @@ SKIPPED = {  # block; a word its reason has, if the issue names one
     "ReLU6 at the end": (lambda: Configurable(last=nn.ReLU6), ""),
     "GroupNorm": (lambda: Configurable(norm=lambda c: nn.GroupNorm(2, c)), "GroupNorm"),
     "InstanceNorm": (lambda: Configurable(norm=nn.InstanceNorm2d), "InstanceNorm2d"),
-    "SyncBatchNorm": (lambda: Configurable(norm=nn.SyncBatchNorm), "SyncBatchNorm"),
     "BatchNorm subclass": (lambda: Configurable(norm=OwnBatchNorm), "OwnBatchNorm"),
     "hook on a norm": (hooked, "bn1"),
     "backward hook on a ReLU": (backward_hooked, "act"),

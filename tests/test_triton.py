@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from bn_act_cases import LAYOUTS, Case, assert_rule, draws_of_grid, grid, on_triton
+from bn_act_cases import (
+    LAYOUTS,
+    Case,
+    assert_rule,
+    assert_statistics,
+    draws_of_grid,
+    gradients_by,
+    grid,
+    on_triton,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 
 from fused_res import FusedResBlock, Norm, backend, backends, reference
@@ -112,6 +121,28 @@ def test_statistics_do_not_cancel(plan):
         torch.testing.assert_close(rv.double(), var, rtol=3e-6, atol=0)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_alone(plan, layout):
+    for shape in ((3, 37, 7, 5), (5, 6, 12, 13)):
+        assert_statistics(
+            torch.ops.fused_res.bn_act_statistics_triton, shape, torch.float32, layout
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_that_are_given(layout):
+    x, dy = (torch.randn(3, 13, 7, 5).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+    y, mask, stats, _, _, w = call(x, None)
+    sums = torch.randn(2, 13, dtype=torch.float64) * 30
+    args = dy, x, w, True, None, False, None, False, stats, mask, 1, True, False, False
+    dx, dw, *_ = torch.ops.fused_res.bn_act_bwd_triton(*args, sums)
+    exact = gradients_by(sums, dy * (y > 0), x, w, stats)
+    torch.testing.assert_close(dx.double(), exact, rtol=1e-5, atol=1e-5)
+    assert dw.numel() == 0
+    with pytest.raises(ValueError, match="sums must be float64"):
+        torch.ops.fused_res.bn_act_bwd_triton(*args, sums.float())
+
+
 def test_nan_and_infinity_travel_as_in_pytorch(plan):
     for value in (float("nan"), float("inf"), -float("inf")):
         x = torch.randn(4, 6, 5, 5)
@@ -211,7 +242,8 @@ def test_grids_are_within_cudas_limits(monkeypatch, shape, layout):
     _, mask, stats = kernels.forward(
         x, w, w, w, w, True, 0.1, 1e-5, x, True, w, w, w, w, True, 0.1, 1e-5, 1, True)  # fmt: skip
     kernels.backward(x, x, w, True, x, True, w, True, stats, mask, 1, True, True, True)
-    assert len(grids) == 6
+    kernels.statistics(x)
+    assert len(grids) == 8
     for first, *others in grids:
         assert first < 2**31 and all(n <= 65535 for n in others)
 
@@ -225,6 +257,9 @@ def test_opcheck():
     _, mask, stats = torch.ops.fused_res.bn_act_fwd_triton(*args)
     args = (x, x, w, True, None, False, None, False, stats, mask, 1, True, True, True)
     torch.library.opcheck(torch.ops.fused_res.bn_act_bwd_triton.default, args)
+    sums = torch.randn(2, 5, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.fused_res.bn_act_bwd_triton.default, (*args, sums))
+    torch.library.opcheck(torch.ops.fused_res.bn_act_statistics_triton.default, (x,))
 
 
 # --- bytes

@@ -46,7 +46,7 @@ def test_every_kernel_compiles_for_every_target_without_spills(rows):
     bn_act = {
         f"{way}_{what}"
         for way, whats in {
-            "forward": ("stats", "finish", "apply", "small"),
+            "forward": ("stats", "moments", "finish", "apply", "small"),
             "backward": ("sums", "finish", "dx", "small"),
         }.items()
         for what in whats

@@ -97,6 +97,25 @@ double* scratch(int64_t doubles) {
   return buffer.data();
 }
 
+// Mean and sum of squared deviations of a few channels, of all chunks merged in their order.
+struct Moments {
+  double mean[kMerged] = {}, m2[kMerged] = {};
+
+  // those of chunk k are at partial + k * stride, one array `width` behind the other
+  void merge(const Parts& parts, const double* partial, int64_t stride, int64_t width, int64_t n) {
+    double seen = 0;
+    for (int64_t k = 0; k < parts.chunks; k++, partial += stride) {
+      const double values = parts.values(k), weight = values / (seen + values);
+      for (int64_t c = 0; c < n; c++) {
+        const double delta = partial[c] - mean[c];
+        mean[c] += delta * weight;
+        m2[c] += partial[width + c] + delta * delta * (seen * weight);
+      }
+      seen += values;
+    }
+  }
+};
+
 // One BatchNorm of the forward pass: its arrays per channel, A the accumulation type.
 template <class A>
 struct ForwardNorm {
@@ -190,22 +209,12 @@ struct Forward {
 
   void merge(const Parts& parts, const double* partial, int64_t first, int64_t n) {
     const int64_t width = padded(main.channels);
-    double mean[2][kMerged] = {}, m2[2][kMerged] = {};
-    double seen = 0;
-    for (int64_t k = 0; k < parts.chunks; k++) {
-      const double values = parts.values(k), weight = values / (seen + values);
-      for (int which = 0; which < (second ? 2 : 1); which++) {
-        const double* p = partial + (k * 4 + which * 2) * width + first;
-        for (int64_t c = 0; c < n; c++) {
-          const double delta = p[c] - mean[which][c];
-          mean[which][c] += delta * weight;
-          m2[which][c] += p[width + c] + delta * delta * (seen * weight);
-        }
-      }
-      seen += values;
-    }
+    Moments moments[2];
+    for (int which = 0; which < (second ? 2 : 1); which++)
+      moments[which].merge(parts, partial + which * 2 * width + first, 4 * width, width, n);
     for (int64_t c = 0; c < n; c++) {
-      const double means[2] = {mean[0][c], mean[1][c]}, m2s[2] = {m2[0][c], m2[1][c]};
+      const double means[2] = {moments[0].mean[c], moments[1].mean[c]};
+      const double m2s[2] = {moments[0].m2[c], moments[1].m2[c]};
       finish(first + c, means, m2s);
     }
   }
@@ -257,11 +266,15 @@ struct Backward {
     if (second) second->finish(c, sums[2 * stride], sums[3 * stride]);
   }
 
-  void run(bool sums_wanted) {
+  void run(bool sums_wanted, const double* given) {
     const Parts parts(args.geometry);
     const auto apply = [&](int64_t k, int64_t b) {
       if (args.dx || args.dresidual) kernels.gradients(args, parts.part(k, b));
     };
+    if (given) {
+      for (int64_t c = 0; c < main.channels; c++) finish(c, given + c, main.channels);
+      return parts.each(apply);
+    }
     if (!sums_wanted) return parts.each(apply);
     const int64_t width = padded(main.channels);
     double* partial = scratch(parts.chunks * kSums * width);
@@ -342,7 +355,8 @@ std::array<Tensor, 2> reapply(const Tensor& x, const Tensor& stats) {
 template <class A>
 BnActBackward backward(const Tensor& dy, const Tensor& x, const BatchNormSaved& bn,
                        const OptTensor& residual, const BatchNormSaved* residual_bn,
-                       const Tensor& stats, const Tensor& mask, Act act, BnActWanted wanted) {
+                       const Tensor& stats, const Tensor& mask, Act act, BnActWanted wanted,
+                       const OptTensor& given) {
   const Geometry g = geometry_of(x);
   const int64_t channels = g.channels, elements = g.runs * g.inner, count = elements / channels;
   const auto nothing = [&] { return uninitialised(0, x.scalar_type()); };  // outputs never alias
@@ -366,7 +380,8 @@ BnActBackward backward(const Tensor& dy, const Tensor& x, const BatchNormSaved& 
   const bool sums = wanted.parameters || (wanted.x && bn.training) ||
                     (wanted.residual && second && residual_bn->training);
   BackwardChannels<A>* shortcut = second ? &*second : nullptr;
-  Backward<A>{kernels_for(x.scalar_type()), args, main, shortcut}.run(sums);
+  Backward<A>{kernels_for(x.scalar_type()), args, main, shortcut}.run(
+      sums, given ? (const double*)given->const_data_ptr() : nullptr);
   const auto parameter = [&](const BackwardChannels<A>* norm, bool weight) {
     if (!norm || !norm->bn.weight || !wanted.parameters) return nothing();
     Tensor gradient = uninitialised(channels, norm->bn.weight->scalar_type());
@@ -418,13 +433,14 @@ BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x_, const OptTensor
                              bool training, const OptTensor& residual_, bool residual_norm,
                              const OptTensor& residual_weight, bool residual_training,
                              const Tensor& stats, const Tensor& mask, int64_t act, bool need_x,
-                             bool need_residual, bool need_parameters) {
+                             bool need_residual, bool need_parameters, const OptTensor& sums) {
   check_input(x_, act);
   const Tensor x = dense(x_);
   check_like("dy", dy, x);
   check_channels("", "weight", weight, x);
   check_channels("residual_", "weight", residual_weight, x);
   check_residual(residual_, residual_norm, x);
+  check_sums(sums, residual_norm, x);
   STD_TORCH_CHECK(are_stats(stats, residual_norm, x),
                   "stats is not what bn_act_fwd returned for x");
   const Geometry g = geometry_of(x);
@@ -435,7 +451,32 @@ BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x_, const OptTensor
   const BatchNormSaved bn{weight, training}, residual_bn{residual_weight, residual_training};
   const auto run = is_double(x) ? backward<double> : backward<float>;
   return run(dense_like(dy, x), x, bn, residual, residual_norm ? &residual_bn : nullptr, stats,
-             mask, (Act)act, {need_x, need_residual, need_parameters});
+             mask, (Act)act, {need_x, need_residual, need_parameters}, sums);
+}
+
+Tensor bn_act_statistics_cpu(const Tensor& x_) {
+  check_input(x_, 0);
+  const Tensor x = dense(x_);
+  const Parts parts(geometry_of(x));
+  const BnActKernels& kernels = kernels_for(x.scalar_type());
+  const int64_t channels = parts.g.channels, width = padded(channels);
+  Tensor result = uninitialised(3, channels, ScalarType::Double);
+  double* out = (double*)result.mutable_data_ptr();
+  double* partial = scratch(parts.chunks * 2 * width);
+  parts.each([&](int64_t k, int64_t b) {
+    double* p = partial + k * 2 * width;
+    kernels.stats(x.const_data_ptr(), parts.g, parts.part(k, b), p, p + width);
+  });
+  parts.merge([&](int64_t first, int64_t n) {
+    Moments moments;
+    moments.merge(parts, partial + first, 2 * width, width, n);
+    for (int64_t c = 0; c < n; c++) {
+      out[first + c] = moments.mean[c];
+      out[channels + first + c] = moments.m2[c];
+      out[2 * channels + first + c] = (double)(x.numel() / channels);
+    }
+  });
+  return result;
 }
 
 std::array<Tensor, 2> bn_act_reapply_cpu(const Tensor& x_, const Tensor& stats) {

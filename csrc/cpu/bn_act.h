@@ -40,7 +40,9 @@ BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor&
                              bool training, const OptTensor& residual, bool residual_norm,
                              const OptTensor& residual_weight, bool residual_training,
                              const Tensor& stats, const Tensor& mask, int64_t act, bool need_x,
-                             bool need_residual, bool need_parameters);
+                             bool need_residual, bool need_parameters, const OptTensor& sums);
+
+Tensor bn_act_statistics_cpu(const Tensor& x);
 
 // y and mask of a bn_act with a ReLU and no residual once more, bit by bit, from its stats
 std::array<Tensor, 2> bn_act_reapply_cpu(const Tensor& x, const Tensor& stats);

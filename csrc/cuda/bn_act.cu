@@ -168,12 +168,13 @@ BnActBackward bn_act_bwd_cuda(const Tensor& dy_, const Tensor& x_, const OptTens
                               bool training, const OptTensor& residual_, bool residual_norm,
                               const OptTensor& residual_weight, bool residual_training,
                               const Tensor& stats, const Tensor& mask, int64_t act, bool need_x,
-                              bool need_residual, bool need_parameters) {
+                              bool need_residual, bool need_parameters, const OptTensor& sums) {
   check_input(x_, act);
   check_like("dy", dy_, x_);
   check_channels("", "weight", weight, x_);
   check_channels("residual_", "weight", residual_weight, x_);
   check_residual(residual_, residual_norm, x_);
+  check_sums(sums, residual_norm, x_);
   check_stats(stats, residual_norm, x_);
 
   const Allocator device{x_.get_device_index()};
@@ -218,7 +219,8 @@ BnActBackward bn_act_bwd_cuda(const Tensor& dy_, const Tensor& x_, const OptTens
        {{channels_of(weight), written(dweight), written(dbias), training},
         {channels_of(residual_weight), written(dresidual_weight), written(dresidual_bias),
          residual_training}},
-       need_parameters || (need_x && training) || (need_residual && second_trains),
+       !sums && (need_parameters || (need_x && training) || (need_residual && second_trains)),
+       (const double*)data(sums),
        scratch.mutable_data_ptr(),
        plan,
        resources},
@@ -246,6 +248,25 @@ std::array<Tensor, 2> bn_act_reapply_cuda(const Tensor& x_, const Tensor& stats)
   cuda::bn_act_reapply(args, device.stream());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {y, mask};
+}
+
+Tensor bn_act_statistics_cuda(const Tensor& x_) {
+  check_input(x_, 0);
+  const Allocator device{x_.get_device_index()};
+  torch::stable::accelerator::DeviceGuard guard(device.index);
+  const Tensor x = dense(x_);
+  cuda::ForwardArgs args{};
+  args.element = element_of(x);
+  args.shape = shape_of(x);
+  args.x = x.const_data_ptr();
+  args.norm[0].training = true;
+  const int64_t bytes = cuda::scratch_bytes(args.shape, resources_of(device.index));
+  const Tensor scratch = device.empty(bytes, ScalarType::Byte);
+  args.scratch = scratch.mutable_data_ptr();
+  Tensor statistics = device.empty(3, args.shape.channels, ScalarType::Double);
+  cuda::bn_act_statistics(args, (double*)statistics.mutable_data_ptr(), device.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return statistics;
 }
 
 // --- what a block is made of
@@ -296,6 +317,7 @@ int64_t cuda_plan(int64_t wanted) {
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CUDA, m) {
   m.impl("bn_act_fwd", TORCH_BOX(&fused_res::bn_act_fwd_cuda));
   m.impl("bn_act_bwd", TORCH_BOX(&fused_res::bn_act_bwd_cuda));
+  m.impl("bn_act_statistics", TORCH_BOX(&fused_res::bn_act_statistics_cuda));
   m.impl("res_block_fwd", TORCH_BOX(&fused_res::res_block_fwd<fused_res::CudaLibrary>));
   m.impl("res_block_bwd", TORCH_BOX(&fused_res::res_block_bwd<fused_res::CudaLibrary>));
 }

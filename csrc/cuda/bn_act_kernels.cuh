@@ -73,7 +73,8 @@ struct BackwardArgs {
   void *dx, *dresidual;  // null: not wanted
   const float* stats;
   BackwardNorm norm[2];
-  bool sums;  // whether anything that is wanted needs the sums
+  bool sums;            // whether anything that is wanted needs the sums
+  const double* given;  // (2 or 4, C), taken for the sums where it is not null
   void* scratch;
   Plan plan;
   Device device;
@@ -622,10 +623,10 @@ __device__ __forceinline__ void apply(const ForwardArgs& a, const Walk& w, const
 
 // The chunks' means and squared deviations become the batch's: first all means, then the squares
 // about it (Chan, Golub and LeVeque 1979). The block's threads share `channels` channels, one of
-// them c; its sums are complete in lane 0.
-template <class T>
-__device__ inline void merge_forward(const ForwardArgs& a, const Walk& w, const Tables& tables,
-                                     bool first, int64_t c, int channels) {
+// them c; its sums are complete in lane 0, which calls finish(which BatchNorm, mean, m2).
+template <class Finish>
+__device__ inline void merge_statistics(const ForwardArgs& a, const Walk& w, int64_t c,
+                                        int channels, const Finish& finish) {
   const int lane = threadIdx.x / channels, lanes = kThreads / channels;
   const bool in_range = c < w.shape.channels;
   const int64_t chunks = in_range ? w.chunks : 0;
@@ -644,8 +645,16 @@ __device__ inline void merge_forward(const ForwardArgs& a, const Walk& w, const 
       }
       reduce(m2, channels);
     }
-    if (in_range && lane == 0) finish_forward<T>(a, w, tables, first, which, c, mean[0], m2[0]);
+    if (in_range && lane == 0) finish(which, mean[0], m2[0]);
   }
+}
+
+template <class T>
+__device__ inline void merge_forward(const ForwardArgs& a, const Walk& w, const Tables& tables,
+                                     bool first, int64_t c, int channels) {
+  merge_statistics(a, w, c, channels, [&](int which, double mean, double m2) {
+    finish_forward<T>(a, w, tables, first, which, c, mean, m2);
+  });
 }
 
 // where a part's statistics wait for their merge
@@ -674,6 +683,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     merge_forward_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Walk w) {
   const int64_t c = (int64_t)blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels;
   merge_forward<T>(a, w, tables_of_all(w, a.scratch), true, c, kMergeChannels);
+}
+
+// mean, m2 and number of values: (3, C)
+__global__ void __launch_bounds__(kThreads, 1)
+    merge_statistics_kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ Walk w,
+                            double* out) {
+  const int64_t c = (int64_t)blockIdx.x * kMergeChannels + threadIdx.x % kMergeChannels;
+  merge_statistics(a, w, c, kMergeChannels, [&](int, double mean, double m2) {
+    store(out + c, mean);
+    store(out + w.shape.channels + c, m2);
+    store(out + 2 * w.shape.channels + c, w.count());
+  });
 }
 
 template <class T, bool kChannelsLast, bool kVector, bool kSecond>
@@ -897,6 +918,9 @@ __device__ inline void merge_backward(const BackwardArgs& a, const Walk& w, cons
 #pragma unroll
       for (int i = 0; i < 2; i++) sums[i] += load(sums_of(w, a.scratch, k, 2 * which + i) + c);
     if (a.sums) reduce(sums, channels);
+    if (a.given && in_range)
+#pragma unroll
+      for (int i = 0; i < 2; i++) sums[i] = load(a.given + (2 * which + i) * w.shape.channels + c);
     if (in_range && lane == 0) finish_backward<T>(a, w, tables, first, which, c, sums[0], sums[1]);
   }
 }
@@ -1064,14 +1088,29 @@ inline void bn_act_reapply(const ForwardArgs& a, Stream stream) {
   });
 }
 
+// Only the statistics of a.x: mean, sum of squared deviations and number of values, (3, C). Of `a`
+// it takes element, shape, x, norm[0].training, which must be true, and scratch.
+inline void bn_act_statistics(const ForwardArgs& a, double* out, Stream stream) {
+  const Walk walk = split_walk(a.shape);
+  const bool vector = walk.run % 8 == 0 && aligned(a.x);
+  with_kernels(a.element, a.shape, vector, [&](auto t, auto channels_last, auto vector) {
+    launch("bn_act_statistics",
+           statistics_kernel<decltype(t), decltype(channels_last)::value, decltype(vector)::value>,
+           dim3(walk.blocks()), kThreads, stream, a, walk);
+  });
+  launch("bn_act_statistics_merge", merge_statistics_kernel,
+         dim3(ceil_div(a.shape.channels, kMergeChannels)), kThreads, stream, a, walk, out);
+}
+
 inline void bn_act_backward(const BackwardArgs& a, Stream stream) {
   if (!a.sums && !a.dx && !a.dresidual) return;
   const Walk split = split_walk(a.shape);
   const bool vector = split.run % 8 == 0 && aligned(a.dy) && aligned(a.x) && aligned(a.residual) &&
                       aligned(a.dx) && aligned(a.dresidual) && aligned(a.stats);
   const int tensors = 2 + a.residual_norm;
-  const Plan plan =
-      plan_of(a.plan, a.shape, a.element, a.device, a.residual_norm, a.sums ? tensors : 0, vector);
+  const Plan plan = a.given ? Plan::split
+                            : plan_of(a.plan, a.shape, a.element, a.device, a.residual_norm,
+                                      a.sums ? tensors : 0, vector);
   with_kernels(a.element, a.shape, vector, [&](auto t, auto channels_last, auto vector) {
     using T = decltype(t);
     constexpr bool kChannelsLast = decltype(channels_last)::value;

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -31,7 +32,10 @@ from ..ops.conv_bn_act import (
 )
 from ..ops.convolutions import Convolutions, joined
 from ..ops.res_block import check_recompute, whole
+from ..ops.sync_bn_act import sync_bn_act
 from ..reference import Act, ConvNorm, Norm
+
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class Stage(NamedTuple):
@@ -81,6 +85,11 @@ def bypassed_children(block: nn.Module, branch: list[Stage], shortcut: Stage | N
     )
 
 
+def _stands_for(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """BatchNorms may be converted to SyncBatchNorm and back."""
+    return type(module) is kind or (type(module) in NORMS and kind in NORMS)
+
+
 def child(module: nn.Module, path: str) -> nn.Module:
     if path in module._modules:
         return module._modules[path]
@@ -104,7 +113,17 @@ def is_exported() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-def norm_of(bn: nn.BatchNorm2d) -> Norm:
+def group_of(bn: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that share their statistics in ``bn.forward``; None: it is a BatchNorm2d's."""
+    if type(bn) is not nn.SyncBatchNorm or not bn.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def norm_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> Norm:
     """What ``bn.forward`` would pass to ``F.batch_norm``; counts the batch as it would."""
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
@@ -134,15 +153,25 @@ def _normalise(
     stage: Stage,
     x: Tensor,
     residual: Tensor | None = None,
-    residual_norm: Norm | None = None,
+    shortcut: Stage | None = None,
     act: Act | None = None,
 ) -> Tensor:
+    """The norm of ``stage``, of ``x``, and that of ``shortcut``, of ``residual``, if they have
+    them."""
     if act is None:
         act = "relu" if stage.relu else "none"
     if stage.norm is None:
         return F.relu(x) if act == "relu" else x
-    norm = norm_of(child(block, stage.norm))
-    return bn_act_norms(x, norm, residual, residual_norm, act, block.backend)
+    bn, second = child(block, stage.norm), None
+    group = group_of(bn)
+    if shortcut is not None and shortcut.norm is not None:
+        second = child(block, shortcut.norm)
+        if group_of(second) is not group:
+            residual, second = _normalise(block, shortcut, residual), None
+    norms = norm_of(bn), None if second is None else norm_of(second)
+    if group is None:
+        return bn_act_norms(x, norms[0], residual, norms[1], act, block.backend)
+    return sync_bn_act(x, norms[0], group, residual, norms[1], act, block.backend)
 
 
 _WEIGHTS = {"weight", "bias"}
@@ -165,6 +194,7 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
         or _overridden(conv)
         or has_hooks(conv)
         or bn.momentum is None  # the average depends on a count that is on the device
+        or group_of(bn) is not None
     ):
         return None
     kernel, affine, state = conv._parameters, bn._parameters, bn._buffers
@@ -431,18 +461,15 @@ def run_block(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor:
         out = torch.cat((x, _normalise(block, last, out)), dim=1)
         return F.relu(out) if plan.relu else out
 
-    residual, residual_norm, shortcut = x, None, plan.shortcut
-    if shortcut is not None:
-        residual = _convolve(block, shortcut, x)
-        if shortcut.norm is not None:
-            residual_norm = norm_of(child(block, shortcut.norm))
+    shortcut = plan.shortcut
+    residual = x if shortcut is None else _convolve(block, shortcut, x)
     fits = residual.shape == out.shape and residual.dtype == out.dtype
     if last.norm is None or not fits:  # nothing to fuse the add into, or PyTorch's promotion rules
-        if residual_norm is not None:
-            residual = bn_act_norms(residual, residual_norm, act="none", backend=block.backend)
+        if shortcut is not None:
+            residual = _normalise(block, shortcut, residual)
         out = _normalise(block, last, out) + residual
         return F.relu(out) if plan.relu else out
-    return _normalise(block, last, out, residual, residual_norm, act)
+    return _normalise(block, last, out, residual, shortcut, act)
 
 
 class FusedForward:
@@ -467,8 +494,8 @@ class FusedForward:
             module = child(self, name)
             if len(module._modules) != children:
                 return False
-            if kind is not None and (type(module) is not kind or has_hooks(module)):
-                return False  # replaced or converted (to SyncBatchNorm, say), or hooked, since
+            if kind is not None and (not _stands_for(module, kind) or has_hooks(module)):
+                return False  # replaced or hooked since
             if not torch.compiler.is_compiling() and name and "forward" in module.__dict__:
                 return False
         return True

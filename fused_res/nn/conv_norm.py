@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..folds import stamp
 from ..ops.conv_bn_act import Call, conv_bn_act, prepared
 from ..reference import ConvNorm
-from .blocks import conv_norm_of, has_hooks, is_exported, stamped_tensors
+from .blocks import NORMS, conv_norm_of, has_hooks, is_exported, stamped_tensors
 
 
 def plain_conv_norm(
@@ -24,7 +24,7 @@ def plain_conv_norm(
     ):
         return None
     if bn is not None:
-        changed = type(bn) is not nn.BatchNorm2d or has_hooks(bn) or "forward" in bn.__dict__
+        changed = type(bn) not in NORMS or has_hooks(bn) or "forward" in bn.__dict__
         if changed or bn.training or bn.running_mean is None:
             return None
     return conv_norm_of(conv, bn)
@@ -40,7 +40,7 @@ def conv_norm_relu(
 
     Args:
         x: (N, C, H, W), or what else the modules take.
-        conv, bn: an ``nn.Conv2d`` and an ``nn.BatchNorm2d``, or None for no normalisation.
+        conv, bn: an ``nn.Conv2d`` and one of ``NORMS``, or None for no normalisation.
         relu: an ``nn.ReLU``, or whether a ReLU follows.
     """
     hooked = not torch.compiler.is_compiling() and _has_any_global_hook()

@@ -30,18 +30,24 @@ _FWD = (
     "(Tensor y, Tensor mask, Tensor stats)"
 )
 # Gradients that are not needed come back empty. dresidual is only asked for where it is not dy.
+# sums: float64 of (2, C), (4, C) with a residual_norm, to take for x's own: of g, dy where the ReLU
+# let it through, of g * (x - mean), and the same of the residual's BatchNorm.
 _BWD = (
     "(Tensor dy, Tensor x, Tensor? weight, bool training, Tensor? residual, "
     "bool residual_norm, Tensor? residual_weight, bool residual_training, Tensor stats, "
-    "Tensor mask, int act, bool need_x, bool need_residual, bool need_parameters) -> "
+    "Tensor mask, int act, bool need_x, bool need_residual, bool need_parameters, "
+    "Tensor? sums=None) -> "
     "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, Tensor dresidual_weight, "
     "Tensor dresidual_bias)"
 )
+# Of x alone, float64 of (3, C): mean, sum of squared deviations and number of values.
+_STATISTICS = "(Tensor x) -> Tensor"
 # The libraries of C++ kernels implement the ops for their devices; Triton's have ops of their own,
 # because a device cannot have two implementations of one.
 for _suffix in ("", "_triton"):
     library.define(f"bn_act_fwd{_suffix}{_FWD}")
     library.define(f"bn_act_bwd{_suffix}{_BWD}")
+    library.define(f"bn_act_statistics{_suffix}{_STATISTICS}")
 
 
 @torch.library.impl(library, "bn_act_fwd_triton", "CompositeExplicitAutograd")
@@ -70,10 +76,22 @@ def _(*args):
         ACTS[act] != "none" and mask.shape != (runs, (length + 7) // 8)
     ):
         raise ValueError("stats and mask must be what bn_act_fwd returned for x")
+    sums = args[14] if len(args) > 14 else None
+    wanted = (4 if residual_norm else 2, x.size(1))
+    if sums is not None and (sums.shape != wanted or sums.dtype != torch.float64):
+        raise ValueError(f"sums must be float64 of shape {wanted}")
     for name, w in (("weight", weight), ("residual_weight", residual_weight)):
         if w is not None and w.shape != x.shape[1:2]:
             raise ValueError(f"{name} must have shape ({x.size(1)},), got {tuple(w.shape)}")
     return kernels.backward(*args)
+
+
+@torch.library.impl(library, "bn_act_statistics_triton", "CompositeExplicitAutograd")
+def _(x):
+    from ..kernels import bn_act as kernels
+
+    _check_triton(x)
+    return kernels.statistics(x)
 
 
 def _check_triton(x: Tensor) -> None:
@@ -118,7 +136,7 @@ def _(x, weight, bias, running_mean, running_var, training, momentum, eps, resid
 @torch.library.register_fake("fused_res::bn_act_bwd", lib=library)
 @torch.library.register_fake("fused_res::bn_act_bwd_triton", lib=library)
 def _(dy, x, weight, training, residual, residual_norm, residual_weight, residual_training, stats,
-      mask, act, need_x, need_residual, need_parameters):  # fmt: skip
+      mask, act, need_x, need_residual, need_parameters, sums=None):  # fmt: skip
     def like_x(wanted):
         return _dense_like(x) if wanted else x.new_empty(0)
 
@@ -131,6 +149,12 @@ def _(dy, x, weight, training, residual, residual_norm, residual_weight, residua
         like_x(need_x), like_weight(weight), like_weight(weight),
         like_x(need_residual), like_weight(residual_weight), like_weight(residual_weight),
     )  # fmt: skip
+
+
+@torch.library.register_fake("fused_res::bn_act_statistics", lib=library)
+@torch.library.register_fake("fused_res::bn_act_statistics_triton", lib=library)
+def _(x):
+    return x.new_empty((3, x.size(1)), dtype=torch.float64)
 
 
 def is_nchw(x: Tensor) -> bool:
@@ -285,7 +309,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 _CHANNEL_FIELDS = Norm._fields[:4]
 
 
-def _check_norm(name: str, norm: Norm, x: Tensor) -> None:
+def _check_norm(name: str, norm: Norm, x: Tensor, alone: bool = True) -> None:
     prefix = f"{name}." if name else ""
     dtype, device, shape = x.dtype, x.device, x.shape[1:2]
     for field, t in zip(_CHANNEL_FIELDS, norm, strict=False):
@@ -309,7 +333,7 @@ def _check_norm(name: str, norm: Norm, x: Tensor) -> None:
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{prefix}running_mean and running_var must both be given or both be None")
     if norm.training:
-        if x.numel() == x.size(1):  # in PyTorch's own words (torch.nn.functional.batch_norm)
+        if alone and x.numel() == x.size(1):  # in PyTorch's own words (torch.nn.functional)
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.shape}"
             )
@@ -326,20 +350,28 @@ def _check_like(name: str, t: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} must be on x's device, {x.device}, got {t.device}")
 
 
-def _check(x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm | None, act: str):
+def _check(
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    residual_norm: Norm | None,
+    act: str,
+    alone: bool = True,
+) -> None:
+    """``alone``: the statistics are of x alone, which must have more than a value per channel."""
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if act not in ACTS:
         raise ValueError(f"act={act!r} must be one of: {', '.join(ACTS)}")
-    _check_norm("", norm, x)
+    _check_norm("", norm, x, alone)
     if residual is not None:
         _check_like("residual", residual, x)
     if residual_norm is not None:
         if residual is None:
             raise ValueError("residual must be given with residual_norm, got None")
-        _check_norm("residual_norm", residual_norm, residual)
+        _check_norm("residual_norm", residual_norm, residual, alone)
 
 
 def bn_act(

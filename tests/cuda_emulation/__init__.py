@@ -91,6 +91,7 @@ class BackwardArgs(Structure):
         ("stats", c_void_p),
         ("norm", BackwardNorm * 2),
         ("sums", c_bool),
+        ("given", c_void_p),
         ("scratch", c_void_p),
         ("plan", c_int),
         ("device", Device),
@@ -136,7 +137,7 @@ class Emulation:
             check=True,
         )  # fmt: skip
         self.library = ctypes.CDLL(str(path))
-        for name in ("forward", "reapply", "backward", "counts"):
+        for name in ("forward", "reapply", "backward", "statistics", "counts"):
             getattr(self.library, name).restype = c_char_p
         for name in ("size_of_forward_args", "size_of_backward_args", "size_of_scratch"):
             getattr(self.library, name).restype = c_int64
@@ -144,6 +145,7 @@ class Emulation:
         self.library.forward.argtypes = [POINTER(ForwardArgs), ctypes.c_uint64]
         self.library.reapply.argtypes = [POINTER(ForwardArgs), ctypes.c_uint64]
         self.library.backward.argtypes = [POINTER(BackwardArgs), ctypes.c_uint64]
+        self.library.statistics.argtypes = [POINTER(ForwardArgs), c_void_p, ctypes.c_uint64]
         self.library.place_of.argtypes = [POINTER(Shape), c_int64, c_int64, POINTER(c_int64)]
         self.library.part_of.argtypes = [POINTER(Shape), c_int64, POINTER(c_int64)]
         assert self.library.size_of_forward_args() == ctypes.sizeof(ForwardArgs)
@@ -258,10 +260,21 @@ class Emulation:
         self._finish(self.library.reapply(ctypes.byref(args), self.seed))
         return y, mask
 
+    def statistics(self, x: Tensor) -> Tensor:
+        self._start()
+        args = ForwardArgs(element=ELEMENTS.index(x.dtype), shape=self.shape(x))
+        args.x, args.scratch = self._pointer("x", x), self._scratch(args.shape)
+        args.norm[0].training = True
+        out = poisoned_like(torch.empty(3, x.size(1), dtype=torch.float64))
+        pointer = self._pointer("statistics", out, True)
+        self._finish(self.library.statistics(ctypes.byref(args), pointer, self.seed))
+        return out
+
     def backward(
         self, dy: Tensor, x: Tensor, norm: Norm, residual: Tensor | None,
         residual_norm: Norm | None, stats: Tensor, mask: Tensor | None, act: str,
         need_x: bool = True, need_residual: bool = True, need_parameters: bool = True,
+        sums: Tensor | None = None,
     ) -> Gradients:  # fmt: skip
         self._start()
         shape = self.shape(x)
@@ -297,7 +310,11 @@ class Emulation:
             self._pointer("dresidual", dresidual, True),
             self._pointer("stats", stats),
             norms,
-            need_parameters or (need_x and norm.training) or (need_residual and second_trains),
+            sums is None
+            and (
+                need_parameters or (need_x and norm.training) or (need_residual and second_trains)
+            ),
+            self._pointer("sums", sums),
             self._scratch(shape),
             PLANS.index(self.plan),
             self.device,

@@ -67,6 +67,10 @@ const char* reapply(const ForwardArgs* args, uint64_t seed) {
   return run(seed, [&] { bn_act_reapply(*args, Stream{}); });
 }
 
+const char* statistics(const ForwardArgs* args, double* out, uint64_t seed) {
+  return run(seed, [&] { bn_act_statistics(*args, out, Stream{}); });
+}
+
 const char* counts() {  // lines of: kernel region read written
   static std::string text;
   text.clear();

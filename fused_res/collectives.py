@@ -1,0 +1,43 @@
+"""What processes exchange, in differentiable form; gradients are of the sum of their losses."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, group):
+        ctx.group = group
+        total = t.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):
+        return _AllReduce.apply(g, ctx.group), None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, group):
+        ctx.group, t = group, t.contiguous()
+        parts = [torch.empty_like(t) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, t, group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _AllReduce.apply(g, ctx.group)[dist.get_rank(ctx.group)], None
+
+
+def all_reduce(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over the processes of ``group``."""
+    return _AllReduce.apply(t, group)
+
+
+def all_gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(processes, *t.shape), in the order of their ranks."""
+    return _AllGather.apply(t, group)
