@@ -43,7 +43,7 @@ def _choices() -> list[str]:
         for name, dtypes in preferred.items():
             words = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             lines.append(f"{op} on {name}: auto takes {name} for {words}, measured to win there")
-    lines.append("SyncBatchNorm: as bn_act on a CPU, PyTorch's own elsewhere; a backend can be named")
+    lines.append("SyncBatchNorm: as bn_act on a CPU, else PyTorch's own; a backend can be named")
     for i in range(torch.cuda.device_count()):
         found = measured.summary(torch.device("cuda", i))
         nothing = "not measured, so auto takes PyTorch's own ops; a backend can be named"

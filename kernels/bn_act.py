@@ -341,7 +341,7 @@ def forward_moments(partial, chunks, chunk_values, values, moments, channels, K:
     c = tl.program_id(0) * B + tl.arange(0, B)
     ok = c < channels
     count = values.to(tl.float64)
-    mean, m2 = _merge(partial, chunks, chunk_values.to(tl.float64), count, c, ok, channels, K)
+    mean, m2 = _merge(partial, chunks, chunk_values.to(tl.float64), count, c, ok, channels, 2, K)
     tl.store(moments + c, mean, mask=ok)
     tl.store(moments + channels + c, m2, mask=ok)
     tl.store(moments + 2 * channels + c, tl.zeros([B], tl.float64) + count, mask=ok)
