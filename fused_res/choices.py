@@ -178,7 +178,8 @@ def choose(call, backend: str) -> Choice:
 @functools.cache
 def knows(device: torch.device) -> bool:
     """Whether backend ``auto`` may take a kernel on a device: one was measured there, or is now."""
-    return _recorded is not None or measured.knows(device, OP) or bool(tuned.table(device))
+    mine = any(row.op == OP for row in tuned.table(device).values())
+    return _recorded is not None or measured.knows(device, OP) or mine
 
 
 def forget() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import backends, choices, measured, tuned
+from . import backends, choices, measured, plans, tuned
 from .cli import table
 from .env import settings
 from .version import __version__
@@ -49,16 +49,19 @@ def _choices() -> list[str]:
         nothing = "not measured, so auto takes PyTorch's own ops; a backend can be named"
         lines += [f"cuda:{i}: {line}" for line in found or [nothing]]
     for device in tuned.devices():
-        lines.append(f"{device}: {choices.OP}: {_tuned(device)}")
+        lines.append(f"{device}: {choices.OP}: {_tuned(device, choices.OP, '')}")
+        if device.type != "cpu":
+            lines.append(f"{device}: {plans.OP}: {_tuned(device, plans.OP, '--train ')}")
     return lines
 
 
-def _tuned(device: torch.device) -> str:
-    """What ``tune`` has found for a device, in words."""
+def _tuned(device: torch.device, op: str, option: str) -> str:
+    """What ``tune`` has found of an op for a device, in words."""
     path = tuned.path_of(tuned.made_by(device))
-    found = collections.Counter(choices.taken(row) for row in tuned.table(device).values())
+    rows = tuned.table(device).values()
+    found = collections.Counter(choices.taken(row) for row in rows if row.op == op)
     if not found:
-        return f"not tuned (fused-res tune MODEL --shape ... would write {path})"
+        return f"not tuned (fused-res tune {option}MODEL --shape ... would write {path})"
     counts = ", ".join(f"{count} by {name}" for name, count in found.most_common())
     return f"auto takes what was measured for {found.total()} calls: {counts} ({path})"
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backends import choose, named
+from .. import plans, reference
+from ..backends import choose
 from ..reference import ACTS, Act, ConvNorm, Norm
 from . import library
 from .bn_act import bn_act_norms, is_nchw, laid_out
@@ -340,12 +340,6 @@ def _whole_in(x: Tensor, branch: list[ConvNorm], backend: str | None, recompute)
     return name if small or _convolves(x, branch) else None
 
 
-def _plan(x: Tensor, stages: list[ConvNorm], backend: str | None) -> list[int]:
-    """What runs each stage's convolution: our own where Triton was asked for by name."""
-    asked = (named() if backend is None else backend) != "auto"
-    return [int(asked)] * (2 * len(stages))
-
-
 def _autocast(x: Tensor, branch, shortcut, dtype: torch.dtype):
     """What autocast does to the convolutions' operands."""
 
@@ -415,7 +409,7 @@ def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor
         x, branch, shortcut = _autocast(x, branch, shortcut, dtype)
     plan = None
     if name == "triton":
-        plan = _plan(x, branch if shortcut is None else [*branch, shortcut], backend)
+        plan = plans.plan(x, branch, shortcut, backend)
     call, parameters = _flatten(branch, shortcut, act, counters, recompute == "last", plan)
     if (
         any(t is None for t in call.running)
