@@ -1,7 +1,9 @@
 """``fused_res.tune`` and ``fused-res tune``: times every way to run a model's convolutions.
 
 Each distinct call of ``conv_bn_act`` in one forward of the model is timed in every implementation
-that can run it, PyTorch's own ops too. The figures are kept by ``tuned``; ``choices`` goes by them.
+that can run it, PyTorch's own ops too. For training, each distinct convolution of its blocks is
+timed both ways, the library's against our own in Triton. The figures are kept by ``tuned``;
+``choices`` and ``plans`` go by them.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.random import fork_rng
 
-from . import backends, choices, tuned
+from . import backends, choices, plans, tuned
 from .choices import Choice, Key
 from .cli import UsageError, table
 from .env import settings
@@ -84,7 +87,9 @@ def _refuse_to_measure() -> None:
         raise RuntimeError("tune cannot measure while a CUDA graph is captured: call it before")
 
 
-def _calls_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[Key, Call]:
+def _calls_of(
+    model: nn.Module, inputs: tuple[Tensor, ...], train: bool
+) -> dict[Key, Call] | dict[plans.Call, None]:
     """The distinct calls in a forward of a copy, which shares the parameters."""
     try:
         model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
@@ -95,8 +100,13 @@ def _calls_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[Key, Call]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fuse_ found no residual block")
         report = fuse_(model)
-    model.eval()
-    with torch.no_grad(), backends.backend("auto"), choices.recording() as calls:
+    if not train:
+        model.eval()
+    elif not model.training:  # else some of it may be frozen
+        model.train()
+    backend, recording = ("triton", plans.recording) if train else ("auto", choices.recording)
+    gpus = {t.device.index for t in (*inputs, *model.parameters()) if t.is_cuda}
+    with torch.no_grad(), backends.backend(backend), recording() as calls, fork_rng(gpus):
         try:
             model(*inputs)
         except Exception as error:
@@ -155,32 +165,42 @@ def _clock(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _time(call: Call, ways: list[Choice], seconds: float) -> list[float | None]:
-    """Milliseconds of each way, the fastest of runs in turns; None: it does not run.
+    """Milliseconds of each way; None: it does not run."""
+    makers = {f"{way.implementation} {way.config}": partial(_runner, call, way) for way in ways}
+    return _time_in_turns(makers, [call.x, call.residual], seconds)
+
+
+def _time_in_turns(
+    makers: dict[str, Callable[[], Callable[[], object]]],
+    inputs: list[Tensor | None],
+    seconds: float,
+) -> list[float | None]:
+    """Milliseconds of what each maker makes, the fastest of runs in turns; None: it does not run.
 
     Not the median: where other processes wanted the processor, more than half of the runs of 2 ms
     took longer by a slice of the scheduler's, 7 ms.
     """
-    device = call.x.device
+    device = inputs[0].device
     scratch = torch.empty(SCRATCH.get(device.type, 2**26), dtype=torch.uint8, device=device)
 
     def once(run: Callable[[], object]) -> float:
         scratch.zero_()
-        for t in (call.x, call.residual):  # what ran before has just written these
+        for t in inputs:  # what ran before has just written these
             if t is not None:
                 t.mul_(1)
         return _clock(run, device)
 
-    samples: list[list[float]] = [[] for _ in ways]
-    runs, rounds = [None] * len(ways), [0] * len(ways)
-    for i, way in enumerate(ways):
+    samples: list[list[float]] = [[] for _ in makers]
+    runs, rounds = [None] * len(makers), [0] * len(makers)
+    for i, (name, make) in enumerate(makers.items()):
         try:
-            runs[i] = _runner(call, way)
+            runs[i] = make()
             runs[i]()  # compiles, and makes what is kept for the next
             start = time.perf_counter()
             once(runs[i])
             spent = time.perf_counter() - start
         except Exception as error:
-            _log.warning("tune: %s %s does not run: %s", way.implementation, way.config, error)
+            _log.warning("tune: %s does not run: %s", name, error)
             continue
         rounds[i] = max(ROUNDS[0], min(ROUNDS[1], int(seconds / spent)))
     for turn in range(max(rounds)):
@@ -209,18 +229,58 @@ def _measure(key: Key, call: Call, seconds: float) -> Row | None:
         if key.device.type == "cuda":
             stack.enter_context(torch.cuda.device(key.device))  # events are of the current one
         times = _time(call, ways, seconds)
-    ms, config = {}, None
-    for way, t in zip(ways, times, strict=True):
-        if t is not None and t < ms.get(way.implementation, float("inf")):
-            ms[way.implementation] = float(f"{t:.4g}")
-            if way.config is not None:
-                config = way.config._asdict()
+    names = [way.implementation for way in ways]
+    ms, config = _fastest(names, [way.config for way in ways], times)
     return choices.row_of(key, ms, config) if len(ms) > 1 and "eager" in ms else None
+
+
+def _fastest(names, configs, times) -> tuple[dict[str, float], dict | None]:
+    """Milliseconds of each implementation in its fastest configuration, and which that is."""
+    ms, fields = {}, None
+    for name, config, t in zip(names, configs, times, strict=True):
+        if t is not None and t < ms.get(name, float("inf")):
+            ms[name] = float(f"{t:.4g}")
+            fields = fields if config is None else config._asdict()
+    return ms, fields
+
+
+def _why_not_training(x: Tensor) -> str | None:
+    """Why there is nothing to choose in training; None where there is."""
+    if x.is_cpu and "cpu" not in backends.DEVICE_TYPES["triton"]:
+        return "on a CPU fixed rules say which convolutions of training are our own"
+    reason = backends.why_not("bn_act", "triton", x.device.type, x.dtype)
+    return reason and f"training runs in the library's convolutions without Triton: {reason}"
+
+
+def _measure_training(call: plans.Call, _, seconds: float) -> Row | None:
+    """As ``_measure``, a convolution of a block in training, one way."""
+    from .kernels.conv_bn_act import CONFIGS
+    from .plan_steps import Steps, values
+
+    v = values(call, call.device)
+    steps = Steps(call, v)
+    library, *own = steps.choices()
+    configs = [None, *(CONFIGS[choice - plans.OWN - 1] for choice in own)]
+    makers = {
+        f"{plans.OP} {config}": partial(partial, steps.run, choice)
+        for choice, config in zip((library, *own), configs, strict=True)
+    }
+    with contextlib.ExitStack() as stack:
+        if call.device.type == "cuda":
+            stack.enter_context(torch.cuda.device(call.device))
+        inputs = [v.get(name) for name in ("x", "a", "dy", "other", "masked")]
+        times = _time_in_turns(makers, [t for t in inputs if t is not None], seconds)
+    ms, config = _fastest(["eager", *["triton"] * len(own)], configs, times)
+    return plans.row_of(call, ms, config) if len(ms) > 1 and "eager" in ms else None
 
 
 @torch.no_grad()
 def tune(
-    model: nn.Module, example: Tensor | tuple[Tensor, ...], *, seconds: float | None = None
+    model: nn.Module,
+    example: Tensor | tuple[Tensor, ...],
+    *,
+    seconds: float | None = None,
+    train: bool = False,
 ) -> TuneReport:
     """Measures how each convolution of ``model`` runs fastest in inference on this device.
 
@@ -233,16 +293,25 @@ def tune(
     Residual blocks are tuned, and of what ``optimize_for_inference`` returned all that it fused.
     The model is not changed: not its mode, parameters, buffers or hooks.
 
+    With ``train`` it is for training: of the convolutions in the blocks that Triton can run, each
+    distinct one is timed forward and backward, the library's with the passes over memory that ours
+    saves (``eager``) and ours in each configuration (``triton``). The copy is in training mode,
+    where the model is not with what it keeps frozen. Where ``auto`` runs a block on Triton, it goes
+    by these figures. Parameters, gradients, running statistics and random number generators are as
+    before.
+
     Args:
         model: any module, fused or not; not wrapped, compiled or scripted.
         example: what it will be called with, a tensor or a tuple of tensors, in the layout
             (channels_last, say) and under the autocast it will have.
         seconds: for each implementation of each shape; default: 0.1, and at least five runs. A
             ResNet-50 at batch 1 takes under half a minute on a CPU.
+        train: for training.
 
     Returns:
         TuneReport: milliseconds by shape and implementation, what is taken, where it was written.
-            Empty where all runs in one way: 16-bit tensors on a CPU.
+            Empty where all runs in one way: 16-bit tensors on a CPU, training there and without
+            Triton.
 
     Raises:
         TypeError: ``model`` is not a module, ``example`` not tensors.
@@ -260,11 +329,16 @@ def tune(
     seconds = SECONDS if seconds is None else seconds
     if not seconds >= 0:
         raise ValueError(f"seconds={seconds!r} must be at least 0")
-    calls = _calls_of(model, tuple(inputs))
     report = TuneReport()
+    reason = _why_not_training(inputs[0]) if train and inputs else None
+    if reason is not None:
+        _log.info("tune: nothing to choose: %s", reason)
+        return report
+    calls = _calls_of(model, tuple(inputs), train)
+    measure = _measure_training if train else _measure
     by_device: dict[torch.device, list[Row]] = {}
     for i, (key, call) in enumerate(calls.items(), 1):
-        row = _measure(key, call, seconds)
+        row = measure(key, call, seconds)
         if row is None:
             continue
         report.rows.append(row)
@@ -340,6 +414,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU"
     )
+    parser.add_argument(
+        "--train", action="store_true", help="for training: convolutions in blocks, both ways"
+    )
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--list", action="store_true", help="list the tables that were written")
     parser.add_argument("--clear", action="store_true", help="remove them")
@@ -388,18 +465,22 @@ def run(args: argparse.Namespace) -> int:
     from .inference import optimize_for_inference
 
     model = _model(args.model)
+    reason = f"{args.dtype} runs in one way here"
     try:
         model = model.to(args.device, DTYPES[args.dtype])
         x = torch.randn(args.shape, dtype=DTYPES[args.dtype], device=args.device)
-        # the convolutions of both: those in residual blocks, and those that only this one runs
-        model = optimize_for_inference(model, x, tune=False, channels_last=args.channels_last)
+        if args.train:
+            reason = _why_not_training(x) or "no convolution of its blocks can be our own"
+        else:
+            # the convolutions of both: those in residual blocks, and those that only this one runs
+            model = optimize_for_inference(model, x, tune=False, channels_last=args.channels_last)
         if args.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         with _progress():
-            report = tune(model, x)
+            report = tune(model, x, train=args.train)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from error
-    print(report if report.rows else f"nothing to choose: {args.dtype} runs in one way here")
+    print(report if report.rows else f"nothing to choose: {reason}")
     for path in report.paths:
         print(f"wrote {path}")
     return 0

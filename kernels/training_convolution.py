@@ -360,6 +360,16 @@ def gradient_parts(size: tuple[int, int], conv: ConvNorm) -> list[Part]:
     return parts
 
 
+def candidates(x: Tensor, channels: int, part: Part) -> list[int]:
+    """Places in ``CONFIGS`` of what makes a difference for a part of x that has so many channels,
+    best guess first."""
+    y = x.new_empty((1, channels, 1, 1))
+    problem = _problem(x, y, part, NOTHING)
+    every = enumerate(inference.CONFIGS)
+    place = {inference._fitted(problem, c): i for i, c in every if c.kind == problem.kind}
+    return [place[config] for config in _ranked(problem)]
+
+
 def convolve(
     x: Tensor, conv: ConvNorm, statistics: bool, config: Config | None = None
 ) -> tuple[Tensor, Tensor | None]:

@@ -14,6 +14,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
         patch.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("fused_res.kernels.bn_act")
         importlib.import_module("fused_res.kernels.conv_bn_act")
+        importlib.import_module("fused_res.kernels.training_convolution")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,128 @@
+"""A convolution of a block in training, one way, with all that depends on whose it is: what
+``tune(..., train=True)`` times. The steps are those of ``kernels/res_block.py``.
+
+Forward: the convolution, BatchNorm's statistics and the pass that applies them. Backward: the
+gradient of its input, then of the ReLU and BatchNorm before it, or the sum with what passes the
+block by. The weight's gradient is the library's either way and left out; so is the masked copy of
+dy that the end of a block writes where the library is to add it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels import bn_act, res_block
+from .kernels import training_convolution as own
+from .ops.bn_act import unpack_mask
+from .plans import ADD, ADD_IN_PLACE, LIBRARY, OWN, Call, tensors_of, trains
+from .reference import ACTS
+
+_RELU = ACTS.index("relu")
+
+
+def values(call: Call, device: torch.device | str, seed: int = 0) -> dict[str, Tensor]:
+    """Random tensors for a call; BatchNorm's are float32.
+
+    ``dy`` is of the convolution's output; ``a``, of its input's shape, is what the BatchNorm and
+    ReLU before it read; ``other`` is added to the gradient, where ``mask`` lets it through.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def image(shape: tuple[int, ...]) -> Tensor:
+        return normal(*shape).to(call.dtype, memory_format=torch.channels_last)
+
+    n, c, h, w = call.shape
+    v = {"weight": image(call.weight) * (2 / (c * call.weight[2] * call.weight[3])) ** 0.5}
+    x, conv = tensors_of(call, "meta")
+    inside = trains(call) is not None
+    if call.backward:
+        v["dy"] = image(torch.conv2d(x, conv.weight, None, *conv[2:5]).shape)
+    v["a" if call.backward and inside else "x"] = image(call.shape)
+    if call.end in (ADD, ADD_IN_PLACE):
+        v["other"] = image(call.shape)
+    if call.end == ADD:
+        size = n * h * w, -(-c // 8)
+        v["mask"] = torch.randint(256, size, generator=generator, device=device).to(torch.uint8)
+        v["masked"] = v["other"] * unpack_mask(v["mask"], v["other"])
+    if inside:
+        channels = c if call.backward else call.weight[0]
+        v |= {"gamma": 1 + 0.2 * normal(channels), "beta": 0.2 * normal(channels)}
+        v |= {"mean": 0.2 * normal(channels), "var": 2 + 0.2 * normal(channels).abs()}
+    return v
+
+
+class Steps:
+    """A call on its tensors."""
+
+    def __init__(self, call: Call, v: dict[str, Tensor]) -> None:
+        self.call, self.v = call, v
+        self.conv = tensors_of(call, "meta")[1]._replace(weight=v["weight"])
+        if "a" in v:
+            self.stats = self._normalized(v["a"])[2]
+
+    def _normalized(self, a: Tensor, partial: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Output, mask and stats of the BatchNorm and its ReLU."""
+        norm = (*map(self.v.get, ("gamma", "beta", "mean", "var")), trains(self.call), 0.1, 1e-5)
+        none = None, False, None, None, None, None, False, 0.0, 1.0
+        return bn_act.forward(a, *norm, *none, _RELU, False, partial)
+
+    def choices(self) -> list[int]:
+        """The library, and our own in each configuration that may be the fastest."""
+        if self.call.backward:
+            part = own.gradient_parts(self.call.shape[2:], self.conv)[0]
+            found = own.candidates(self.v["dy"], self.call.weight[1], part)
+        else:
+            part = own.forward_part(self.v["x"], self.conv)
+            found = own.candidates(self.v["x"], self.call.weight[0], part)
+        return [LIBRARY, *(OWN + 1 + i for i in found)]
+
+    def run(self, choice: int) -> dict[str, Tensor]:
+        """What is made, by name. Running statistics and what is added to in place change."""
+        if not self.call.backward:
+            return self._forward(choice)
+        return self._into_relu(choice) if "a" in self.v else self._into_sum(choice)
+
+    def _forward(self, choice: int) -> dict[str, Tensor]:
+        of = res_block.Choice(forward=choice)
+        a, partial = res_block._convolve(self.v["x"], self.conv, of, trains(self.call))
+        return {"y": self._normalized(a, partial)[0]}
+
+    def _library(self, x: Tensor) -> Tensor:
+        """The gradient of the input x, which PyTorch wants to see, if not to read."""
+        wanted = True, False, False
+        return res_block._library_backward(self.v["dy"], x, self.conv, wanted)[0]
+
+    def _own(self, choice: int, end: own.End, out: Tensor | None = None):
+        config, size = res_block._config(choice), self.call.shape[2:]
+        return own.input_gradient(self.v["dy"], self.conv, size, end, config, out)
+
+    def _into_relu(self, choice: int) -> dict[str, Tensor]:
+        a, gamma, training = self.v["a"], self.v["gamma"], trains(self.call)
+        if choice == LIBRARY:
+            z, mask = bn_act.reapply(a, self.stats)
+            norms = gamma, training, None, False, None, False
+            da, dgamma, dbeta, *_ = bn_act.backward(
+                self._library(z), a, *norms, self.stats, mask, _RELU, True, False, training
+            )
+        else:
+            g, sums = self._own(choice, own.End(own.RELU, a=a, stats=self.stats))
+            da, dgamma, dbeta, z = bn_act.backward_of_sums(
+                g, a, gamma, training, self.stats, sums, training
+            )
+        parameters = {"dgamma": dgamma, "dbeta": dbeta} if training else {}
+        return {"y": da, "z": z, **parameters}
+
+    def _into_sum(self, choice: int) -> dict[str, Tensor]:
+        other, mask = self.v.get("other"), self.v.get("mask")
+        out = other if self.call.end == ADD_IN_PLACE else None
+        if choice != LIBRARY:
+            end = own.End() if other is None else own.End(own.ADD, other=other, mask=mask)
+            return {"y": self._own(choice, end, out)[0]}
+        dx = self._library(self.v["x"])
+        if other is None:
+            return {"y": dx}
+        return {"y": other.add_(dx) if out is not None else dx.add_(self.v["masked"])}
