@@ -186,11 +186,11 @@ class OptimizedModel(nn.Module):
 
     def __reduce_ex__(self, protocol):
         # the class is made at run time, so copies and pickles name what it is made from
-        cls, plan = type(self).model_class, None
+        cls, fused = type(self).model_class, None
         if "original" in cls.__dict__:  # the whole model is a block that fuse_ changed
-            cls, plan = cls.original, cls.plan
+            cls, fused = cls.original, (cls.plan, cls.recompute)
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _rebuild, (cls, plan), state
+        return _rebuild, (cls, fused), state
 
 
 @functools.cache
@@ -208,8 +208,8 @@ def _optimized_class(model_class: type[nn.Module]) -> type[nn.Module]:
     return type(f"Optimized{model_class.__name__}", (OptimizedModel, model_class), body)
 
 
-def _rebuild(cls: type[nn.Module], plan) -> nn.Module:
-    made = _optimized_class(cls if plan is None else fused_class(cls, plan))
+def _rebuild(cls: type[nn.Module], fused) -> nn.Module:
+    made = _optimized_class(cls if fused is None else fused_class(cls, *fused))
     return made.__new__(made)
 
 

@@ -38,7 +38,7 @@ class FuseReport:
 
 @functools.cache
 def fused_class(
-    original: type[nn.Module], plan: BlockPlan, recompute: str | None = None
+    original: type[nn.Module], plan: BlockPlan, recompute: str | None
 ) -> type[nn.Module]:
     """The class of a fused block: ``original`` with its forward replaced by ``plan``."""
     body = {
