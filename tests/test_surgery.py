@@ -1101,3 +1101,21 @@ def test_export_and_trace():
     torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-4)
     traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_recompute_is_a_blocks_own():
+    model = nn.Sequential(
+        fused_res.reference.ResBlock(8, 8), fused_res.reference.ResBlock(8, 16, 2)
+    )
+    with pytest.raises(ValueError, match="recompute='every' must be None or 'last'"):
+        fuse_(model, recompute="every")
+    assert fuse_(model, recompute="last").fused == ["0", "1"]
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert all(block.recompute == "last" for m in (model, *copies) for block in m)
+    other = nn.Sequential(fused_res.reference.ResBlock(8, 8))
+    fuse_(other)
+    assert other[0].recompute is None
+    x = torch.randn(2, 8, 6, 6)
+    y = model(x)
+    assert unfuse_(model) == ["0", "1"] and not hasattr(model[0], "recompute")
+    torch.testing.assert_close(y, model(x))
