@@ -17,6 +17,7 @@ from bn_act_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import ISAS, instruction_set
 
 from fused_res import BackendUnavailable, Norm, backend, backends
 from fused_res.ops import bn_act as op
@@ -26,7 +27,6 @@ from fused_res.reference import ACTS
 pytestmark = pytest.mark.skipif(
     backends.STATUS["cpu"] is not None, reason=f"no CPU library: {backends.STATUS['cpu']}"
 )
-ISAS = ("plain", "avx2", "avx512")
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -34,18 +34,6 @@ ISAS = ("plain", "avx2", "avx512")
 def test_error_is_within_the_rule(arguments, isa):
     with instruction_set(isa):
         assert_rule(draws_of_grid(arguments))
-
-
-class instruction_set:
-    def __init__(self, name):
-        self.name = name
-
-    def __enter__(self):
-        self.got = backends.cpu_isa(self.name)
-        return self.got
-
-    def __exit__(self, *_):
-        backends.cpu_isa("best")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

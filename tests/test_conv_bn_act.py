@@ -10,6 +10,7 @@ import torch
 from errors import FACTOR, half_ulp, rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import ISAS, instruction_set
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_res import BackendUnavailable, FusedResBlock, Norm, backends, choices, env, reference
@@ -21,7 +22,6 @@ pytestmark = pytest.mark.skipif(
     backends.STATUS["cpu"] is not None, reason=f"no CPU library: {backends.STATUS['cpu']}"
 )
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-ISAS = ("plain", "avx2", "avx512")
 HALVES = (torch.bfloat16, torch.float16)
 SECONDS = ("none", "add", "concat", "shortcut")
 
@@ -141,17 +141,6 @@ def poison(x, weight):
     sizes = (n * weight.size(0) * h * w, n * c * (h + 6) * (w + 6), transformed)
     junk = [torch.full((size,), float("nan"), dtype=x.dtype) for size in sizes for _ in range(2)]
     del junk
-
-
-class instruction_set:
-    def __init__(self, name):
-        self.name = name
-
-    def __enter__(self):
-        return backends.cpu_isa(self.name)
-
-    def __exit__(self, *_):
-        backends.cpu_isa("best")
 
 
 @contextlib.contextmanager
