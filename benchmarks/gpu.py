@@ -29,7 +29,7 @@ LIMITS = {"build": 120, "tests": 130, "sanitizer": 50, "peaks": 20, "ops": 45, "
           "nets": 60, "inference": 55, "plots": 15}  # fmt: skip
 SUITES = ("peaks", "ops", "blocks", "nets", "inference", "inference-all", "convs", "autotune")
 # run only when named: they take minutes
-NAMED = {"autotune": 500, "inference-all": 500, "convs": 500}
+NAMED = {"autotune": 500, "inference-all": 500, "convs": 500, "curves": 500}
 # a suite begins nothing that would end later than this before its limit
 MARGIN = 12
 
@@ -78,11 +78,18 @@ def _plots(rows: Path) -> list[list[str]]:
     return [[sys.executable, "benchmarks/plot.py", str(folder)] for folder in wanted]
 
 
+def _curves(rows: Path) -> list[list[str]]:
+    run = [sys.executable, "benchmarks/curves.py", "--out", str(rows)]
+    return [run + ([] if HAS_GPU else ["--quick", "--threads", "1"])]
+
+
 def commands(part: str, rows: Path, limit: float) -> list[list[str]]:
     if part in SUITES:
         return _suite(part, rows, limit)
     if part == "plots":
         return _plots(rows)
+    if part == "curves":
+        return _curves(rows)
     return {"build": _build, "tests": _tests, "sanitizer": _sanitizer}[part]()
 
 

@@ -153,7 +153,7 @@ class Measurement:
             self._mark_step()
             found, floor = compare(self.workload, program.result(), self.exact)
         except Exception as error:  # a rival that breaks must not take the others' rows with it
-            self.refused[rival.label] = _reason(error)
+            self.refused[rival.label] = reason(error)
             return None
         if rival.name == "eager":
             self.eager = {key: max(e, self.eager.get(key, 0.0)) for key, e in found.items()}
@@ -199,7 +199,7 @@ class Measurement:
         try:
             self._time(built, least_ms, memory)
         except Exception as error:
-            self.refused.update(dict.fromkeys(built, _reason(error)))
+            self.refused.update(dict.fromkeys(built, reason(error)))
             for timed in self.timed.values():
                 for label in built:
                     timed.pop(label, None)
@@ -388,7 +388,7 @@ def free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 

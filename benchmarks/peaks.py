@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from rows import NOTHING
 from timing import copy_gbps, repeat_ms, spread
 
 # (name, dtype, torch.set_float32_matmul_precision's value)
@@ -49,10 +50,8 @@ def peak_tflops(device: str, n: int, dtype: torch.dtype, rounds: int = 5) -> flo
 
 def _row(workload: str, shape: list[int], dtype: str, rounds: int, ms: list[float], **fields):
     median, p20, p80 = spread(ms)
-    empty = dict.fromkeys(
-        ("bytes", "gbps", "percent_of_copy", "copy_gbps", "page_faults", "rms_error")
-    )
     return {
+        **NOTHING,
         "suite": "peaks",
         "workload": workload,
         "shape": shape,
@@ -65,9 +64,6 @@ def _row(workload: str, shape: list[int], dtype: str, rounds: int, ms: list[floa
         "p20_ms": p20,
         "p80_ms": p80,
         "speedup_over": {},
-        **empty,
-        "error_over_eager": None,
-        "refused": None,
         **fields,
     }
 

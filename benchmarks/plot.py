@@ -1,4 +1,5 @@
-"""A plot of one device's rows: ``python benchmarks/plot.py RESULTS_DIR`` writes speed.png there."""
+"""Plots of one device's rows: ``python benchmarks/plot.py RESULTS_DIR`` writes speed.png and
+curves.png there."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import mean
+
+from curve_tables import SEEDS, by_net
 
 TIMED = {"ops": ("forward+backward",), "blocks": ("forward+backward", "eval"),
          "nets": ("train", "eval"), "inference": ("eval",), "inference-all": ("eval",)}  # fmt: skip
@@ -102,14 +106,59 @@ def draw(folder: Path) -> Path | None:
         ax.grid(axis="y", linewidth=0.3)
         ax.set_title(title, fontsize=9, loc="left")
         ax.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    row = next(iter(suites.values()))[0]
+    return _save(figure, next(iter(suites.values()))[0], folder / "speed.png")
+
+
+def _save(figure, row: dict, path: Path) -> Path:
+    """Writes the figure under a line that says where and when ``row`` was made."""
+    from matplotlib import pyplot as plt
+
     head = f"{row['device']['name']}, torch {row['versions']['torch']}, commit {row['commit']}, "
     figure.suptitle(head + row["date"][:10], fontsize=9)
     figure.tight_layout()
-    path = folder / "speed.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+def draw_curves(folder: Path) -> Path | None:
+    """Writes curves.png: the losses of all seeds, and the first of seed 0, a row for each net.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    path = folder / "curves.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    if not rows:
+        return None
+    nets = by_net(rows)
+    figure, axes = plt.subplots(len(nets), 2, figsize=(11, 2.6 * len(nets) + 0.5), squeeze=False,
+                                width_ratios=(2, 1))  # fmt: skip
+    for net, (whole, start) in zip(nets, axes, strict=True):
+        names = []
+        for row in (*net.eager, *(row for of in net.ours.values() for row in of)):
+            name = f"{row['rival']} {row['layout']}"
+            names += [name] if name not in names else []
+            rank, losses = names.index(name), row["losses"]
+            smooth = [mean(losses[max(i - 9, 0) : i + 1]) for i in range(len(losses))]
+            style = {"color": f"C{rank}", "linestyle": ("-", ":", "--", "-.")[rank % 4]}
+            whole.plot(smooth, **style, linewidth=1, label=None if row["seed"] else name)
+            if row["seed"] == 0:
+                start.plot(losses[:20], **style, linewidth=1.5)
+        whole.set_yscale("log")
+        title = f"{net.name}: training loss, mean of 10 steps, {len(SEEDS)} seeds"
+        whole.set_title(title, fontsize=9, loc="left")
+        start.set_title("the first 20 steps, seed 0", fontsize=9, loc="left")
+        whole.legend(fontsize=7)
+        for ax in whole, start:
+            ax.tick_params(which="both", labelsize=7)
+            ax.grid(linewidth=0.3)
+    return _save(figure, rows[0], folder / "curves.png")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,11 +166,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="RESULTS_DIR", help="has ops.json, ...")
     folder = parser.parse_args(argv).folder
     try:
-        path = draw(folder)
+        found = [path for path in (draw(folder), draw_curves(folder)) if path]
     except ImportError as error:
         print(f"no plot: {error}")
         return 0
-    print(f"wrote {path}" if path else f"no plot: no rows in {folder}")
+    print("\n".join(f"wrote {path}" for path in found) or f"no plot: no rows in {folder}")
     return 0
 
 

@@ -34,7 +34,7 @@ ROW_TYPES: dict[str, tuple[type, ...]] = {
     "commit": (str,),
     "date": (str,),
 }
-# fields that only some suites' rows have: nets, peaks, inference and convs
+# fields that only some suites' rows have: nets, peaks, inference, convs and curves
 EXTRA_TYPES: dict[str, tuple[type, ...]] = {
     "images_per_s": (float, type(None)),
     "peak_mib": (float, type(None)),
@@ -43,7 +43,14 @@ EXTRA_TYPES: dict[str, tuple[type, ...]] = {
     "percent_of_roofline": (float, type(None)),
     "call": (dict,),
     "config": (dict, type(None)),
+    "seed": (int,),
+    "losses": (list,),
+    "train_loss": (float,),
+    "val_loss": (float,),
+    "val_accuracy": (float,),
 }
+# a row that measures nothing else starts from this
+NOTHING = {name: None for name, types in ROW_TYPES.items() if type(None) in types}
 OUT_OF_TIME = "out of time"
 
 
@@ -56,8 +63,9 @@ def validate(row: dict) -> None:
         types = {**ROW_TYPES, **EXTRA_TYPES}[name]
         if not isinstance(value, types):
             raise ValueError(f"{name}={value!r} must be {' or '.join(map(str, types))}")
-    if (row["refused"] is None) == (row["median_ms"] is None and row["direction"] != "saved"):
-        raise ValueError("a row has a time, or says why it was refused")
+    done = row["median_ms"] is not None or row["direction"] == "saved" or bool(row.get("losses"))
+    if (row["refused"] is None) != done:
+        raise ValueError("a row has a time or losses, or says why it was refused")
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+import curve_tables
 import gpu_tables
 from sheets import CL, OURS, STEP, Suite, caption, load, to_markdown, unique
 
@@ -91,7 +92,7 @@ def targets(suites: dict[str, list[dict]]) -> list[tuple[bool, str]]:
                     claim(f"{nets} eager {CL}", over(names, f"eager {CL}"), eager, 2, 2)
                     claim(f"{nets} torch.compile, frozen", over(names, FROZEN), frozen, 2, 2)
                 claim(f"{what} blocks over the best of PyTorch", over(blocks, *PYTORCH), 1.0, 6, 6)
-    return out
+    return out + curve_tables.targets(suites.get("curves", []))
 
 
 def goals(suites: dict[str, list[dict]]) -> list[tuple[bool, str]]:
@@ -237,7 +238,7 @@ def markdown(results: Path) -> str:
     parts = []
     for device, suites in load(results).items():
         if not device.startswith("cpu-"):
-            parts += gpu_tables.parts(suites)
+            parts += gpu_tables.parts(suites) + curve_tables.parts(suites)
             continue
         for name, make in ("ops", _ops), ("blocks", _blocks), ("inference", _inference):
             rows = suites.get(name)
@@ -249,6 +250,7 @@ def markdown(results: Path) -> str:
                 if len(suite.allocators) > 1:
                     text += f" Allocator: {' / '.join(suite.allocators)} (see `benchmarks/`)."
                 parts += [text, "\n".join(make(suite, rival)), caption(rows)]
+        parts += curve_tables.parts(suites)
     return "\n\n".join(parts) if parts else "No results yet."
 
 

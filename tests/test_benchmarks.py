@@ -116,7 +116,7 @@ def check_inference(row):
 
 
 def test_committed_rows_are_of_todays_workloads(rows, workloads, roofline):
-    paths = list((BENCHMARKS / "results").glob("cpu-*/*.json"))
+    paths = {p for p in (BENCHMARKS / "results").glob("cpu-*/*.json") if p.stem != "curves"}
     assert paths
     for path in paths:
         known = {w.name: w for w in workloads.CPU_SUITES[path.stem]}
