@@ -27,9 +27,11 @@ HAS_GPU = torch.cuda.is_available()
 # Seconds; 540 in all. What other parts leave, the suites share.
 LIMITS = {"build": 120, "tests": 130, "sanitizer": 50, "peaks": 20, "ops": 45, "blocks": 45,
           "nets": 60, "inference": 55, "plots": 15}  # fmt: skip
-SUITES = ("peaks", "ops", "blocks", "nets", "inference", "inference-all", "convs", "autotune")
+SUITES = ("peaks", "ops", "blocks", "nets", "inference", "inference-all", "convs",
+          "training-convs", "autotune")  # fmt: skip
 # run only when named: they take minutes
-NAMED = {"autotune": 500, "inference-all": 500, "convs": 500, "curves": 500}
+NAMED = {"autotune": 500, "inference-all": 500, "convs": 500, "training-convs": 500,
+         "curves": 500}  # fmt: skip
 # a suite begins nothing that would end later than this before its limit
 MARGIN = 12
 
@@ -68,8 +70,11 @@ def _sanitizer() -> list[list[str]]:
 def _suite(name: str, rows: Path, limit: float) -> list[list[str]]:
     run = [sys.executable, "benchmarks/run.py", "--gpu", "--suite", name, "--out", str(rows)]
     run += ["--seconds", f"{max(limit - MARGIN, limit / 2):.0f}"]
+    if HAS_GPU:
+        return [[*run, "--rounds", "7"]]
     # one thread: others may be at work on a machine without a GPU
-    return [run + (["--rounds", "7"] if HAS_GPU else ["--quick", "--compile", "--threads", "1"])]
+    run += ["--quick", "--compile", "--threads", "1"]
+    return [["env", "TRITON_INTERPRET=1", *run] if name == "training-convs" else run]
 
 
 def _plots(rows: Path) -> list[list[str]]:

@@ -151,7 +151,7 @@ def _inference(suite: GpuSuite, rival: str) -> list[str]:
 
 
 def implementation(row: dict) -> str:
-    """Of a row of ``convs``: ``eager``, ``cudnn``, ``triton``."""
+    """Of a row of ``convs`` or ``training-convs``: ``eager``, ``cudnn``, ``triton``."""
     return row["rival"].removeprefix(OURS).split("-")[0]
 
 
@@ -217,10 +217,12 @@ INTRO = {
     "graph, and its share of what the measured peaks allow a kernel for each convolution.",
     "autotune": "Against torch.compile's max-autotune ({rival}): speed-up.",
 }
-CONVS = (
-    "The convolutions of ResNet-18 and ResNet-50, each with BatchNorm, residual and ReLU, called "
-    "from Python: each implementation, Triton's in its fastest configuration."
-)
+CONVS = {
+    "convs": "The convolutions of ResNet-18 and ResNet-50, each with BatchNorm, residual and ReLU, "
+    "called from Python: each implementation, Triton's in its fastest configuration.",
+    "training-convs": "The convolutions of blocks in training, one way, with what comes with them: "
+    "PyTorch's and passes over memory of Triton's, and Triton's own in its fastest configuration.",
+}
 INTRO["inference-all"] = INTRO["inference"]
 TABLES = {"ops": _ops, "blocks": _blocks, "nets": _nets, "inference": _inference,
           "inference-all": _inference, "autotune": _autotune}  # fmt: skip
@@ -251,7 +253,8 @@ def parts(suites: dict[str, list[dict]]) -> list[str]:
             out.append(INTRO[name].format(rival=rival) + " Under 1 is slower.")
             out.append("\n".join(make(suite, rival)))
         out += [behind(suite), caption(suites[name])]
-    if suites.get("convs"):
-        suite = GpuSuite(suites["convs"])
-        out += [CONVS, "\n".join(_convs(suite)), caption(suite.rows)]
+    for name, intro in CONVS.items():
+        if suites.get(name):
+            suite = GpuSuite(suites[name])
+            out += [intro, "\n".join(_convs(suite)), caption(suite.rows)]
     return out

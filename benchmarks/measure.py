@@ -13,6 +13,7 @@ import nets
 import programs
 import roofline
 import torch
+import training_convs
 from peaks import peak_tflops
 from programs import Program
 from rivals import Rival
@@ -111,6 +112,8 @@ def exact_result(workload: Workload, v: object) -> dict[str, Tensor]:
             return nets.exact_result(workload, v)
         if workload.conv:
             return convs.ConvProgram(convs.eager, workload, programs.double(v)).result()
+        if workload.call:
+            return training_convs.exact_result(workload, v)
         return programs.exact_program(workload, v).result()
     finally:
         torch.backends.cudnn.enabled = before
@@ -140,6 +143,7 @@ class Measurement:
 
     def prepare(self) -> None:
         source = nets if self.workload.net else convs if self.workload.conv else programs
+        source = training_convs if self.workload.call else source
         self.values = source.values(self.workload, self.device)
         self.exact = exact_result(self.workload, self.values)
 
@@ -258,9 +262,10 @@ class Measurement:
     def _row(self, label: str, direction: str, **fields: object) -> dict:
         rival, workload = self.by_label[label], self.workload
         error, ratio = self.quality.get(label, (None, None))
-        if workload.conv:
+        if workload.conv or workload.call:
+            source = convs if workload.conv else training_convs
             config = rival.config and rival.config._asdict()
-            fields |= {"call": convs.described(workload), "config": config}
+            fields |= {"call": source.described(workload), "config": config}
         return {
             "suite": workload.suite,
             "workload": workload.name,
@@ -306,11 +311,12 @@ class Measurement:
             fields["peak_mib"] = self.peak[label]
         else:
             inference = self.workload.inference
-            size = (
-                roofline.moved_bytes(self.workload)
-                if inference
-                else ideal_bytes(self.workload)[direction]
-            )
+            if inference:
+                size = roofline.moved_bytes(self.workload)
+            elif self.workload.call:
+                size = training_convs.moved_bytes(self.workload)
+            else:
+                size = ideal_bytes(self.workload)[direction]
             gbps, copy = size / median / 1e6, self.copy[direction]
             fields |= {
                 "bytes": size,

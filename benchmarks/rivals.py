@@ -12,6 +12,7 @@ import convs
 import inference
 import roofline
 import torch
+import training_convs
 from convs import ConvProgram
 from folding import FoldedBlock
 from inference import InferenceProgram
@@ -230,6 +231,18 @@ def _convs(workload: Workload, device: str) -> list[Rival]:
     return out
 
 
+def _training_convs(workload: Workload, device: str) -> list[Rival]:
+    """The library's convolution, and ours in each configuration."""
+    out = []
+    for name, config, build in training_convs.implementations(workload, device):
+        if name == "eager":
+            out.append(Rival(name, CL, 1.0, build, core=True))
+            continue
+        full = "-".join(map(str, (f"fused_res-{name}", *config)))
+        out.append(Rival(full, CL, OUR_SLACK, build, config=config))
+    return out
+
+
 def rivals(
     workload: Workload, device: str, modes: dict[str, dict], gpu: bool = False
 ) -> list[Rival]:
@@ -242,6 +255,8 @@ def rivals(
     """
     if workload.conv:
         return _convs(workload, device)
+    if workload.call:
+        return _training_convs(workload, device)
     if workload.inference:
         return _inference(workload, device, modes, gpu)
     if workload.suite == "nets":

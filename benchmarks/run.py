@@ -24,6 +24,8 @@ from rivals import compile_modes, inference_modes, rivals
 from rows import OUT_OF_TIME, lines, losses, validate, write_rows
 from workloads import CPU_SUITES, GPU_SUITES, NAMED, Workload, suites
 
+from fused_res.backends import why_not
+
 START = time.monotonic()
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -85,6 +87,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.gpu |= args.device == "cuda"
     if args.suite not in ("all", *CPU_SUITES) and not args.gpu:
         parser.error(f"suite {args.suite} needs a GPU, or --gpu --quick to try it on a CPU")
+    if args.suite == "training-convs":
+        reason = why_not("bn_act", "triton", args.device, torch.bfloat16)
+        if reason:
+            parser.error(f"suite {args.suite} needs Triton, on a CPU TRITON_INTERPRET=1: {reason}")
     if args.rounds is None:
         args.rounds = 3 if args.quick else 15
     if args.rounds < 1 or args.threads < 1:

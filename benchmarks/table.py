@@ -276,14 +276,15 @@ def _calls(rows: list[dict]) -> list[dict]:
 def dispatch(results: Path) -> str:
     """JSON of what ``fused_res/measured.py`` reads, of GPUs.
 
-    Steps of bn_act, by backend; calls of conv_bn_act, by implementation.
+    Steps of bn_act, by backend; calls of conv_bn_act and convolutions of blocks in training, by
+    implementation.
     """
     found: dict[tuple, dict] = {}
     calls: list[dict] = []
     for device, suites in load(results).items():
         if device.startswith("cpu-"):
             continue
-        calls += _calls(suites.get("convs", []))
+        calls += _calls([*suites.get("convs", []), *suites.get("training-convs", [])])
         for row in suites.get("ops", []):
             backend = row["rival"].removeprefix(OURS)
             if row["direction"] != STEP or row["refused"] or backend not in BACKENDS:

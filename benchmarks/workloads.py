@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fused_res import plans
+from fused_res.reference import ConvNorm, Norm, ResBlock
+
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 CL = "channels_last"
 STEP = "forward+backward"
@@ -34,7 +37,8 @@ class Workload:
 
     ``directions`` are the calls that are timed: ``forward`` and ``forward+backward`` in training,
     ``eval`` (no gradients, BatchNorm by its running statistics), ``train`` (an optimizer's whole
-    step). The last one is checked. ``net`` names one of ``nets.NETS``; ``conv`` is of ``convs``.
+    step). The last one is checked. ``net`` names one of ``nets.NETS``; ``conv`` is of ``convs``,
+    ``call`` of ``training-convs``.
 
     most_rounds: of those asked for, where one call takes a second.
     alone: rivals run one after the other, where all of them would not fit in the memory.
@@ -50,6 +54,7 @@ class Workload:
     stride: int = 1
     net: str | None = None
     conv: Conv | None = None
+    call: plans.Call | None = None
     dtype: torch.dtype = torch.float32
     directions: tuple[str, ...] = ("forward", STEP)
     most_rounds: int | None = None
@@ -219,6 +224,47 @@ def _convs(bottleneck: bool, batch: int, dtype: str) -> list[Workload]:
     return out
 
 
+def _calls(kind: str, x: torch.Tensor, out: int, stride: int) -> list[plans.Call]:
+    """Of a block in training."""
+    block = ResBlock(x.size(1), out, stride, kind=kind, device="meta", dtype=x.dtype)
+    convs = [getattr(block, f"conv{i + 1}") for i in range(block.depth)]
+    convs += [] if block.downsample is None else [block.downsample[0]]
+    norm = Norm(training=True)
+    stages = [
+        ConvNorm(c.weight, None, c.stride, c.padding, c.dilation, c.groups, norm) for c in convs
+    ]
+    branch, rest = stages[: block.depth], stages[block.depth :]
+    return plans.calls(plans.block_of(x, branch, *(rest or [None])))
+
+
+def _training_convs(
+    kind: str, channels: tuple[int, ...], size: int, batch: int, dtype: str = "bf16"
+) -> list[Workload]:
+    """The convolutions of a net's blocks, both ways; ``channels`` of each stage."""
+    width = channels[0] // 4 if kind == "bottleneck" else channels[0]
+    found: dict[plans.Call, None] = {}
+    for stage, out in enumerate(channels):
+        for stride in (2 if stage else 1, 1):  # the first block; all others are alike
+            shape = batch, width, size, size
+            x = torch.empty(
+                shape, dtype=DTYPES[dtype], device="meta", memory_format=torch.channels_last
+            )
+            found |= dict.fromkeys(_calls(kind, x, out, stride))
+            width, size = out, size // stride
+    out = []
+    for call in found:
+        (n, c, h, w), (k, _, r, s) = call.shape, call.weight
+        strided = "" if call.stride == (1, 1) else f" stride {call.stride[0]}"
+        way = "backward" if call.backward else "forward"
+        what = f"{r}x{s} {c}-{k}ch {h}x{w}{strided} {way}" + f", {call.end}" * bool(call.end)
+        name = f"training conv {what}, batch {n} {dtype}"
+        suite = "training-convs"
+        out.append(
+            Workload(suite, name, call.shape, CL, call=call, dtype=call.dtype, directions=(way,))
+        )
+    return out
+
+
 def _gpu_inference_block(*args, out: int | None = None, stride: int = 1) -> Workload:
     block = _gpu_block(*args, out=out, stride=stride)[1]
     return _in("bf16", replace(block, suite="inference"))
@@ -310,6 +356,17 @@ GPU_SUITES["convs"] = [
     for batch in (256, 1, 32, 8)
     for workload in dict.fromkeys([*_convs(True, batch, dtype), *_convs(False, batch, dtype)])
 ]
+GPU_SUITES["training-convs"] = list(
+    dict.fromkeys(
+        [
+            *_training_convs("bottleneck", (256, 512, 1024, 2048), 56, 256),  # ResNet-50
+            *_training_convs("basic", (64, 128, 256, 512), 56, 256),  # ResNet-18
+            *_training_convs("basic", (64, 128, 256, 512), 32, 512),  # ResNet-18 CIFAR
+            *_training_convs("basic", (16, 32, 64), 32, 128),  # ResNet-20 CIFAR
+            *_training_convs("single", (32,), 16, 64),  # 100 blocks
+        ]
+    )
+)
 GPU_SUITES["autotune"] = [
     *GPU_SUITES["blocks"][:6],
     _net("ResNet-20 CIFAR", 128, "train"),
@@ -344,9 +401,10 @@ GPU_QUICK = {
         _conv((2, 16, 9, 9), "fp16", Conv(16, 3, 1, "add")),
         _conv((2, 16, 9, 9), "bf16", Conv(24, 1, 1, "shortcut", 8, 2)),
     ],
+    "training-convs": _training_convs("basic", (8, 8), 4, 2, "fp16"),
 }
 # suites that run only when they are named
-NAMED = ("autotune", "inference-all", "convs")
+NAMED = ("autotune", "inference-all", "convs", "training-convs")
 
 
 def suites(gpu: bool, quick: bool) -> dict[str, list[Workload]]:

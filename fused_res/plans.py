@@ -51,7 +51,7 @@ class Call(NamedTuple):
     end: str
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """All that a plan depends on. stages: of each the weight's shape, the convolution's numbers and
     whether its BatchNorm trains."""
 
@@ -64,10 +64,25 @@ class _Block(NamedTuple):
     tf32: bool
 
 
-def _calls(block: _Block) -> list[Call]:
+def block_of(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None) -> Block:
+    return Block(
+        x.device,
+        x.dtype,
+        tuple(x.shape),
+        x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else False,
+        tuple(
+            (tuple(c.weight.shape), *map(tuple, c[2:5]), c.groups, c.norm.training)
+            for c in (branch if shortcut is None else [*branch, shortcut])
+        ),
+        shortcut is not None,
+        x.dtype is torch.float32 and choices._tf32(),
+    )
+
+
+def calls(block: Block) -> list[Call]:
     """Of each stage forward, then backward; none where its convolutions do not fit their inputs."""
     of_block = block.device, block.dtype
-    calls, shape = [], block.shape
+    found, shape = [], block.shape
     for i, (weight, stride, padding, dilation, groups, training) in enumerate(block.stages):
         is_shortcut = block.shortcut and i + 1 == len(block.stages)
         shape = block.shape if is_shortcut else shape
@@ -80,12 +95,12 @@ def _calls(block: _Block) -> list[Call]:
         else:
             end = "" if block.shortcut else ADD
         conv = shape, block.channels_last, weight, stride, padding, dilation, groups, block.tf32
-        calls.append(Call(*of_block, *conv, False, STATISTICS if training else FROZEN))
-        calls.append(Call(*of_block, *conv, True, end))
+        found.append(Call(*of_block, *conv, False, STATISTICS if training else FROZEN))
+        found.append(Call(*of_block, *conv, True, end))
         numbers = zip(shape[2:], weight[2:], stride, padding, dilation, strict=True)
         image = [(n + 2 * pad - d * (taps - 1) - 1) // s + 1 for n, taps, s, pad, d in numbers]
         shape = (shape[0], weight[0], *image)
-    return calls
+    return found
 
 
 def trains(call: Call) -> bool | None:
@@ -159,17 +174,17 @@ def recording() -> Iterator[dict[Call, None]]:
     """Collects the distinct calls that have a choice, of the blocks that Triton runs in the body.
     They run in the library."""
     global _recorded
-    _recorded = calls = {}
+    _recorded = found = {}
     try:
-        yield calls
+        yield found
     finally:
         _recorded = None
 
 
-def _record(block: _Block, x: Tensor) -> list[int]:
+def _record(block: Block, x: Tensor) -> list[int]:
     from .kernels import training_convolution
 
-    for call in _calls(block):
+    for call in calls(block):
         if training_convolution.why_not(*tensors_of(call, "meta")) is None:
             _recorded.setdefault(call)
     name = backends.choose("bn_act", "auto", x)
@@ -188,18 +203,7 @@ def plan(
         x, branch, shortcut: as of ``res_block``, where Triton runs it.
         backend: that was named, or None.
     """
-    stages = branch if shortcut is None else [*branch, shortcut]
-    block = _Block(
-        x.device,
-        x.dtype,
-        tuple(x.shape),
-        x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else False,
-        tuple(
-            (tuple(c.weight.shape), *map(tuple, c[2:5]), c.groups, c.norm.training) for c in stages
-        ),
-        shortcut is not None,
-        x.dtype is torch.float32 and choices._tf32(),
-    )
+    block = block_of(x, branch, shortcut)
     if _recorded is not None:
         return _record(block, x)
     named = (backends.named() if backend is None else backend) != "auto"
@@ -207,8 +211,8 @@ def plan(
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(block: _Block, named: bool, forgotten: int) -> tuple[int, ...]:
-    calls = _calls(block)
-    if not calls:  # which the op finds too
+def _plan(block: Block, named: bool, forgotten: int) -> tuple[int, ...]:
+    found = calls(block)
+    if not found:  # which the op finds too
         return (LIBRARY,) * (2 * len(block.stages))
-    return tuple(_choose(call, named, forgotten) for call in calls)
+    return tuple(_choose(call, named, forgotten) for call in found)

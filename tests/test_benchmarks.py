@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_res import choices, measured, reference
+from fused_res import backends, choices, measured, plans, reference
 from fused_res.ops import conv_bn_act
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -645,6 +645,80 @@ def test_every_configuration_of_tritons_is_timed(rivals, measuring, workloads, m
     assert [row["config"] for row in triton] == [config._asdict() for config in expected]
     assert len({row["rival"] for row in triton}) == len(triton) > 1
     assert {row["refused"] for row in triton} == {None}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    if not importlib.util.find_spec("triton"):
+        pytest.skip("no Triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(backends.STATUS, "triton", None)
+    monkeypatch.setitem(backends.DEVICE_TYPES, "triton", ("cpu",))
+
+
+def test_training_convolutions_are_right_and_followed(
+    interpreted, rivals, measuring, workloads, rows, table, tmp_path, monkeypatch
+):
+    """Every configuration is timed; the fastest decides for its call."""
+    configs = importlib.import_module("fused_res.kernels.conv_bn_act").CONFIGS
+    calls = {w.call[-2:]: w for w in workloads.GPU_QUICK["training-convs"]}
+    assert {end for _, end in calls} == {
+        plans.STATISTICS, plans.RELU, plans.ADD, plans.ADD_IN_PLACE, ""}  # fmt: skip
+    written = []
+    where = {"allocator": "cuda", "versions": {"torch": "2"}, "commit": "0", "date": "2026-01-01"}
+    where["device"] = {"slug": "x", "name": "NVIDIA X", "cores": 9, "threads": 1, "isa": "sm_90"}
+    for workload in calls.values():
+        candidates = rivals.rivals(workload, "cpu", {})
+        found = measuring.measure(workload, candidates, rounds=1, least_ms=1e-3)
+        assert len(found) == 4 and {row["refused"] for row in found} == {None}
+        written += [row | where for row in found]
+    for row in written:
+        rows.validate(row)
+        ours = row["config"] is not None
+        fastest = 1.0 if "-128-64-" in row["rival"] else 1.5
+        row["median_ms"] = 2.0 if not ours else 1.99 if row["direction"] == "forward" else fastest
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "training-convs.json").write_text(json.dumps(written))
+    path = tmp_path / "measured.json"
+    assert table.main(["--results", str(tmp_path), "--dispatch", str(path)]) == 0
+    shipped = [measured.Row(**row) for row in json.loads(path.read_text())]
+    assert len(shipped) == len(calls)
+    by_call = [r._replace(shape=tuple(r.shape), device="cpu", isa="cpu") for r in shipped]
+    monkeypatch.setattr(measured, "rows", lambda: tuple(by_call))
+    measured.verdict.cache_clear()
+    choices.forget()
+    try:
+        for (backward, _), workload in calls.items():
+            call = workload.call._replace(device=torch.device("cpu"))
+            choice = plans._choose(call, False, -1)
+            assert (choice > plans.OWN) == backward
+            assert not backward or configs[choice - plans.OWN - 1][1:3] == (128, 64)
+    finally:
+        measured.verdict.cache_clear()
+        choices.forget()
+    assert "3x3 8-8ch 4x4 stride 2 backward, batch 2 fp16" in table.markdown(tmp_path)
+
+
+def test_the_convolutions_of_the_nets_are_timed(nets, workloads):
+    of_net = [
+        ("ResNet-50", 256, 224), ("ResNet-18", 256, 224), ("ResNet-18 CIFAR", 512, 32),
+        ("ResNet-20 CIFAR", 128, 32), ("100 blocks", 64, 32),
+    ]  # fmt: skip
+    seen = set()
+    for name, batch, size in of_net:
+        with torch.device("meta"):
+            parts = nets.sequence(nets.NETS[name].make())
+            x = torch.empty(batch, 3, size, size)
+        for block in parts:
+            for part in block.modules():
+                if isinstance(part, torch.nn.Conv2d) and part is not block:  # a stem is one
+                    part.register_forward_hook(
+                        lambda c, args, _: seen.add((args[0].shape, c.weight.shape, c.stride))
+                    )
+            x = block(x)
+    for backward in (False, True):
+        calls = [w.call for w in workloads.GPU_SUITES["training-convs"]]
+        assert seen == {(c.shape, c.weight, c.stride) for c in calls if c.backward == backward}
 
 
 def test_tables_of_rows_that_are_missing(fabricated, table, rows, tmp_path, capsys):
