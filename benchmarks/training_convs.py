@@ -36,14 +36,16 @@ def moved_bytes(workload: Workload) -> int:
     with ours, read and write."""
     call = workload.call
     item, x = call.dtype.itemsize, torch.Size(call.shape).numel()
-    out = x // call.shape[1] * call.weight[0] // (call.stride[0] * call.stride[1])
-    size = x + out + torch.Size(call.weight).numel()
+    steps = call.stride[0] * call.stride[1]
+    out = x // call.shape[1] * call.weight[0] // steps
+    used = x // steps if call.weight[2:] == (1, 1) else x
+    size = used + out + torch.Size(call.weight).numel()
     if not call.backward:
         size += 2 * out  # a -> y
     elif plans.trains(call) is not None:
         size += 5 * x  # a; g, a -> da, z
     elif call.end:
-        size += x
+        size += used
     return item * size + (x // 8 if call.end == plans.ADD else 0)
 
 

@@ -1,10 +1,14 @@
 import importlib
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from fused_res import choices, tuned, tuning
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # triton_traffic and more
 
 # Without a GPU Triton's kernels run in its interpreter: so says this variable where they are
 # imported. It is set for that and in tests/test_triton.py; to other tests there is no Triton.

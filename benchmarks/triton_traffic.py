@@ -4,6 +4,7 @@ touched memory outside the tensors it was given."""
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,17 +31,33 @@ class OutOfBounds(AssertionError):
     """A kernel touched memory outside its arguments."""
 
 
+def extent(t: torch.Tensor) -> tuple[int, int]:
+    """The addresses from t's first element to its last."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
 class Traffic:
     """Context manager. ``read`` and ``written``: bytes by kernel, of tensors of ``least`` bytes or
     more (a table of the channels stays in a cache); an address that one load or store touches more
-    than once counts once."""
+    than once counts once.
 
-    def __init__(self, least: int = 0) -> None:
-        self.least = least
+    modules: whose launches are watched, by default those of ``kernels``; no others may run.
+    """
+
+    def __init__(self, least: int = 0, modules: tuple = ()) -> None:
+        self.least, self.modules = least, modules
         self.launches: list[str] = []
         self.read: Counter[str] = Counter()
         self.written: Counter[str] = Counter()
         self._ranges = np.empty((0, 2), dtype=np.int64)
+
+    def name_of(self, kernel, constants: dict) -> str:
+        return kernel.fn.__name__
+
+    def given(self, tensors: list[torch.Tensor]) -> None:
+        """What the launch that begins may touch."""
+        self._ranges = np.array([extent(t) for t in tensors])
 
     def _count(self, counter, pointers, mask) -> None:
         size = pointers.get_element_ty().primitive_bitwidth // 8
@@ -50,36 +67,40 @@ class Traffic:
         outside = int((~inside.any(axis=1)).sum())
         if outside:
             raise OutOfBounds(f"{self.launches[-1]} touched {outside} addresses")
-        large = end - begin >= self.least
+        self.touched(counter, address, size, inside)
+
+    def touched(self, counter, address: np.ndarray, size: int, inside: np.ndarray) -> None:
+        """By one load or store; ``inside``: of each address, in which of the tensors it is."""
+        large = self._ranges[:, 1] - self._ranges[:, 0] >= self.least
         counter[self.launches[-1]] += size * int(inside[:, large].any(axis=1).sum())
 
     def __enter__(self) -> Traffic:
         self._load = InterpreterBuilder.create_masked_load
         self._store = InterpreterBuilder.create_masked_store
-        self._launch = kernels._launch
+        self._launches = {module: module._launch for module in self.modules or (kernels,)}
 
-        def load(builder, pointers, mask, *rest):
+        def load(builder, pointers, mask, *rest, **options):
             self._count(self.read, pointers, mask)
-            return self._load(builder, pointers, mask, *rest)
+            return self._load(builder, pointers, mask, *rest, **options)
 
         def store(builder, pointers, value, mask, *rest):
             self._count(self.written, pointers, mask)
             return self._store(builder, pointers, value, mask, *rest)
 
-        def launch(kernel, grid, *args, **constants):
-            self.launches.append(kernel.fn.__name__)
-            tensors = [a for a in args if isinstance(a, torch.Tensor)]
-            self._ranges = np.array(
-                [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
-            )
-            self._launch(kernel, grid, *args, **constants)
+        def launch(real, kernel, grid, *args, **constants):
+            self.launches.append(self.name_of(kernel, constants))
+            tensors = [getattr(a, "base", a) for a in args]  # of descriptors theirs
+            self.given([t for t in tensors if isinstance(t, torch.Tensor)])
+            real(kernel, grid, *args, **constants)
 
         InterpreterBuilder.create_masked_load = load
         InterpreterBuilder.create_masked_store = store
-        kernels._launch = launch
+        for module, real in self._launches.items():
+            module._launch = partial(launch, real)
         return self
 
     def __exit__(self, *_) -> None:
         InterpreterBuilder.create_masked_load = self._load
         InterpreterBuilder.create_masked_store = self._store
-        kernels._launch = self._launch
+        for module, real in self._launches.items():
+            module._launch = real
