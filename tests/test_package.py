@@ -178,6 +178,7 @@ COMMANDS = {
     "fused-res check": "test_cli.py",
     "fused-res demo": ".ci/run",
     "fused-res tune my_model.py:net --shape 1x3x224x224": "test_tuning.py",
+    "fused-res tune --train my_model.py:net --shape 64x3x224x224": "test_plans.py",
 }
 
 
