@@ -665,21 +665,24 @@ def backward_small(dy, x, residual, mask, dx, dresidual, weight, weight2, stats,
 def backward_reapply(dy, x, dx, y, table, affine, runs, channels, inner,
                      CHANNELS_LAST: tl.constexpr, TRAINING: tl.constexpr, R: tl.constexpr,
                      G: tl.constexpr):  # fmt: skip
-    """dx, where dy is past the ReLU already, and y once more. dx may be dy. Grid as _tile."""
+    """dx, where dy is past the ReLU already, and y once more, those that are not None. dx may be
+    dy. Grid as _tile."""
     run, row_ok, i0, c, in_table = _tile(runs, channels, inner, CHANNELS_LAST, R, G)
     i = i0 + _columns(G)
     ok = row_ok & (i < inner)
     at = run.to(tl.int64) * inner + i
     value = tl.load(x + at, mask=ok, other=0).to(tl.float32)
-    g = tl.load(dy + at, mask=ok, other=0).to(tl.float32)
-    center, scale, slope, offset = _load_table(table, c, in_table, channels)
-    d = scale * g
-    if TRAINING:
-        d -= offset + slope * (value - center)
-    tl.store(dx + at, d.to(dx.dtype.element_ty), mask=ok)
-    center, scale, shift = _load3(affine, c, in_table, channels)
-    v = (value - center) * scale + shift
-    tl.store(y + at, tl.where(v <= 0, 0.0, v).to(y.dtype.element_ty), mask=ok)
+    if dx is not None:
+        g = tl.load(dy + at, mask=ok, other=0).to(tl.float32)
+        center, scale, slope, offset = _load_table(table, c, in_table, channels)
+        d = scale * g
+        if TRAINING:
+            d -= offset + slope * (value - center)
+        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=ok)
+    if y is not None:
+        center, scale, shift = _load3(affine, c, in_table, channels)
+        v = (value - center) * scale + shift
+        tl.store(y + at, tl.where(v <= 0, 0.0, v).to(y.dtype.element_ty), mask=ok)
 
 
 # --- configurations
@@ -989,23 +992,24 @@ def backward(dy, x, weight, training, residual, residual_norm, residual_weight, 
 
 
 def backward_of_sums(g: Tensor, x: Tensor, weight: Tensor | None, training: bool, stats: Tensor,
-                     partial: Tensor, parameters: bool):  # fmt: skip
+                     partial: Tensor, need_x: bool, need_parameters: bool,
+                     need_y: bool):  # fmt: skip
     """The backward pass of a call with a ReLU and no residual, from where its sums are there.
 
     Args:
         g: the gradient past the ReLU; becomes dx.
         partial: (chunks, 2, C): sums of g and of g * (x - mean).
-        parameters: whether their gradients are wanted.
 
     Returns:
-        dx, dweight, dbias (None where not wanted), and y once more.
+        dx, dweight, dbias, and y once more; None where not wanted.
     """
     geometry = Geometry.of(x)
     channels = geometry.channels
-    wanted = parameters and weight is not None
+    wanted = need_parameters and weight is not None
     gradients = [torch.empty_like(weight) if wanted else None for _ in range(2)]
     table = x.new_empty((4, channels), dtype=torch.float32)
-    y = torch.empty_like(x)
+    dx = g if need_x else None
+    y = torch.empty_like(x) if need_y else None
     config = CONFIGS["backward_reapply"]
     tile = geometry.tile(config, 128)
     with _on(x):
@@ -1014,9 +1018,10 @@ def backward_of_sums(g: Tensor, x: Tensor, weight: Tensor | None, training: bool
             geometry.values, _channels(weight), None, stats, *gradients, None, None, table,
             channels, warps=4, SECOND=False, TRAINING=training, TRAINING2=False, **MERGE,
         )  # fmt: skip
-        _launch(
-            backward_reapply, geometry.tiles(tile), g, x, g, y, table, stats[2:], geometry.runs,
-            channels, geometry.inner, warps=config.warps, CHANNELS_LAST=geometry.channels_last,
-            TRAINING=training, **tile,
-        )  # fmt: skip
-    return g, *gradients, y
+        if need_x or need_y:
+            _launch(
+                backward_reapply, geometry.tiles(tile), g, x, dx, y, table, stats[2:],
+                geometry.runs, channels, geometry.inner, warps=config.warps,
+                CHANNELS_LAST=geometry.channels_last, TRAINING=training, **tile,
+            )  # fmt: skip
+    return dx, *gradients, y

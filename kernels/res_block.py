@@ -117,9 +117,9 @@ def backward(
         """What convolution i read, and the mask of the ReLU before it."""
         return bn_act.reapply(outputs[i - 1], stats[i - 1]) if i else (x, None)
 
-    def owns(i: int, a: Tensor) -> bool:
-        """Whether the gradient of what convolution i read is our own's, that of a given."""
-        return plan[i].backward != 0 and own.why_not(a, stages[i]) is None
+    def owns(i: int, *read: Tensor) -> bool:
+        """Whether the gradient of what convolution i read is our own's, which reads these."""
+        return plan[i].backward != 0 and all(own.why_not(t, stages[i]) is None for t in read)
 
     def own_gradient(i: int, da: Tensor, size, end: End, out: Tensor | None = None):
         config = _config(plan[i].backward)
@@ -139,9 +139,9 @@ def backward(
     a = outputs[-1]
     dy = bn_act._like(dy, a)
     of_shortcut = shortcut is not None and (wanted.x or any(wanted.of(n)[:2]))
-    # an own convolution of x's gradient adds what passes the block by
+    # an own convolution of x's gradient adds what passes the block by, to every pixel
     adds = shortcut is None and wanted.x and owns(0, outputs[0])
-    adds = adds and bn_act.Geometry.of(a).channels_last
+    adds = adds and bn_act.Geometry.of(a).channels_last and max(branch[0].stride) == 1
     passes = shortcut is None and wanted.x and act == _RELU and not adds
     of_branch = wanted.before(n - 1) or any(wanted.of(n - 1)[:2])
     of_norms = wanted.of(n - 1)[2] or (shortcut is not None and wanted.of(n)[2])
@@ -168,12 +168,14 @@ def backward(
                 dx = of_library(0, da, x, before)
             break
         a, norm = outputs[i - 1], branch[i - 1].norm
-        of_norm = wanted.of(i - 1)[2]
-        if before and owns(i, da):
+        *of_conv, of_norm = wanted.of(i - 1)
+        of_conv = wanted.before(i - 1) or any(of_conv)
+        if before and owns(i, da, a):
             end = End(RELU, a=a, stats=stats[i - 1])
             g, sums = own_gradient(i, da, a.shape[2:], end)
             d_before, *gradients[i - 1][2:], z = bn_act.backward_of_sums(
-                g, a, norm.weight, norm.training, stats[i - 1], sums, of_norm)  # fmt: skip
+                g, a, norm.weight, norm.training, stats[i - 1], sums, of_conv, of_norm,
+                any(wanted.of(i)[:2]))  # fmt: skip
             of_library(i, da, z, False)
             da = d_before
         else:
@@ -181,7 +183,6 @@ def backward(
                 z, inner_mask = inside(i)
             dz = of_library(i, da, z, before)
             if before:
-                of_conv = wanted.before(i - 1) or any(wanted.of(i - 1)[:2])
                 da, *gradients[i - 1][2:], _, _, _ = bn_act.backward(
                     dz, a, norm.weight, norm.training, None, False, None, False, stats[i - 1],
                     inner_mask, _RELU, of_conv, False, of_norm)  # fmt: skip

@@ -37,53 +37,58 @@ ROWS = {NOTHING: 0, STATISTICS: 3, RELU: 2, ADD: 0}  # of a program's sums
 
 
 @triton.jit
-def _end(z, dtype, pixel, inside, k, ok, bias, a, stats, other, mask, s0, s1, seen, K,
-         END: tl.constexpr):  # fmt: skip
-    """z [BN, M] in dtype, and the sums of the program's tiles so far: mean, sum of squared
-    deviations and how many (STATISTICS; Chan, Golub and LeVeque's merge), or those of g and of
-    g * (a - mean) (RELU)."""
-    both = inside[None, :] & ok[:, None]
-    at = pixel[None, :] * K + k[:, None]
+def _end(z, dtype, pixel, inside, count, k, ok, bias, a, stats, other, mask, s0, s1,
+         origin, seen, K, END: tl.constexpr):  # fmt: skip
+    """z [M, BN] in dtype, and the sums of the program's tiles so far: of deviations from origin,
+    the first tile's mean, their squares, and how many (STATISTICS); of g and of g * (a - mean)
+    (RELU)."""
+    both = inside[:, None] & ok[None, :]
+    at = pixel[:, None] * K + k[None, :]
     if bias is not None:
-        z += tl.load(bias + k, mask=ok, other=0).to(tl.float32)[:, None]
+        z += tl.load(bias + k, mask=ok, other=0).to(tl.float32)[None, :]
     if END == 3:
         value = tl.load(other + at, mask=both, other=0).to(tl.float32)
         if mask is not None:
-            byte = tl.load(mask + (pixel[None, :] * ((K + 7) // 8) + (k // 8)[:, None]), mask=both,
+            byte = tl.load(mask + (pixel[:, None] * ((K + 7) // 8) + (k // 8)[None, :]), mask=both,
                            other=0)  # fmt: skip
-            value = tl.where((byte.to(tl.int32) >> (k % 8)[:, None]) & 1 != 0, value, 0.0)
+            value = tl.where((byte.to(tl.int32) >> (k % 8)[None, :]) & 1 != 0, value, 0.0)
         z += value
     out = z.to(dtype)
     if END == 1:
-        value = tl.where(both, out.to(tl.float32), 0.0)
-        n = tl.sum(inside.to(tl.float32), 0)
-        mean = tl.sum(value, 1) / n
-        d = tl.where(both, value - mean[:, None], 0.0)
-        delta = mean - s0
-        part = n / (seen + n)
-        s0 += delta * part
-        s1 += tl.sum(d * d, 1) + delta * delta * (seen * part)
+        value = out.to(tl.float32)
+        n = count.to(tl.float32)
+        if seen == 0:
+            origin = tl.sum(tl.where(inside[:, None], value, 0.0), 0) / n
+        d = tl.where(inside[:, None], value - origin[None, :], 0.0)
+        s0 += tl.sum(d, 0)
+        s1 += tl.sum(d * d, 0)
         seen += n
     if END == 2:
         value = tl.load(a + at, mask=both, other=0).to(tl.float32)
-        mean = tl.load(stats + k, mask=ok, other=0)[:, None]
-        center = tl.load(stats + 2 * K + k, mask=ok, other=0)[:, None]
-        scale = tl.load(stats + 3 * K + k, mask=ok, other=0)[:, None]
-        shift = tl.load(stats + 4 * K + k, mask=ok, other=0)[:, None]
+        mean = tl.load(stats + k, mask=ok, other=0)[None, :]
+        center = tl.load(stats + 2 * K + k, mask=ok, other=0)[None, :]
+        scale = tl.load(stats + 3 * K + k, mask=ok, other=0)[None, :]
+        shift = tl.load(stats + 4 * K + k, mask=ok, other=0)[None, :]
         positive = ((value - center) * scale + shift <= 0) == 0  # as bn_act's pass: NaN passes
-        g = tl.where(both & positive, out.to(tl.float32), 0.0)
+        g = tl.where(inside[:, None] & positive, out.to(tl.float32), 0.0)
         out = g.to(dtype)
-        s0 += tl.sum(g, 1)
-        s1 += tl.sum(tl.where(both, g * (value - mean), 0.0), 1)
-    return out, s0, s1, seen
+        s0 += tl.sum(g, 0)
+        s1 += tl.sum(g * (value - mean), 0)
+    return out, s0, s1, origin, seen
 
 
 @triton.jit
-def _keep(partial, s0, s1, seen, k, ok, K, k_tiles, END: tl.constexpr):
-    """A program's sums, for the merge."""
+def _keep(partial, s0, s1, origin, seen, k, ok, K, k_tiles, END: tl.constexpr):
+    """A program's sums, for the merge: of the statistics mean, sum of squared deviations and how
+    many."""
     if END == 1 or END == 2:
         ROWS: tl.constexpr = 3 if END == 1 else 2
         row = partial + (tl.program_id(0) // k_tiles).to(tl.int64) * (ROWS * K)
+        if END == 1:
+            off = s0 / seen
+            s1 -= off * s0
+            s0 = origin + off
+            s1 = tl.where(s1 < 0, 0.0, s1)  # NaN stays NaN
         tl.store(row + k, s0, mask=ok)
         tl.store(row + K + k, s1, mask=ok)
         if END == 1:
@@ -112,6 +117,7 @@ def train_descriptor(x, w, y, partial, bias, a, stats, other, mask, N, P, Q, K, 
     ok = k < K
     s0 = tl.zeros([BN], tl.float32)
     s1 = tl.zeros([BN], tl.float32)
+    origin = tl.zeros([BN], tl.float32)
     seen = 0.0
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         box = tile // k_tiles
@@ -125,11 +131,12 @@ def train_descriptor(x, w, y, partial, bias, a, stats, other, mask, N, P, Q, K, 
         p = p0 + i // TW % TH
         q = q0 + i % TW
         inside = (n < N) & (p < P) & (q < Q)
-        pixel = n.to(tl.int64) * image + p * row + q * column + first
-        out, s0, s1, seen = _end(z, y.dtype, pixel, inside, k, ok, bias, a, stats, other, mask, s0,
-                                 s1, seen, K, END)  # fmt: skip
-        y.store([n0, p0, q0, k0], out.T.reshape(IMAGES, TH, TW, BN))
-    _keep(partial, s0, s1, seen, k, ok, K, k_tiles, END)
+        count = tl.minimum(IMAGES, N - n0) * tl.minimum(TH, P - p0) * tl.minimum(TW, Q - q0)
+        pixel = n.to(tl.int64) * image + p.to(tl.int64) * row + q * column + first
+        out, s0, s1, origin, seen = _end(z.T, y.dtype, pixel, inside, count, k, ok, bias, a, stats,
+                                        other, mask, s0, s1, origin, seen, K, END)  # fmt: skip
+        y.store([n0, p0, q0, k0], out.reshape(IMAGES, TH, TW, BN))
+    _keep(partial, s0, s1, origin, seen, k, ok, K, k_tiles, END)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -146,23 +153,27 @@ def train_pointer(x, w, y, partial, bias, a, stats, other, mask, P, Q, K, pixels
     ok = k < K
     s0 = tl.zeros([BN], tl.float32)
     s1 = tl.zeros([BN], tl.float32)
+    origin = tl.zeros([BN], tl.float32)
     seen = 0.0
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         # int64 where there are so many pixels
-        m = (tile // k_tiles).to(pixels.dtype) * M + tl.arange(0, M)
+        m0 = (tile // k_tiles).to(pixels.dtype) * M
+        m = m0 + tl.arange(0, M)
         inside = m < pixels
+        count = tl.minimum(M, pixels - m0)
         n = m // Q // P
         p = (m // Q % P).to(tl.int32)
         q = (m % Q).to(tl.int32)
         z = _gather_convolve(x, w, n, p, q, inside, k, ok, 0, H, W, C, C, R, S, STRIDE_H, STRIDE_W,
                              PAD_H, PAD_W, DIL_H, DIL_W, WHOLE, M, BN, BK, PRECISION,
                              INTERPRETED)  # fmt: skip
-        pixel = n.to(tl.int64) * image + p * row + q * column + first
-        out, s0, s1, seen = _end(z, y.dtype.element_ty, pixel, inside, k, ok, bias, a, stats, other,
-                                 mask, s0, s1, seen, K, END)  # fmt: skip
-        both = inside[None, :] & ok[:, None]
-        tl.store(y + (pixel[None, :] * K + k[:, None]), out, mask=both)
-    _keep(partial, s0, s1, seen, k, ok, K, k_tiles, END)
+        pixel = n.to(tl.int64) * image + p.to(tl.int64) * row + q * column + first
+        out, s0, s1, origin, seen = _end(z.T, y.dtype.element_ty, pixel, inside, count, k, ok, bias,
+                                        a, stats, other, mask, s0, s1, origin, seen, K,
+                                        END)  # fmt: skip
+        both = inside[:, None] & ok[None, :]
+        tl.store(y + (pixel[:, None] * K + k[None, :]), out, mask=both)
+    _keep(partial, s0, s1, origin, seen, k, ok, K, k_tiles, END)
 
 
 # --- launches
@@ -348,8 +359,7 @@ def gradient_parts(size: tuple[int, int], conv: ConvNorm) -> list[Part]:
             if own.numel() == 0:
                 continue
             padding = [
-                -((f + pad - t) // s)
-                for f, pad, t, s in zip(first, conv.padding, tap, steps, strict=True)
+                -((f + pad) // s) for f, pad, s in zip(first, conv.padding, steps, strict=True)
             ]
             out = [-(-(n - f) // s) for n, f, s in zip(size, first, steps, strict=True)]
             dilation = [-d for d in conv.dilation]

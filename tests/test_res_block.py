@@ -2,101 +2,17 @@
 
 import pytest
 import torch
+from block_cases import PLANS, Case
 from errors import rule
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_res
-from fused_res import FusedResBlock, Norm, reference
+from fused_res import FusedResBlock, reference
 from fused_res.ops.res_block import _ResBlock, res_block
-from fused_res.reference import ACTS, ConvNorm
+from fused_res.reference import ACTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# kernel sizes and strides of the branch; stride of the shortcut's convolution, or None
-PLANS = {
-    "single": ([(3, 1)], None),
-    "basic": ([(3, 1), (3, 1)], None),
-    "bottleneck": ([(1, 1), (3, 1), (1, 1)], None),
-    "projection": ([(3, 2), (3, 1)], 2),
-}
-
-
-class Case:
-    """A block's inputs in fp64, exactly representable in ``dtype``."""
-
-    def __init__(self, plan, dtype, shape=(6, 12, 7, 9), training=True, bias=False, groups=1):
-        convs, self.shortcut_stride = PLANS[plan]
-        self.dtype = dtype
-        n, c, h, w = shape
-        out = c if self.shortcut_stride is None else 16
-
-        def exact(*size, scale=1.0):
-            return (torch.randn(size) * scale).to(dtype).double()
-
-        def stage(c_in, c_out, kernel, stride):
-            g = groups if kernel == 3 else 1
-            fan = c_in // g * kernel * kernel
-            weight = exact(c_out, c_in // g, kernel, kernel, scale=(2 / fan) ** 0.5)
-            norm = Norm(
-                0.1 * torch.randn(c_out).double(),
-                torch.rand(c_out).double() + 0.5,
-                torch.rand(c_out).double() + 0.5,
-                torch.randn(c_out).double(),
-                training,
-            )
-            pad = (kernel // 2,) * 2
-            extra = exact(c_out) if bias else None
-            return ConvNorm(weight, extra, (stride,) * 2, pad, (1, 1), g, norm)
-
-        self.branch, c_in = [], c
-        for kernel, stride in convs:
-            self.branch.append(stage(c_in, out, kernel, stride))
-            c_in = out
-        self.shortcut = None
-        if self.shortcut_stride is not None:
-            self.shortcut = stage(c, out, 1, self.shortcut_stride)
-        self.x = exact(n, c, h, w)
-        like = reference.res_block(self.x, *self.stages(torch.float64)[0])
-        self.dy = torch.randn_like(like).to(dtype).double()
-
-    def stages(self, dtype):
-        """(branch, shortcut) with fresh leaves, the leaves, and the running statistics."""
-        leaves, running = [], []
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-
-        def leaf(t, dtype):
-            if t is None:
-                return None
-            leaves.append(t.detach().to(dtype).clone().requires_grad_())
-            return leaves[-1]
-
-        def state(t):
-            running.append(t.to(wide).clone())
-            return running[-1]
-
-        def fresh(stage):
-            norm = stage.norm
-            return stage._replace(
-                weight=leaf(stage.weight, dtype),
-                bias=leaf(stage.bias, dtype),
-                norm=norm._replace(
-                    running_mean=state(norm.running_mean),
-                    running_var=state(norm.running_var),
-                    weight=leaf(norm.weight, wide),
-                    bias=leaf(norm.bias, wide),
-                ),
-            )
-
-        branch = [fresh(stage) for stage in self.branch]
-        return (branch, self.shortcut and fresh(self.shortcut)), leaves, running
-
-    def run(self, call, dtype, act):
-        """Output, gradients and running statistics."""
-        stages, leaves, running = self.stages(dtype)
-        x = self.x.to(dtype).clone().requires_grad_()
-        y = call(x, *stages, act)
-        grads = torch.autograd.grad(y, [x, *leaves], self.dy.to(dtype))
-        return [y.detach(), *grads, *running]
 
 
 def in_one_call(*args):
