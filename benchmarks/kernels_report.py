@@ -26,6 +26,7 @@ import triton
 from cuda_resources import Resources
 from fused_res.kernels import bn_act as kernels
 from fused_res.kernels import conv_bn_act as conv_kernels
+from fused_res.kernels import training_convolution as training_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -50,15 +51,16 @@ RESIDUALS = ("tensor", "norm")
 # Of the inference op: the input, and the output channels.
 CONV_SHAPE = (64, 64, 56, 56)
 CONV_FILTERS = 256
+ENDS = ("STATISTICS", "RELU", "ADD")  # of the tiles of a training convolution
 _TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.uint8: "u8",
 }  # fmt: skip
 
-# By name, those of both modules that are launched: helpers' names begin with _.
+# By name, those of the modules that are launched: helpers' names begin with _.
 KERNELS = {
     name: f
-    for module in (kernels, conv_kernels)
+    for module in (kernels, conv_kernels, training_kernels)
     for name, f in vars(module).items()
     if hasattr(f, "arg_names") and name[0] != "_"
 }
@@ -205,6 +207,53 @@ def conv_configurations() -> list[Configuration]:
     return found
 
 
+def record_training(config: conv_kernels.Config, dtype, end: int) -> Configuration:
+    """3x3, what its tiles end with; ADD with a mask."""
+    n, c, h, w = CONV_SHAPE
+    k = CONV_FILTERS
+
+    def empty(*shape):
+        t = torch.empty(shape, dtype=dtype, device="meta")
+        return t.to(memory_format=torch.channels_last)
+
+    def stage(k: int, c: int) -> ConvNorm:
+        return ConvNorm(empty(k, c, 3, 3), None, (1, 1), (1, 1), (1, 1), 1, None)
+
+    word = {v: name for name, v in vars(training_kernels).items() if name in ENDS}[end]
+    with (
+        mock.patch.object(training_kernels, "_kind", lambda *_: config.kind),
+        _recording(training_kernels, _TYPES[dtype], "3x3", word) as found,
+    ):
+        if end == training_kernels.STATISTICS:
+            training_kernels.convolve(empty(n, c, h, w), stage(k, c), True, config)
+        else:
+            like, stats = empty(n, k, h, w), torch.empty(5, k, device="meta")
+            mask = torch.empty(n * h * w, k // 8, dtype=torch.uint8, device="meta")
+            add = end == training_kernels.ADD
+            given = {"other": like, "mask": mask} if add else {"a": like, "stats": stats}
+            what = training_kernels.End(end, **given)
+            training_kernels.input_gradient(empty(n, c, h, w), stage(c, k), (h, w), what, config)
+    return found[0]
+
+
+def training_configurations() -> list[Configuration]:
+    """Every configuration of the training convolutions with every end; the widest of each kind in
+    float32 too."""
+    found, kinds = [], set()
+    for config in conv_kernels.CONFIGS:
+        if config.M * config.BN > conv_kernels.WIDEST:
+            continue
+        dtypes = [] if config.kind == "exact" else [torch.bfloat16]
+        wide = config.kind == "pointer" and config.M * config.BN == conv_kernels.WIDEST
+        if config.kind not in kinds and not wide:
+            kinds.add(config.kind)
+            dtypes.append(torch.float32)
+        for dtype in dtypes:
+            for name in ENDS:
+                found.append(record_training(config, dtype, getattr(training_kernels, name)))
+    return found
+
+
 def configurations() -> list[Configuration]:
     """Every configuration of bn_act that the shapes above launch, once; "any" where it does not
     depend on the dtype, the layout or the residual."""
@@ -325,7 +374,10 @@ class Section(NamedTuple):
     columns: dict[str, str] = COLUMNS
 
     def configurations(self) -> list[Configuration]:
-        every = configurations() if self.columns is COLUMNS else conv_configurations()
+        if self.columns is COLUMNS:
+            every = configurations()
+        else:
+            every = conv_configurations() + training_configurations()
         return [c for c in every if c.kernel in self.kernels]
 
     def header(self) -> list[str]:
@@ -362,8 +414,9 @@ def _caption(compiler: str, targets: list[str], rows: list[Row]) -> str:
     )
 
 
-_BN_ACT = tuple(name for name in KERNELS if not name.startswith("conv"))
+_BN_ACT = tuple(name for name in KERNELS if not name.startswith(("conv", "train")))
 _LABELS = ("tile", "warps", "layout", "residual")
+_TRAIN_LABELS = ("tile", "warps", "convolution", "end")
 _CONV_LABELS = ("tile", "warps", "convolution", "residual")
 SECTIONS = (
     Section("cuda", ("variant",), list(cuda.ARCHITECTURES)),
@@ -371,6 +424,9 @@ SECTIONS = (
     Section("triton-amd", _LABELS, ["gfx942"], _BN_ACT),
     Section("conv-tma", _CONV_LABELS, ["sm_90", "sm_100"], ("conv_descriptor",), CONV_COLUMNS),
     Section("conv-nvidia", _CONV_LABELS, ["sm_80"], ("conv_pointer",), CONV_COLUMNS),
+    Section("train-tma", _TRAIN_LABELS, ["sm_90", "sm_100"], ("train_descriptor",), CONV_COLUMNS),
+    Section("train-nvidia", _TRAIN_LABELS, ["sm_80"], ("train_pointer",), CONV_COLUMNS),
+    Section("train-amd", _TRAIN_LABELS, ["gfx942"], ("train_pointer",), CONV_COLUMNS),
     Section("conv-amd", _CONV_LABELS, ["gfx942"], ("conv_pointer",), CONV_COLUMNS),
 )
 
