@@ -143,6 +143,8 @@ def _record(shape, dtype, layout: str, residual: str) -> list[Configuration]:
             x, x, w, True, x if norm else None, norm, w if norm else None, norm, stats, mask, 1,
             True, True, True)  # fmt: skip
         kernels.statistics(x)
+        partial = torch.empty((4, 2, shape[1]), device="meta")
+        kernels.backward_of_sums(x, x, w, True, stats, partial, True, True, True)
     return found
 
 

@@ -111,7 +111,7 @@ class Steps:
         else:
             g, sums = self._own(choice, own.End(own.RELU, a=a, stats=self.stats))
             da, dgamma, dbeta, z = bn_act.backward_of_sums(
-                g, a, gamma, training, self.stats, sums, training
+                g, a, gamma, training, self.stats, sums, True, training, True
             )
         parameters = {"dgamma": dgamma, "dbeta": dbeta} if training else {}
         return {"y": da, "z": z, **parameters}

@@ -348,9 +348,9 @@ def test_an_out_of_bounds_read_is_caught(plant):
 
 
 def test_bytes_read_twice_are_caught(plant, monkeypatch):
-    module = plant("        tl.store(dx + at, d.to",
-                   "        d += 0 * tl.load(x + at, mask=ok, other=0).to(tl.float32)\n"
-                   "        tl.store(dx + at, d.to")  # fmt: skip
+    gradient = "    raw, g = _gradient(dy, mask, run, row_ok, i0, inner, at, ok, ACT, G)\n"
+    again = "    g += 0 * tl.load(x + at, mask=ok, other=0).to(tl.float32)\n"
+    module = plant(f"{gradient}    if dx", f"{gradient}{again}    if dx")
     monkeypatch.setattr(module, "SMALL_VALUES", 0)
     traffic, tensor, mask = traffic_of_a_step(torch.channels_last)
     assert abs(traffic.read["backward_dx"] - (2 * tensor + mask)) > 0.02 * tensor

@@ -47,7 +47,7 @@ def test_every_kernel_compiles_for_every_target_without_spills(rows):
         f"{way}_{what}"
         for way, whats in {
             "forward": ("stats", "moments", "finish", "apply", "small"),
-            "backward": ("sums", "finish", "dx", "small"),
+            "backward": ("sums", "finish", "dx", "reapply", "small"),
         }.items()
         for what in whats
     }
