@@ -4,7 +4,12 @@ import contextlib
 import copy
 import math
 import operator
+import os
 import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -711,6 +716,27 @@ def test_compile_with_inductor(fresh_compiler):
         a = outcome(ours, x, call=compiled)
         runs.append((a, outcome(theirs, x), outcome(exact, x.double())))
     agree(*map(list, zip(*runs, strict=True)))
+
+
+def test_compiled_graphs_on_disk_are_of_these_ops(tmp_path):
+    """The key of torch.compile's caches changes with the ops' files and keeps a user's tag."""
+    show = "import fused_res, torch.compiler.config as c; print(c.cache_key_tag)"
+    package = Path(fused_res.__file__).parent
+    shutil.copytree(package, tmp_path / "fused_res", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(package.parent / "kernels", tmp_path / "kernels")
+
+    def tag(folder):
+        run = [sys.executable, "-c", show]
+        environ = dict(os.environ, TORCH_COMPILE_CACHE_KEY_TAG="mine", PYTHONPATH=str(folder))
+        return subprocess.run(
+            run, cwd=folder, env=environ, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    first = tag(tmp_path)
+    assert first.startswith("mine+fused_res-") and first == tag(package.parent)
+    with open(tmp_path / "fused_res" / "ops" / "bn_act.py", "a") as file:
+        file.write("# another\n")
+    assert tag(tmp_path) not in ("mine", first)
 
 
 def test_meta_and_fake_tensors():
