@@ -130,9 +130,11 @@ def taken(row: Row) -> str:
 # with fewer tiles than these the products wait for them. At 16 tiles of 4 (256 channels, 14x14,
 # batch 1) they are 0.07 of 0.73 ms faster than tiles of 2, with three times the error.
 LEAST_TILES = {4: 24, 2: 12}
-# oneDNN's calls cost 30 us more than ours. Its kernels are up to 15 % faster, but for 1x1 ones that
+# oneDNN's calls cost 30 us more than ours. Its kernels are 2 to 24 % faster, but for 1x1 ones that
 # add something to what they make. Outputs that glibc maps afresh each time cost it more than that.
-MOST_DIRECT, MOST_DIRECT_1X1 = 7e7, 1.2e8  # multiplications
+# So with AVX-512; with AVX2 they are 1.2 to 2.3 times as fast, and 1x1 ones alone win so; in plain
+# code they are up to 4 times as fast.
+MOST_DIRECT, MOST_DIRECT_1X1, MOST_DIRECT_AVX2 = 7e7, 1.2e8, 4e6  # multiplications
 MAPPED_BYTES = 32 << 20
 
 
@@ -149,12 +151,18 @@ def _expected(key: Key, able: list[str]) -> str:
                 return f"winograd{tile}"
     pixels = n * height * width // (key.stride[0] * key.stride[1])
     work = pixels * out_channels * channels * kernel[0] * kernel[1]
-    small = work < (MOST_DIRECT_1X1 if kernel == [1, 1] else MOST_DIRECT)
-    adds = kernel == [1, 1] and key.residual in ("add", "shortcut")
+    point = kernel == [1, 1]
+    adds = point and key.residual in ("add", "shortcut")
     mapped = 4 * pixels * out_channels > MAPPED_BYTES
+    if "direct" not in able:
+        return able[0]
+    wins = {
+        "avx512": work < (MOST_DIRECT_1X1 if point else MOST_DIRECT) or adds or mapped,
+        "avx2": work < MOST_DIRECT_AVX2 or (point and mapped),
+        "plain": False,
+    }
     # of many channels PyTorch's NCHW kernels have down to a third of the error of oneDNN's for NHWC
-    ours = small or adds or mapped or not key.channels_last
-    return "direct" if "direct" in able and ours else able[0]
+    return "direct" if wins[backends.cpu_isa()] or not key.channels_last else able[0]
 
 
 MOST_CHOICES = 10_000

@@ -353,6 +353,28 @@ def test_the_setting_limits_the_tile():
             assert limit == 4 or f"FUSED_RES_WINOGRAD={limit}" in why
 
 
+@pytest.mark.parametrize(
+    ("shape", "k", "kernel", "stride", "sets"),
+    [
+        ((1, 16, 32, 32), 32, 3, 2, {"avx2", "avx512"}),
+        ((1, 64, 56, 56), 64, 3, 2, {"avx512"}),
+        ((1, 96, 40, 40), 96, 1, 1, {"avx512"}),
+        ((1, 8, 230, 230), 160, 1, 1, {"avx2", "avx512"}),
+        ((1, 8, 230, 230), 160, 3, 2, set()),
+        ((1, 8, 460, 460), 160, 3, 2, {"avx512"}),
+    ],
+    ids=["small", "3x3", "1x1", "large 1x1 output", "3x3 of much work", "large 3x3 output"],
+)
+def test_where_a_direct_convolution_is_expected_to_win(shape, k, kernel, stride, sets):
+    options = dict(kernel=kernel, stride=stride, second="none", layout="channels_last")
+    call = Call(*Case(shape, k, **options).arguments(torch.float32))
+    for isa in ISAS:
+        choices.forget()
+        with instruction_set(isa) as got:
+            chosen = choices.choose(call, "cpu").implementation
+            assert chosen == ("direct" if got in sets else "onednn"), isa
+
+
 def test_wrong_setting_is_named():
     assert env.read({}).winograd == 4 and env.read({"FUSED_RES_WINOGRAD": "0"}).winograd == 0
     with pytest.raises(ValueError, match="FUSED_RES_WINOGRAD='3' must be one of: 4, 2, 0"):

@@ -1,8 +1,8 @@
 """A whole residual block in one call each way: the op ``res_block``.
 
-Convolutions from the library, or on a CPU our own where they win (``csrc/cpu/training_convolution
-.cpp``), all the rest by ``bn_act``, without the host's work between them (several times a small
-kernel's own).
+Convolutions from the library, or on a CPU our own where they win
+(``csrc/cpu/training_convolution.cpp``), all the rest by ``bn_act``, without the host's work between
+them (several times a small kernel's own).
 ``reference.res_block`` says what it computes; ``csrc/res_block.h`` walks the stages.
 
 For the backward pass are kept the outputs of the convolutions, statistics, and one bit an element
