@@ -2,6 +2,7 @@
 gradient, where they run, and that sums do not depend on the threads."""
 
 import os
+import random
 import subprocess
 import sys
 
@@ -104,7 +105,10 @@ WITH_AVX2 = [(name, "avx2") for name in BLOCKS if name != "bottleneck"]
     + [(*pair, "relu") for pair in WITH_AVX2],
 )
 def test_error_is_within_the_rule(name, isa, act):
-    args = (*made(name), act)
+    follows_the_rule(isa, *made(name), act)
+
+
+def follows_the_rule(isa, *args):
     with instruction_set(isa):
         got = step(ours, *args, torch.float32)
     theirs = step(reference.res_block, *args, torch.float32)
@@ -119,6 +123,37 @@ def test_error_is_within_the_rule(name, isa, act):
         rule(*(torch.cat([r[k].flatten() for k in keys]) for r in (got, theirs, exact)), kind)
     for key in nothing:
         assert got[key].abs().max() < 1e-3 * args[3].numel() ** 0.5
+
+
+def drawn(draw):
+    """A branch and an input of a size at which our convolutions run."""
+    channels = [8 * draw.randint(3, 20) for _ in range(3)]
+    options = dict(bias=draw.random() < 0.3, contiguous=draw.random() < 0.3)
+    options |= dict(training=draw.random() < 0.8, shift=12)  # no ReLU turns by a rounding
+    before, between = draw.choice([(1, 1), (1, 1), (0, 2), (2, 0)])
+    branch = [
+        stage(channels[0], channels[1], 3, before, **options),
+        stage(channels[1], channels[2], 3, 1, **options),
+        stage(channels[2], channels[0], 3, between, **options),
+    ][:: draw.choice([1, 2])]
+    if len(branch) == 2:
+        branch[1] = stage(channels[1], channels[0], 3, between, **options)
+    height, width = draw.randint(3, 30), draw.randint(3, 30)
+    pixels = max(256, (4 << 20) // (9 * min(channels) ** 2))  # of the smallest map
+    images = pixels // ((height - 2) * (width - 2)) + draw.randint(1, 3)
+    return branch, image(images, channels[0], height, width)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_shapes(seed):
+    draw = random.Random(seed)
+    branch, x = drawn(draw)
+    act = draw.choice(["relu", "relu_before_add", "none"])
+    args = branch, None, x, torch.randn_like(x), act
+    isa = draw.choice(["avx512", "avx2"])
+    follows_the_rule(isa, *args)
+    with instruction_set(isa):
+        assert library_calls(lambda: step(ours, *args, torch.float32)) == 0
 
 
 def library_calls(run) -> int:
