@@ -27,7 +27,7 @@ constexpr int64_t kWeightBytes = 16 << 20, kSharedBytes = 24 << 20;
 constexpr int64_t kLeastTiles = 12;  // fewer rows do not fill the registers
 // Of a weight's gradient: tiles whose products make one sum, sums added one after the other, tiles
 // whose transforms lie in the cache together
-constexpr int64_t kTilesOfPart = 64, kMostParts = 16, kMostTiles = 128;
+constexpr int64_t kTilesOfPart = 128, kMostParts = 16, kMostTiles = 128;
 
 struct Winograd {
   const WinogradKernels& kernels;

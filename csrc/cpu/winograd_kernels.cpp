@@ -48,52 +48,62 @@ inline __attribute__((always_inline)) void outputs(const V* m, int64_t step, V* 
   }
 }
 
+// Where tiles of one row of an image's tiles lie: the i-th of `t` and up to `count` after it.
+struct Row {
+  int64_t image, h, w;  // of the first tile
+  int64_t count;
+
+  Row(const WinogradArgs& a, const WinogradTiles& t, int64_t i, int64_t most) {
+    const int64_t tile = t.first + i, row = tile / a.tiles_w;
+    image = row / a.tiles_h, h = row % a.tiles_h, w = tile % a.tiles_w;
+    count = a.tiles_w - w < most ? a.tiles_w - w : most;
+  }
+};
+
+// A row of tiles after the other, a vector of channels at a time, which keeps the columns that two
+// tiles share.
 template <int kTile>
 void transform(const WinogradArgs& a, const WinogradTiles& t, int64_t lo, int64_t hi) {
   constexpr int kSize = kTile + 2;
-  for (int64_t i = lo; i < hi; i++) {
-    const int64_t tile = t.first + i, per_image = a.tiles_h * a.tiles_w;
-    const int64_t image = tile / per_image, in_image = tile % per_image;
-    const int64_t h0 = in_image / a.tiles_w * kTile - a.pad_h;
-    const int64_t w0 = in_image % a.tiles_w * kTile - a.pad_w;
-    const float* x = a.x + ((image * a.height + h0) * a.width + w0) * a.x_stride;
-    const int64_t row = a.width * a.x_stride;
-    // rows and columns of the tile that are inside the image
-    const auto first = [](int64_t at) { return (int)(at < 0 ? (-at < kSize ? -at : kSize) : 0); };
-    const auto last = [](int64_t at, int64_t size) {
-      return (int)(size - at < kSize ? (size - at < 0 ? 0 : size - at) : kSize);
-    };
-    const int h_lo = first(h0), h_hi = last(h0, a.height), w_lo = first(w0),
-              w_hi = last(w0, a.width);
-    const bool inside = h_lo == 0 && w_lo == 0 && h_hi == kSize && w_hi == kSize;
-    float* v = t.v + i * t.v_stride;
-    // what the next tile needs beside this one's: its lines are too far apart for the processor to
-    // guess them
-    for (int h = 0; h < kSize; h++)
-      for (int w = kSize; w < kSize + kTile; w++)
-        for (int64_t c = 0; c < a.channels; c += 16)
-          __builtin_prefetch(x + h * row + w * a.x_stride + c, 0, 1);
-    const int64_t x_stride = a.x_stride, v_plane = t.v_plane;
+  for (int64_t i = lo; i < hi;) {
+    const Row row(a, t, i, hi - i);
+    const int64_t h0 = row.h * kTile - a.pad_h, w0 = row.w * kTile - a.pad_w, count = row.count;
+    const int64_t height = a.height, width = a.width, x_stride = a.x_stride;
+    const int64_t v_stride = t.v_stride, v_plane = t.v_plane;
+    const float* x = a.x + ((row.image * height + h0) * width + w0) * x_stride;
+    float* v = t.v + i * v_stride;
+    const bool inside = h0 >= 0 && h0 + kSize <= height;
     over_run(a.channels, [=](int64_t c, auto lanes) {
-      V d[kSize * kSize], e[kSize * kSize];
-      if (inside) {
-        for (int h = 0; h < kSize; h++)
-          for (int w = 0; w < kSize; w++)
-            d[h * kSize + w] = load(x + h * row + w * x_stride + c, lanes);
-      } else {
-        for (int h = 0; h < kSize; h++)
-          for (int w = 0; w < kSize; w++)
-            d[h * kSize + w] = h_lo <= h && h < h_hi && w_lo <= w && w < w_hi
-                                   ? load(x + h * row + w * x_stride + c, lanes)
-                                   : V{};
-      }
-      for (int w = 0; w < kSize; w++) input_points<kTile>(d + w, kSize, e + w, kSize);
-      for (int h = 0; h < kSize; h++) {
-        V out[kSize];
-        input_points<kTile>(e + h * kSize, 1, out, 1);
-        for (int w = 0; w < kSize; w++) store(out[w], v + (h * kSize + w) * v_plane + c, lanes);
+      V d[kSize], e[kSize][kSize], out[kSize];  // e: [point down][column]
+      const auto column = [&](int64_t w, int to) {
+        const float* at = x + w * x_stride + c;
+        if (w0 + w < 0 || w0 + w >= width)
+          for (int h = 0; h < kSize; h++) d[h] = V{};
+        else if (inside)
+          for (int h = 0; h < kSize; h++) d[h] = load(at + h * width * x_stride, lanes);
+        else
+          for (int h = 0; h < kSize; h++)
+            d[h] = 0 <= h0 + h && h0 + h < height ? load(at + h * width * x_stride, lanes) : V{};
+        input_points<kTile>(d, 1, out, 1);
+        for (int h = 0; h < kSize; h++) e[h][to] = out[h];
+      };
+      for (int w = 0; w < 2; w++) column(w, w);
+      for (int64_t n = 0; n < count; n++) {
+        for (int w = 2; w < kSize; w++) {
+          // lines too far apart for the processor to guess them
+          const float* next = x + ((n + 2) * kTile + w) * x_stride + c;
+          for (int h = 2; h < kSize; h++) __builtin_prefetch(next + h * width * x_stride);
+          column(n * kTile + w, w);
+        }
+        float* to = v + n * v_stride + c;
+        for (int h = 0; h < kSize; h++) {
+          input_points<kTile>(e[h], 1, out, 1);
+          for (int w = 0; w < kSize; w++) store(out[w], to + (h * kSize + w) * v_plane, lanes);
+          for (int w = 0; w < 2; w++) e[h][w] = e[h][kTile + w];
+        }
       }
     });
+    i += count;
   }
 }
 
@@ -112,38 +122,40 @@ void multiply(const WinogradArgs& a, const WinogradTiles& t, int64_t point, int6
 template <int kTile>
 void finish(const WinogradArgs& a, const WinogradTiles& t, int64_t lo, int64_t hi) {
   constexpr int kSize = kTile + 2;
-  const int64_t m_stride = (a.out_channels + kPanel - 1) / kPanel * kPanel;
-  for (int64_t i = lo; i < hi; i++) {
-    const int64_t tile = t.first + i, per_image = a.tiles_h * a.tiles_w;
-    const int64_t image = tile / per_image, in_image = tile % per_image;
-    const int64_t h0 = in_image / a.tiles_w * kTile, w0 = in_image % a.tiles_w * kTile;
+  const int64_t m_stride = (a.out_channels + kPanel - 1) / kPanel * kPanel, m_plane = t.m_plane;
+  const int64_t y_stride = a.y_stride, r_stride = a.residual_stride, width = a.out_width;
+  const float *bias = a.bias, *residual = a.residual;
+  const int act = (int)a.act;
+  float* y = a.y;
+  for (int64_t i = lo; i < hi;) {
+    const Row row(a, t, i, hi - i);
+    const int64_t h0 = row.h * kTile;
     const int rows = (int)(a.out_height - h0 < kTile ? a.out_height - h0 : kTile);
-    const int columns = (int)(a.out_width - w0 < kTile ? a.out_width - w0 : kTile);
-    const int64_t pixel0 = (image * a.out_height + h0) * a.out_width + w0;
-    const float* m = t.m + i * m_stride;
-    for (int h = 0; h < kTile; h++)
-      for (int w = kTile; w < 2 * kTile; w++)
-        for (int64_t c = 0; c < a.out_channels; c += 16)
-          __builtin_prefetch(a.y + (pixel0 + h * a.out_width + w) * a.y_stride + c, 1, 1);
-    const int64_t m_plane = t.m_plane, y_stride = a.y_stride, r_stride = a.residual_stride;
-    const int64_t width = a.out_width;
-    const float *bias = a.bias, *residual = a.residual;
-    float* y = a.y;
-    const int act = (int)a.act;
-    over_run(a.out_channels, [=](int64_t c, auto lanes) {
-      V d[kSize * kSize], e[kTile * kSize];
-      for (int p = 0; p < kSize * kSize; p++) d[p] = load(m + p * m_plane + c, Full{});
-      for (int w = 0; w < kSize; w++) outputs<kTile>(d + w, kSize, e + w, kSize);
-      for (int h = 0; h < rows; h++) {
-        V out[kTile];
-        outputs<kTile>(e + h * kSize, 1, out, 1);
-        for (int w = 0; w < columns; w++) {
-          const int64_t pixel = pixel0 + h * width + w;
-          store_output(out[w], bias + c, residual ? residual + pixel * r_stride + c : nullptr, act,
-                       y + pixel * y_stride + c, lanes);
+    for (int64_t n = 0; n < row.count; n++) {
+      const int64_t w0 = (row.w + n) * kTile, pixel0 = (row.image * a.out_height + h0) * width + w0;
+      const int columns = (int)(width - w0 < kTile ? width - w0 : kTile);
+      const float* m = t.m + (i + n) * m_stride;
+      const auto of_lanes = [=](int rows, int columns, int64_t c,
+                                auto lanes) __attribute__((always_inline)) {
+        V d[kSize * kSize], e[kTile * kSize];
+        for (int p = 0; p < kSize * kSize; p++) d[p] = load(m + p * m_plane + c, Full{});
+        for (int w = 0; w < kSize; w++) outputs<kTile>(d + w, kSize, e + w, kSize);
+        for (int h = 0; h < rows; h++) {
+          V out[kTile];
+          outputs<kTile>(e + h * kSize, 1, out, 1);
+          for (int w = 0; w < columns; w++) {
+            const int64_t pixel = pixel0 + h * width + w;
+            store_output(out[w], bias + c, residual ? residual + pixel * r_stride + c : nullptr,
+                         act, y + pixel * y_stride + c, lanes);
+          }
         }
-      }
-    });
+      };
+      if (rows == kTile && columns == kTile)
+        over_run(a.out_channels, [=](int64_t c, auto lanes) { of_lanes(kTile, kTile, c, lanes); });
+      else
+        over_run(a.out_channels, [=](int64_t c, auto lanes) { of_lanes(rows, columns, c, lanes); });
+    }
+    i += row.count;
   }
 }
 
@@ -156,31 +168,32 @@ inline __attribute__((always_inline)) void gradient_points(V a, V b, V* out, int
 }
 
 void transform_gradient(const WinogradArgs& a, const WinogradTiles& t, int64_t lo, int64_t hi) {
-  const int64_t y_stride = a.y_stride, row = a.out_width * y_stride, m_plane = t.m_plane;
+  const int64_t y_stride = a.y_stride, line = a.out_width * y_stride, m_plane = t.m_plane;
   const int64_t panel_stride = t.count * kPanel, channels = a.out_channels;
-  for (int64_t i = lo; i < hi; i++) {
-    const int64_t tile = t.first + i, per_image = a.tiles_h * a.tiles_w;
-    const int64_t image = tile / per_image, in_image = tile % per_image;
-    const int64_t h0 = in_image / a.tiles_w * 2, w0 = in_image % a.tiles_w * 2;
-    const bool below = h0 + 1 < a.out_height, beside = w0 + 1 < a.out_width;
-    const float* dy = a.y + ((image * a.out_height + h0) * a.out_width + w0) * y_stride;
-    float* m = t.m + i * kPanel;
-    const auto of_lanes = [=](int64_t c, auto lanes) {
-      const V d00 = load(dy + c, lanes), d01 = beside ? load(dy + y_stride + c, lanes) : V{};
-      const V d10 = below ? load(dy + row + c, lanes) : V{};
-      const V d11 = below && beside ? load(dy + row + y_stride + c, lanes) : V{};
-      V e[8], out[4];  // [point down][column]
-      gradient_points(d00, d10, e, 2);
-      gradient_points(d01, d11, e + 1, 2);
-      for (int h = 0; h < 4; h++) {
-        gradient_points(e[2 * h], e[2 * h + 1], out, 1);
-        for (int w = 0; w < 4; w++)
-          store(out[w], m + (h * 4 + w) * m_plane + c / kPanel * panel_stride + c % kPanel, Full{});
-      }
-    };
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) of_lanes(c, Full{});
-    if (c < channels) of_lanes(c, Part{(int)(channels - c)});
+  for (int64_t i = lo; i < hi;) {
+    const Row row(a, t, i, hi - i);
+    const int64_t pixel0 = (row.image * a.out_height + 2 * row.h) * a.out_width;
+    const bool below = 2 * row.h + 1 < a.out_height;
+    for (int64_t n = 0; n < row.count; n++) {
+      const int64_t w0 = 2 * (row.w + n);
+      const bool beside = w0 + 1 < a.out_width;
+      const float* dy = a.y + (pixel0 + w0) * y_stride;
+      float* m = t.m + (i + n) * kPanel;
+      over_run(channels, [=](int64_t c, auto lanes) {
+        const V d00 = load(dy + c, lanes), d01 = beside ? load(dy + y_stride + c, lanes) : V{};
+        const V d10 = below ? load(dy + line + c, lanes) : V{};
+        const V d11 = below && beside ? load(dy + line + y_stride + c, lanes) : V{};
+        V e[8], out[4];  // [point down][column]
+        gradient_points(d00, d10, e, 2);
+        gradient_points(d01, d11, e + 1, 2);
+        float* to = m + c / kPanel * panel_stride + c % kPanel;
+        for (int h = 0; h < 4; h++) {
+          gradient_points(e[2 * h], e[2 * h + 1], out, 1);
+          for (int w = 0; w < 4; w++) store(out[w], to + (h * 4 + w) * m_plane, Full{});
+        }
+      });
+    }
+    i += row.count;
   }
 }
 
