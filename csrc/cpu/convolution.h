@@ -6,6 +6,7 @@
 
 #include "bn_act_kernels.h"  // Act
 #include "isa.h"
+#include "panel.h"
 #include "pool.h"
 #include "tensors.h"
 
@@ -63,31 +64,11 @@ inline std::vector<float> padded(const OptTensor& bias, int64_t channels, int64_
   return values;
 }
 
-// The weight of a convolution, (K, C, R, S) of float32 in any layout
-struct Filters {
-  const float* data;
-  int64_t size[4], stride[4];
-
-  explicit Filters(const Tensor& weight) : data((const float*)weight.const_data_ptr()) {
-    for (int d = 0; d < 4; d++) size[d] = weight.size(d), stride[d] = weight.stride(d);
-  }
-  float operator()(int64_t k, int64_t c, int64_t r, int64_t s) const {
-    return data[k * stride[0] + c * stride[1] + r * stride[2] + s * stride[3]];
-  }
-  int64_t depth() const { return size[1] * size[2] * size[3]; }
-
-  // that of the convolution of stride 1 which makes the input's gradient of the output's
-  Filters reversed() const {
-    Filters f = *this;
-    std::swap(f.size[0], f.size[1]);
-    std::swap(f.stride[0], f.stride[1]);
-    for (int d = 2; d < 4; d++) {
-      f.data += (size[d] - 1) * stride[d];
-      f.stride[d] = -stride[d];
-    }
-    return f;
-  }
-};
+inline Filters filters_of(const Tensor& weight) {
+  Filters f = {(const float*)weight.const_data_ptr(), {}, {}};
+  for (int d = 0; d < 4; d++) f.size[d] = weight.size(d), f.stride[d] = weight.stride(d);
+  return f;
+}
 
 // (images, channels, height, width) of float32, channels_last
 inline Tensor uninitialised_nhwc(int64_t images, int64_t channels, int64_t height, int64_t width) {

@@ -116,7 +116,7 @@ Tensor direct_weight_cpu(const std::vector<Tensor>& weights, const std::vector<O
   for (size_t i = 0; i < weights.size(); i++) {
     STD_TORCH_CHECK(!scales[i] || (scales[i]->dim() == 1 && scales[i]->size(0) == channels),
                     "scales must have shape (", channels, ",)");
-    const Filters f(weights[i]);
+    const Filters f = filters_of(weights[i]);
     pack_direct(f, read_channels(scales[i], channels, 1.0), depth, out);
     out += f.depth() * kPanel;
   }

@@ -10,7 +10,7 @@ Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptT
                   const OptTensor& residual, int64_t out_channels,
                   const std::vector<int64_t>& sizes, bool concat, int64_t act);
 
-// With weights that are used once: stride 1, no groups or dilation; filters of Filters(weight).
+// With weights that are used once: stride 1, no groups or dilation; filters of filters_of(weight).
 struct Filters;
 Tensor direct_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
                    const OptTensor& add, const int64_t* padding);

@@ -1,9 +1,38 @@
+// The weight of a convolution: as a tensor has it, and how kernels want it.
 #pragma once
 #include <stdint.h>
 
+#include <utility>
+
 namespace fused_res {
 
-constexpr int64_t kPanel =
-    32;  // output channels whose weights lie together: u[panel][depth][kPanel]
+// output channels whose weights lie together: u[panel][depth][kPanel]
+constexpr int64_t kPanel = 32;
+
+// (K, C, R, S) of float32 in any layout
+struct Filters {
+  const float* data;
+  int64_t size[4], stride[4];
+
+  int64_t at(int64_t k, int64_t c, int64_t r, int64_t s) const {
+    return k * stride[0] + c * stride[1] + r * stride[2] + s * stride[3];
+  }
+  float operator()(int64_t k, int64_t c, int64_t r, int64_t s) const {
+    return data[at(k, c, r, s)];
+  }
+  int64_t depth() const { return size[1] * size[2] * size[3]; }
+
+  // that of the convolution of stride 1 which makes the input's gradient of the output's
+  Filters reversed() const {
+    Filters f = *this;
+    std::swap(f.size[0], f.size[1]);
+    std::swap(f.stride[0], f.stride[1]);
+    for (int d = 2; d < 4; d++) {
+      f.data += (size[d] - 1) * stride[d];
+      f.stride[d] = -stride[d];
+    }
+    return f;
+  }
+};
 
 }  // namespace fused_res

@@ -111,7 +111,7 @@ bool trains_weight(const Tensor& weight) { return is_small(weight.sizes().data()
 
 Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias,
                             const int64_t* padding) {
-  return convolve(x, Filters(weight), bias, {}, padding);
+  return convolve(x, filters_of(weight), bias, {}, padding);
 }
 
 std::array<Tensor, 3> training_convolution_backward(const Tensor& dy, const Tensor& x,
@@ -121,7 +121,7 @@ std::array<Tensor, 3> training_convolution_backward(const Tensor& dy, const Tens
   std::array<Tensor, 3> gradients;
   if (wanted[0]) {
     const int64_t around[] = {weight.size(2) - 1 - padding[0], weight.size(3) - 1 - padding[1]};
-    gradients[0] = convolve(dy, Filters(weight).reversed(), {}, add, around);
+    gradients[0] = convolve(dy, filters_of(weight).reversed(), {}, add, around);
   }
   if (wanted[1]) {
     // sums of few products have less error than their transforms

@@ -1,12 +1,9 @@
 #include "winograd.h"
 
-#include <cstring>
-
 #include "convolution.h"
 #include "direct.h"
 #include "direct_kernels.h"
 #include "winograd_kernels.h"
-#include "winograd_points.h"
 
 namespace fused_res {
 namespace {
@@ -85,31 +82,11 @@ void check_tile(int64_t tile) { STD_TORCH_CHECK(tile == 2 || tile == 4, "tile mu
 
 }  // namespace
 
-// The weight times scale into [point][panel][channel][kPanel]
 void pack_winograd(const Filters& f, const std::vector<double>& scale, int64_t tile, float* u) {
-  using Panel = double __attribute__((vector_size(kPanel * sizeof(double))));  // of channels out
-  const int64_t size = tile + 2, panels = ceil_div(f.size[0], kPanel), channels = f.size[1];
-  const int64_t point = panels * channels * kPanel;
-  parallel(panels * channels, size * size * point, [&](int64_t lo, int64_t hi) {
-    for (int64_t i = lo; i < hi; i++) {
-      const int64_t k0 = i / channels * kPanel, c = i % channels;
-      Panel columns[3][3] = {}, rows[6][3], points[6];
-      for (int64_t n = 0; n < std::min(kPanel, f.size[0] - k0); n++)
-        for (int r = 0; r < 3; r++)
-          for (int s = 0; s < 3; s++) columns[s][r][n] = scale[k0 + n] * f(k0 + n, c, r, s);
-      for (int s = 0; s < 3; s++) {
-        filter_points((int)tile, columns[s], points);
-        for (int j = 0; j < size; j++) rows[j][s] = points[j];
-      }
-      for (int h = 0; h < size; h++) {
-        filter_points((int)tile, rows[h], points);
-        for (int w = 0; w < size; w++) {
-          float* at = u + (h * size + w) * point + i * kPanel;
-          for (int64_t n = 0; n < kPanel; n++) at[n] = (float)points[w][n];
-        }
-      }
-    }
-  });
+  const WinogradKernels& kernels = kernels_of(tile);
+  const int64_t count = ceil_div(f.size[0], kPanel) * f.size[1];
+  parallel(count, (tile + 2) * (tile + 2) * count * kPanel,
+           [&](int64_t lo, int64_t hi) { kernels.pack(f, scale.data(), u, lo, hi); });
 }
 
 // [point][panel][channel][kPanel], of the weight times scale; rounded once.
@@ -124,7 +101,7 @@ Tensor winograd_weight_cpu(const Tensor& weight, const OptTensor& scale, int64_t
   Tensor u =
       uninitialised((tile + 2) * (tile + 2),
                     ceil_div(out_channels, kPanel) * weight.size(1) * kPanel, ScalarType::Float);
-  pack_winograd(Filters(weight), read_channels(scale, out_channels, 1.0), tile,
+  pack_winograd(filters_of(weight), read_channels(scale, out_channels, 1.0), tile,
                 (float*)u.mutable_data_ptr());
   return u;
 }
@@ -211,7 +188,10 @@ Tensor winograd_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor&
   const int64_t most = std::clamp(kTilesBytes / of.bytes_of_tile(), (int64_t)16, kMostTiles);
   const int64_t plane = channels * kPanel, size = points * panels * plane;
   Pooled sums(parts * size);
-  const int64_t shares = parts < kMostParts / 2 ? points : 1;
+  // each task makes all transforms for its share of the points
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t shares = 1;
+  while (shares < points && parts * shares % threads && parts * shares < 4 * threads) shares *= 2;
   torch::stable::parallel_for(0, parts * shares, 1, [&](int64_t lo, int64_t hi) {
     for (int64_t task = lo; task < hi; task++) {
       const int64_t part = task / shares, share = task % shares;
@@ -229,35 +209,9 @@ Tensor winograd_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor&
     }
   });
   Tensor dweight = uninitialised_like(weight);
-  float* out = (float*)dweight.mutable_data_ptr();
-  const auto to = dweight.strides();
+  const Filters like = filters_of(dweight);
   parallel(panels * channels, parts * size, [&](int64_t lo, int64_t hi) {
-    for (int64_t i = lo; i < hi; i++) {
-      using Panel = float __attribute__((vector_size(kPanel * sizeof(float))));
-      const int64_t k0 = i / channels * kPanel, c = i % channels;
-      Panel u[4][4], rows[3][4], g[3][3];
-      for (int64_t point = 0; point < points; point++) {
-        Panel total = {};
-        for (int64_t part = 0; part < parts; part++) {
-          Panel one;
-          std::memcpy(&one, sums.data() + part * size + point * panels * plane + i * kPanel,
-                      sizeof one);
-          total += one;
-        }
-        u[point / 4][point % 4] = total;
-      }
-      for (int w = 0; w < 4; w++) {
-        const Panel column[4] = {u[0][w], u[1][w], u[2][w], u[3][w]};
-        Panel taps[3];
-        filter_gradient(column, taps);
-        for (int r = 0; r < 3; r++) rows[r][w] = taps[r];
-      }
-      for (int r = 0; r < 3; r++) filter_gradient(rows[r], g[r]);
-      for (int64_t k = 0; k < std::min(kPanel, out_channels - k0); k++)
-        for (int r = 0; r < 3; r++)
-          for (int s = 0; s < 3; s++)
-            out[(k0 + k) * to[0] + c * to[1] + r * to[2] + s * to[3]] = g[r][s][k];
-    }
+    kernels.finish_gradient(sums.data(), parts, like, (float*)dweight.mutable_data_ptr(), lo, hi);
   });
   return dweight;
 }

@@ -1,6 +1,8 @@
 // The arithmetic of Winograd's convolution, compiled once per instruction set.
 #include "winograd_kernels.h"
 
+#include <cstring>
+
 #include "multiply.h"
 #include "winograd_points.h"
 
@@ -197,11 +199,71 @@ void transform_gradient(const WinogradArgs& a, const WinogradTiles& t, int64_t l
   }
 }
 
+// one value of each channel of a panel
+using Floats = float __attribute__((vector_size(kPanel * sizeof(float))));
+using Doubles = double __attribute__((vector_size(kPanel * sizeof(double))));
+
+template <int kTile>
+void pack(const Filters& f, const double* scale, float* u, int64_t lo, int64_t hi) {
+  constexpr int kSize = kTile + 2;
+  const int64_t channels = f.size[1], point = (f.size[0] + kPanel - 1) / kPanel * channels * kPanel;
+  for (int64_t i = lo; i < hi; i++) {
+    const int64_t k0 = i / channels * kPanel, c = i % channels;
+    const int64_t count = f.size[0] - k0 < kPanel ? f.size[0] - k0 : kPanel;
+    Doubles columns[3][3] = {}, rows[kSize][3], points[kSize];
+    for (int r = 0; r < 3; r++)
+      for (int s = 0; s < 3; s++)
+        for (int64_t n = 0; n < count; n++) columns[s][r][n] = scale[k0 + n] * f(k0 + n, c, r, s);
+    for (int s = 0; s < 3; s++) {
+      filter_points(kTile, columns[s], points);
+      for (int h = 0; h < kSize; h++) rows[h][s] = points[h];
+    }
+    for (int h = 0; h < kSize; h++) {
+      filter_points(kTile, rows[h], points);
+      for (int w = 0; w < kSize; w++) {
+        const auto rounded = __builtin_convertvector(points[w], Floats);
+        std::memcpy(u + (h * kSize + w) * point + i * kPanel, &rounded, sizeof rounded);
+      }
+    }
+  }
+}
+
+void finish_gradient(const float* sums, int64_t parts, const Filters& like, float* gradient,
+                     int64_t lo, int64_t hi) {
+  const int64_t channels = like.size[1];
+  const int64_t point = (like.size[0] + kPanel - 1) / kPanel * channels * kPanel;
+  for (int64_t i = lo; i < hi; i++) {
+    const int64_t k0 = i / channels * kPanel, c = i % channels;
+    const int64_t count = like.size[0] - k0 < kPanel ? like.size[0] - k0 : kPanel;
+    Floats u[4][4], rows[3][4], taps[3];
+    for (int p = 0; p < 16; p++) {
+      Floats total = {}, one;
+      for (int64_t part = 0; part < parts; part++) {
+        std::memcpy(&one, sums + (part * 16 + p) * point + i * kPanel, sizeof one);
+        total += one;
+      }
+      u[p / 4][p % 4] = total;
+    }
+    for (int w = 0; w < 4; w++) {
+      const Floats column[4] = {u[0][w], u[1][w], u[2][w], u[3][w]};
+      filter_gradient(column, taps);
+      for (int r = 0; r < 3; r++) rows[r][w] = taps[r];
+    }
+    for (int r = 0; r < 3; r++) {
+      filter_gradient(rows[r], taps);
+      for (int s = 0; s < 3; s++)
+        for (int64_t n = 0; n < count; n++) gradient[like.at(k0 + n, c, r, s)] = taps[s][n];
+    }
+  }
+}
+
 }  // namespace
 
 const WinogradKernels& winograd_kernels(int64_t tile) {
-  static constexpr WinogradKernels two = {transform<2>, multiply, finish<2>, transform_gradient},
-                                   four = {transform<4>, multiply, finish<4>, nullptr};
+  static constexpr WinogradKernels two = {pack<2>,   transform<2>,       multiply,
+                                          finish<2>, transform_gradient, finish_gradient},
+                                   four = {pack<4>,   transform<4>, multiply,
+                                           finish<4>, nullptr,      nullptr};
   return tile == 2 ? two : four;
 }
 

@@ -32,6 +32,9 @@ struct WinogradTiles {
 };
 
 struct WinogradKernels {
+  // u[point][panel][channel][kPanel] of the filters times scale (one of each output channel), of
+  // the panels' channels [lo, hi), which count through; computed in double, rounded once
+  void (*pack)(const Filters& filters, const double* scale, float* u, int64_t lo, int64_t hi);
   // v of the tiles [lo, hi) among them
   void (*transform)(const WinogradArgs&, const WinogradTiles&, int64_t lo, int64_t hi);
   // m of one point and panel
@@ -41,6 +44,10 @@ struct WinogradKernels {
   // For the weight's gradient, of tiles of 2 alone: m[point][panel][tile][kPanel] of y's gradient
   // in y, of the tiles [lo, hi)
   void (*transform_gradient)(const WinogradArgs&, const WinogradTiles&, int64_t lo, int64_t hi);
+  // and the gradient, laid out as `like`, of the panels' channels [lo, hi), of the products' sums:
+  // of all parts, [part][point][panel][channel][kPanel]
+  void (*finish_gradient)(const float* sums, int64_t parts, const Filters& like, float* gradient,
+                          int64_t lo, int64_t hi);
 };
 
 namespace plain {
