@@ -16,8 +16,9 @@ const WinogradKernels& kernels_of(int64_t tile) {
   return plain::winograd_kernels(tile);
 }
 
-// Transforms of tiles that one core's caches hold beside a panel of weights.
-constexpr int64_t kTilesBytes = 1024 << 10;
+// Transforms of tiles that one core's caches hold beside a panel of weights: so many times the
+// bytes of the transformed weight, which is read for every group of tiles, up to so many.
+constexpr int64_t kTilesToWeight = 4, kMostTilesBytes = 1024 << 10;
 // Above this, weights come from memory for every group of tiles: so all tiles are one group, up to
 // so many bytes of transforms, whose points and panels the threads share.
 constexpr int64_t kWeightBytes = 16 << 20, kSharedBytes = 24 << 20;
@@ -36,6 +37,10 @@ struct Winograd {
   int64_t m_plane(int64_t count) const { return count * panels * kPanel + 16; }
   size_t floats(int64_t count) const { return points * (v_plane(count) + m_plane(count)); }
   int64_t bytes_of_tile() const { return points * (args.channels + panels * kPanel) * 4; }
+  int64_t bytes_of_weight() const { return points * args.channels * panels * kPanel * 4; }
+  int64_t bytes_of_group() const {
+    return std::min(kTilesToWeight * bytes_of_weight(), kMostTilesBytes);
+  }
 
   WinogradTiles group(int64_t first, int64_t count) const {
     float* v = scratch(floats(count));
@@ -45,11 +50,10 @@ struct Winograd {
 
   void run() const {
     const int64_t threads = torch::stable::get_num_threads();
-    int64_t groups = ceil_div(tiles * bytes_of_tile(), kTilesBytes);
+    int64_t groups = ceil_div(tiles * bytes_of_tile(), bytes_of_group());
     groups = std::min(groups, std::max<int64_t>(tiles / kLeastTiles, 1));
     groups = ceil_div(groups, threads) * threads;
-    const int64_t weights = points * args.channels * panels * kPanel * 4;
-    if (weights > kWeightBytes || tiles < threads * kLeastTiles) return run_shared();
+    if (bytes_of_weight() > kWeightBytes || tiles < threads * kLeastTiles) return run_shared();
     torch::stable::parallel_for(0, groups, 1, [&](int64_t lo, int64_t hi) {
       for (int64_t g = lo; g < hi; g++) {
         const int64_t first = tiles * g / groups;
@@ -185,7 +189,8 @@ Tensor winograd_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor&
   const int64_t tiles = x.size(0) * args.tiles_h * args.tiles_w;
   const int64_t parts = std::clamp(tiles / kTilesOfPart, (int64_t)1, kMostParts);
   const Winograd of{kernels, args, points, panels, tiles};
-  const int64_t most = std::clamp(kTilesBytes / of.bytes_of_tile(), (int64_t)16, kMostTiles);
+  const int64_t most =
+      std::clamp(of.bytes_of_group() / of.bytes_of_tile(), (int64_t)16, kMostTiles);
   const int64_t plane = channels * kPanel, size = points * panels * plane;
   Pooled sums(parts * size);
   // each task makes all transforms for its share of the points
