@@ -101,15 +101,20 @@ def row_of(key: Key, ms: dict[str, float], config: dict | None = None) -> Row:
         like += ", " + " ".join(map(str, (key.residual, *key.second)))
     if key.dtype == torch.float32 and key.device.type != "cpu":
         like += ", tf32" if key.tf32 else ", no tf32"
+    return row_like(f"{like}, {key.act}", OP, key, ms, config)
+
+
+def row_like(like: str, op: str, key, ms: dict[str, float], config: dict | None) -> Row:
+    """``key``: of a convolution, with its dtype, layout, shape and weight."""
     return Row(
         "",
         "",
-        OP,
+        op,
         str(key.dtype).removeprefix("torch."),
         "channels_last" if key.channels_last else "NCHW",
         (*key.shape, key.weight[0]),
         ms,
-        f"{like}, {key.act}",
+        like,
         config,
     )
 

@@ -115,17 +115,7 @@ def row_of(call: Call, ms: dict[str, float], config: dict | None = None) -> Row:
         like += f", {call.end}"
     if call.dtype == torch.float32:
         like += ", tf32" if call.tf32 else ", no tf32"
-    return Row(
-        "",
-        "",
-        OP,
-        str(call.dtype).removeprefix("torch."),
-        "channels_last" if call.channels_last else "NCHW",
-        (*call.shape, call.weight[0]),
-        ms,
-        like,
-        config,
-    )
+    return choices.row_like(like, OP, call, ms, config)
 
 
 def tensors_of(call: Call, device: torch.device | str) -> tuple[Tensor, ConvNorm]:

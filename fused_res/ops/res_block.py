@@ -278,19 +278,17 @@ class _ResBlock(torch.autograd.Function):
 
         for i, nchw in enumerate(ctx.layouts):
             saved[i] = laid_out(saved[i], nchw)
-        needs, bit = int(wants_x), 1
+        needs, bit, flags = int(wants_x), 1, []
         for i in range(0, count, PARAMETERS):
-            needs |= (wants[i] | wants[i + 1] << 1 | (wants[i + 2] or wants[i + 3]) << 2) << bit
+            weight, bias, norm = wants[i], wants[i + 1], wants[i + 2] or wants[i + 3]
+            needs |= (weight | bias << 1 | norm << 2) << bit
+            flags += (weight, bias, norm, norm)
             bit += 3
         args = dy, x, parameters, saved, call.integers, *call[4:7], needs
         if call.plan is None:
             grads = _in_pytorchs_terms(_backward, *args)
         else:
             grads = _in_pytorchs_terms(_backward_triton, *args, call.plan)
-        flags = []
-        for i in range(0, count, PARAMETERS):
-            norm = wants[i + 2] or wants[i + 3]
-            flags += [wants[i], wants[i + 1], norm, norm]
         of_x, of_parameters = grads[: len(grads) - sum(flags)], grads[len(grads) - sum(flags) :]
         dx = of_x[0] if wants_x else None
         if len(of_x) == 2:
