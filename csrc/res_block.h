@@ -1,8 +1,9 @@
 // A residual block, forward and backward, in one call each way: convolutions from the library, all
 // the rest by bn_act. Schemas and their meaning: fused_res/ops/res_block.py.
 //
-// `Library` is a device's: bn_act_fwd, bn_act_bwd and bn_act_reapply; convolve and
+// `Library` is a device's: bn_act_fwd, bn_act_bwd_later and bn_act_reapply; convolve and
 // convolve_backward of a stage, and adds, whether the latter can add another gradient of the input;
+// waits, whether it can have its output's gradient made bit by bit, by bn_act_bwd_later's Later;
 // count(counters), which adds one to each, and Guard, which makes a tensor's device the current
 // one; and convolution and convolution_backward of libtorch's C interface, past the dispatcher, for
 // the stages' own.
@@ -193,8 +194,9 @@ struct ResBlock {
     // the input's gradient
     const auto convolve_backward = [&](size_t i, const BlockStage& s, const Tensor& dy,
                                        const Tensor& z, const std::array<bool, 3>& wanted,
-                                       const OptTensor& add = {}) {
-      auto [dz, dweight, dbias] = Library::convolve_backward(s, dy, z, wanted, add);
+                                       const OptTensor& add = {},
+                                       const typename Library::Later& later = {}) {
+      auto [dz, dweight, dbias] = Library::convolve_backward(s, dy, z, wanted, add, later);
       if (wanted[1]) put(i, 0, dweight);
       if (wanted[2]) put(i, 1, dbias);
       return dz;
@@ -217,8 +219,12 @@ struct ResBlock {
       const bool again = last && recompute;
       if (again) find_input();
       const Tensor a = again ? Library::convolve(s, input[0]) : output(i);
-      auto [dx, dweight, dbias, dresidual, dweight2, dbias2] = Library::bn_act_bwd(
-          g, a, s.weight, s.training, second ? OptTensor(output(n)) : OptTensor(), second,
+      const bool waits = of_conv[0] && of_conv[1] && !(second && of_residual) &&
+                         Library::waits(s, a, i ? output(i - 1) : x);
+      typename Library::Later later = {};
+      auto [dx, dweight, dbias, dresidual, dweight2, dbias2] = Library::bn_act_bwd_later(
+          waits ? &later : nullptr, g, a, s.weight, s.training,
+          second ? OptTensor(output(n)) : OptTensor(), second,
           second ? shortcut->weight : OptTensor(), second && shortcut->training, stats(i), mask,
           last ? act : 1, any(of_conv), of_residual, of_norms, std::nullopt);
       put_norm(i, dweight, dbias);
@@ -229,7 +235,8 @@ struct ResBlock {
       if (!any(of_conv)) break;
       if (!again) find_input();
       added = i == 0 && wants_x && Library::adds(s, dx, x, d_residual);
-      g = convolve_backward(i, s, dx, input[0], of_conv, added ? OptTensor(d_residual) : none);
+      g = convolve_backward(i, s, dx, input[0], of_conv, added ? OptTensor(d_residual) : none,
+                            later);
       mask = input[1];
     }
     Tensors result;

@@ -9,7 +9,6 @@ back.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import logging
 import os
@@ -213,13 +212,8 @@ def preferred(op: str, x: torch.Tensor) -> tuple[str, str]:
     device, dtype = x.device, x.dtype
     for candidate, dtypes in PREFERRED[op].items():
         if dtype in dtypes and why_not(op, candidate, device.type, dtype) is None:
-            return candidate, _reason("preferred", dtype, device.type)
-    return "eager", _reason("no fused kernel is preferred", dtype, device.type)
-
-
-@functools.cache  # the words would cost more than the choice
-def _reason(what: str, dtype: torch.dtype, device_type: str) -> str:
-    return f"{what} for {dtype} on {device_type!r}"
+            return candidate, f"preferred for {dtype} on {device.type!r}"
+    return "eager", f"no fused kernel is preferred for {dtype} on {device.type!r}"
 
 
 def say(line: str) -> None:

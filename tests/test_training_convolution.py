@@ -49,6 +49,10 @@ BLOCKS = {
         None, (5, 48, 17, 16)),
     "few pixels a part": lambda: ([stage(128, 128, 3)], None, (1, 128, 18, 16)),
     "many pixels": lambda: ([stage(24, 24, 3)], None, (20, 24, 17, 19)),
+    # enough to be taken some at a time, through both gradients
+    "many images": lambda: ([stage(32, 40, 3), stage(40, 32, 3)], None, (25, 32, 11, 12)),
+    "many images, projection": lambda: (
+        [stage(24, 32, 3), stage(32, 32, 3)], stage(24, 32, 1), (40, 24, 9, 10)),
     "weights too large for our gradient": lambda: (
         [stage(192, 176, 3, shift=12), stage(176, 192, 3, shift=15)], None, (4, 192, 17, 18)),
     "padding takes away and gives back": lambda: (
@@ -169,7 +173,7 @@ def test_they_run(name, isa):
     args = (*made(name), "relu", torch.float32)
     assert library_calls(lambda: step(reference.res_block, *args)) > 0
     with instruction_set(isa):  # a shortcut of 1x1 on a small map is the library's
-        assert library_calls(lambda: step(ours, *args)) == (name == "projection")
+        assert library_calls(lambda: step(ours, *args)) == ("projection" in name)
 
 
 # branch, input
@@ -234,14 +238,17 @@ def test_large_maps_are_one_call_where_ours_run(name, monkeypatch):
         "bottleneck",
         "few pixels a part",
         "many pixels",
+        "many images",
         "biases before frozen BatchNorms",
     ],
 )
-def test_the_same_for_any_number_of_threads(name):
-    args = (*made(name), "relu", torch.float32)
+@pytest.mark.parametrize("act", ["relu", "relu_before_add"])
+def test_the_same_for_any_number_of_threads(name, act):
+    """With more of them than a weight's gradient has parts too."""
+    args = (*made(name), act, torch.float32)
     args[3][0, :, 0, 0], args[3][-1, :, -1, -1] = 1e12, -1e12  # double's sums have an order too
     results = []
-    for threads in (1, 2, 3, 1):
+    for threads in (1, 2, 3, 40, 1):
         torch.set_num_threads(threads)
         results.append(step(ours, *args))
     for other in results[1:]:
@@ -249,9 +256,10 @@ def test_the_same_for_any_number_of_threads(name):
             assert torch.equal(other[key], value), key
 
 
+@pytest.mark.parametrize("name", ["basic, odd", "many images"])
 @pytest.mark.parametrize("frozen", [{"x"}, {"weight 0"}, {"x", "weight 0", "scale 0", "shift 0"}])
-def test_frozen_parts(frozen):
-    args = (*made("basic, odd"), "relu", torch.float32)
+def test_frozen_parts(name, frozen):
+    args = (*made(name), "relu", torch.float32)
     whole, some = step(ours, *args), step(ours, *args, frozen=frozen)
     assert some.keys() == whole.keys() - frozen
     for key, value in some.items():

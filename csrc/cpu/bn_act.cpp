@@ -260,6 +260,7 @@ struct Backward {
   BackwardArgs args;
   BackwardChannels<A>& main;
   BackwardChannels<A>* second;
+  bool writes;  // the gradients
 
   void finish(int64_t c, const double* sums, int64_t stride) {
     main.finish(c, sums[0], sums[stride]);
@@ -269,7 +270,7 @@ struct Backward {
   void run(bool sums_wanted, const double* given) {
     const Parts parts(args.geometry);
     const auto apply = [&](int64_t k, int64_t b) {
-      if (args.dx || args.dresidual) kernels.gradients(args, parts.part(k, b));
+      if (writes && (args.dx || args.dresidual)) kernels.gradients(args, parts.part(k, b));
     };
     if (given) {
       for (int64_t c = 0; c < main.channels; c++) finish(c, given + c, main.channels);
@@ -356,32 +357,45 @@ template <class A>
 BnActBackward backward(const Tensor& dy, const Tensor& x, const BatchNormSaved& bn,
                        const OptTensor& residual, const BatchNormSaved* residual_bn,
                        const Tensor& stats, const Tensor& mask, Act act, BnActWanted wanted,
-                       const OptTensor& given) {
+                       const OptTensor& given, Later* later) {
   const Geometry g = geometry_of(x);
   const int64_t channels = g.channels, elements = g.runs * g.inner, count = elements / channels;
   const auto nothing = [&] { return uninitialised(0, x.scalar_type()); };  // outputs never alias
   const Tensor dx = wanted.x ? uninitialised_like(x) : nothing();
   const Tensor dresidual = wanted.residual ? uninitialised_like(x) : nothing();
   const A* saved = (const A*)stats.const_data_ptr();
-  BackwardChannels<A> main(bn, channels, count, saved);
-  std::optional<BackwardChannels<A>> second;
+  struct Norms {
+    BackwardChannels<A> main;
+    std::optional<BackwardChannels<A>> second;
+  };
+  const auto norms = std::make_shared<Norms>(Norms{{bn, channels, count, saved}, {}});
+  auto& [main, second] = *norms;
   if (residual_bn) second.emplace(*residual_bn, channels, count, saved + 2 * channels);
-  const BackwardArgs args{g,
-                          act,
-                          residual_bn != nullptr,
-                          dy.const_data_ptr(),
-                          x.const_data_ptr(),
-                          residual ? residual->const_data_ptr() : nullptr,
-                          act == Act::none ? nullptr : (const uint8_t*)mask.const_data_ptr(),
-                          wanted.x ? dx.mutable_data_ptr() : nullptr,
-                          wanted.residual ? dresidual.mutable_data_ptr() : nullptr,
-                          main.arrays(),
-                          second ? second->arrays() : BackwardNorm{}};
+  const bool deferred = later && g.channels_last;
+  BackwardArgs args{g,
+                    act,
+                    residual_bn != nullptr,
+                    dy.const_data_ptr(),
+                    x.const_data_ptr(),
+                    residual ? residual->const_data_ptr() : nullptr,
+                    act == Act::none ? nullptr : (const uint8_t*)mask.const_data_ptr(),
+                    wanted.x ? dx.mutable_data_ptr() : nullptr,
+                    wanted.residual ? dresidual.mutable_data_ptr() : nullptr,
+                    main.arrays(),
+                    second ? second->arrays() : BackwardNorm{}};
   const bool sums = wanted.parameters || (wanted.x && bn.training) ||
                     (wanted.residual && second && residual_bn->training);
   BackwardChannels<A>* shortcut = second ? &*second : nullptr;
-  Backward<A>{kernels_for(x.scalar_type()), args, main, shortcut}.run(
+  const BnActKernels& kernels = kernels_for(x.scalar_type());
+  Backward<A>{kernels, args, main, shortcut, !deferred}.run(
       sums, given ? (const double*)given->const_data_ptr() : nullptr);
+  if (deferred) {
+    args.geometry.large = false;  // what reads the gradients does so while they are in a cache
+    *later = [norms, args, &kernels, keep = std::array{dy, x, mask, dx, dresidual}, residual](
+                 int64_t lo, int64_t hi) {
+      kernels.gradients(args, {lo, hi, 0, args.geometry.channels});
+    };
+  }
   const auto parameter = [&](const BackwardChannels<A>* norm, bool weight) {
     if (!norm || !norm->bn.weight || !wanted.parameters) return nothing();
     Tensor gradient = uninitialised(channels, norm->bn.weight->scalar_type());
@@ -429,11 +443,23 @@ BnActForward bn_act_fwd_cpu(const Tensor& x_, const OptTensor& weight, const Opt
   return run(x, bn, residual, residual_norm ? &residual_bn : nullptr, (Act)act, save_mask);
 }
 
-BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x_, const OptTensor& weight,
-                             bool training, const OptTensor& residual_, bool residual_norm,
+BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor& weight,
+                             bool training, const OptTensor& residual, bool residual_norm,
                              const OptTensor& residual_weight, bool residual_training,
                              const Tensor& stats, const Tensor& mask, int64_t act, bool need_x,
                              bool need_residual, bool need_parameters, const OptTensor& sums) {
+  return bn_act_bwd_later_cpu(nullptr, dy, x, weight, training, residual, residual_norm,
+                              residual_weight, residual_training, stats, mask, act, need_x,
+                              need_residual, need_parameters, sums);
+}
+
+BnActBackward bn_act_bwd_later_cpu(Later* later, const Tensor& dy, const Tensor& x_,
+                                   const OptTensor& weight, bool training,
+                                   const OptTensor& residual_, bool residual_norm,
+                                   const OptTensor& residual_weight, bool residual_training,
+                                   const Tensor& stats, const Tensor& mask, int64_t act,
+                                   bool need_x, bool need_residual, bool need_parameters,
+                                   const OptTensor& sums) {
   check_input(x_, act);
   const Tensor x = dense(x_);
   check_like("dy", dy, x);
@@ -451,7 +477,7 @@ BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x_, const OptTensor
   const BatchNormSaved bn{weight, training}, residual_bn{residual_weight, residual_training};
   const auto run = is_double(x) ? backward<double> : backward<float>;
   return run(dense_like(dy, x), x, bn, residual, residual_norm ? &residual_bn : nullptr, stats,
-             mask, (Act)act, {need_x, need_residual, need_parameters}, sums);
+             mask, (Act)act, {need_x, need_residual, need_parameters}, sums, later);
 }
 
 Tensor bn_act_statistics_cpu(const Tensor& x_) {

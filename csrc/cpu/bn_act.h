@@ -1,6 +1,7 @@
 // BatchNorm + add + ReLU, forward and backward. Schemas and their meaning: fused_res/ops/bn_act.py.
 #pragma once
 #include <array>
+#include <functional>
 #include <tuple>
 
 #include "tensors.h"
@@ -41,6 +42,17 @@ BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor&
                              const OptTensor& residual_weight, bool residual_training,
                              const Tensor& stats, const Tensor& mask, int64_t act, bool need_x,
                              bool need_residual, bool need_parameters, const OptTensor& sums);
+
+// The same, but that x's gradient and the residual's are not written yet where x is channels_last:
+// `later`, which is then set, writes rows (pixels) [lo, hi) of both.
+using Later = std::function<void(int64_t lo, int64_t hi)>;
+BnActBackward bn_act_bwd_later_cpu(Later* later, const Tensor& dy, const Tensor& x,
+                                   const OptTensor& weight, bool training,
+                                   const OptTensor& residual, bool residual_norm,
+                                   const OptTensor& residual_weight, bool residual_training,
+                                   const Tensor& stats, const Tensor& mask, int64_t act,
+                                   bool need_x, bool need_residual, bool need_parameters,
+                                   const OptTensor& sums);
 
 Tensor bn_act_statistics_cpu(const Tensor& x);
 

@@ -13,7 +13,6 @@ struct CpuLibrary {
     explicit Guard(const Tensor&) {}
   };
   static constexpr auto bn_act_fwd = bn_act_fwd_cpu;
-  static constexpr auto bn_act_bwd = bn_act_bwd_cpu;
   static constexpr auto bn_act_reapply = bn_act_reapply_cpu;
   static constexpr auto convolution = aoti_torch_cpu_convolution;
   static constexpr auto convolution_backward = aoti_torch_cpu_convolution_backward;
@@ -30,18 +29,25 @@ struct CpuLibrary {
   static bool adds(const BlockStage& s, const Tensor& dy, const Tensor& x, const Tensor& other) {
     return ours_backward(s, dy, x) && channels_last_contiguous(other);
   }
+  // whether a convolution's output's gradient may be made where that of its input is: both are like
+  // the output and the input
+  using Later = fused_res::Later;
+  static bool waits(const BlockStage& s, const Tensor& output, const Tensor& input) {
+    return ours_backward(s, output, input) && trains_by_images(output, s.conv_weight);
+  }
+  static constexpr auto bn_act_bwd_later = bn_act_bwd_later_cpu;
   static std::array<Tensor, 3> convolve_backward(const BlockStage& s, const Tensor& dy,
                                                  const Tensor& x, const std::array<bool, 3>& wanted,
-                                                 const OptTensor& add) {
+                                                 const OptTensor& add, const Later& later) {
     if (!ours_backward(s, dy, x)) return s.convolve_backward<CpuLibrary>(dy, x, wanted);
     if (trains_weight(s.conv_weight))
-      return training_convolution_backward(dy, x, s.conv_weight, s.padding, wanted, add);
+      return training_convolution_backward(dy, x, s.conv_weight, s.padding, wanted, add, later);
     std::array<Tensor, 3> gradients;
     if (wanted[1] || wanted[2])
       gradients = s.convolve_backward<CpuLibrary>(dy, x, {false, wanted[1], wanted[2]});
     if (wanted[0])
       gradients[0] = training_convolution_backward(dy, x, s.conv_weight, s.padding,
-                                                   {true, false, false}, add)[0];
+                                                   {true, false, false}, add, {})[0];
     return gradients;
   }
   static void count(const Tensors& counters) {

@@ -48,6 +48,12 @@ bool suits(const int64_t* x, const int64_t* weight, const int64_t* stride, const
          pixels * weight[0] * weight[1] * 9 >= kLeastWork;
 }
 
+// Sums of few products have less error than their transforms.
+bool sums_winograd(const Tensor& dy, const Tensor& weight) {
+  return weight.size(2) == 3 && dy.size(0) * dy.size(2) * dy.size(3) >= kLeastSummed &&
+         16 * weight.size(0) * weight.size(1) * (int64_t)sizeof(float) <= kMostGradientBytes;
+}
+
 // Winograd's of 2x2 outputs has the error of a direct one, at 4 / 9 of its multiplications.
 Tensor convolve(const Tensor& x, const Filters& filters, const OptTensor& bias,
                 const OptTensor& add, const int64_t* padding) {
@@ -109,6 +115,10 @@ int64_t training_winograd(int64_t limit) {
 
 bool trains_weight(const Tensor& weight) { return is_small(weight.sizes().data()); }
 
+bool trains_by_images(const Tensor& dy, const Tensor& weight) {
+  return trains_weight(weight) && sums_winograd(dy, weight) && winograd_by_images(dy);
+}
+
 Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias,
                             const int64_t* padding) {
   return convolve(x, filters_of(weight), bias, {}, padding);
@@ -117,19 +127,19 @@ Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTens
 std::array<Tensor, 3> training_convolution_backward(const Tensor& dy, const Tensor& x,
                                                     const Tensor& weight, const int64_t* padding,
                                                     const std::array<bool, 3>& wanted,
-                                                    const OptTensor& add) {
+                                                    const OptTensor& add, const Later& later) {
   std::array<Tensor, 3> gradients;
+  if (later) {
+    auto [dx, dweight] = winograd_gradients(dy, x, weight, add, padding, later);
+    return {dx, dweight, wanted[2] ? bias_gradient(dy) : Tensor()};
+  }
   if (wanted[0]) {
     const int64_t around[] = {weight.size(2) - 1 - padding[0], weight.size(3) - 1 - padding[1]};
     gradients[0] = convolve(dy, filters_of(weight).reversed(), {}, add, around);
   }
   if (wanted[1]) {
-    // sums of few products have less error than their transforms
-    const bool winograd =
-        weight.size(2) == 3 && dy.size(0) * dy.size(2) * dy.size(3) >= kLeastSummed &&
-        16 * weight.size(0) * weight.size(1) * (int64_t)sizeof(float) <= kMostGradientBytes;
-    gradients[1] = winograd ? winograd_weight_gradient(dy, x, weight, padding)
-                            : direct_weight_gradient(dy, x, weight, padding);
+    gradients[1] = sums_winograd(dy, weight) ? winograd_weight_gradient(dy, x, weight, padding)
+                                             : direct_weight_gradient(dy, x, weight, padding);
   }
   if (wanted[2]) gradients[2] = bias_gradient(dy);
   return gradients;

@@ -2,6 +2,7 @@
 #pragma once
 #include <array>
 
+#include "bn_act.h"  // Later
 #include "tensors.h"
 
 namespace fused_res {
@@ -25,10 +26,12 @@ int64_t training_convolutions(const std::vector<int64_t>& image, const std::vect
 int64_t training_winograd(int64_t limit);
 
 // Gradients of the input, the weight and the bias, where `wanted`; the others are undefined. `add`,
-// like the input, is added to its gradient.
+// like the input, is added to its gradient. later, if any: what makes dy, and maybe `add`, as where
+// trains_by_images says that this pays.
 std::array<Tensor, 3> training_convolution_backward(const Tensor& dy, const Tensor& x,
                                                     const Tensor& weight, const int64_t* padding,
                                                     const std::array<bool, 3>& wanted,
-                                                    const OptTensor& add);
+                                                    const OptTensor& add, const Later& later);
+bool trains_by_images(const Tensor& dy, const Tensor& weight);
 
 }  // namespace fused_res

@@ -6,15 +6,16 @@
 #include "winograd_kernels.h"
 
 namespace fused_res {
-namespace {
 
-const WinogradKernels& kernels_of(int64_t tile) {
+const WinogradKernels& winograd_kernels_of_isa(int64_t tile) {
 #ifdef FUSED_RES_X86
   if (isa() == Isa::avx512) return avx512::winograd_kernels(tile);
   if (isa() == Isa::avx2) return avx2::winograd_kernels(tile);
 #endif
   return plain::winograd_kernels(tile);
 }
+
+namespace {
 
 // Transforms of tiles that one core's caches hold beside a panel of weights: so many times the
 // bytes of the transformed weight, which is read for every group of tiles, up to so many.
@@ -55,15 +56,23 @@ struct Winograd {
     groups = ceil_div(groups, threads) * threads;
     if (bytes_of_weight() > kWeightBytes || tiles < threads * kLeastTiles) return run_shared();
     torch::stable::parallel_for(0, groups, 1, [&](int64_t lo, int64_t hi) {
-      for (int64_t g = lo; g < hi; g++) {
-        const int64_t first = tiles * g / groups;
-        const WinogradTiles t = group(first, tiles * (g + 1) / groups - first);
-        kernels.transform(args, t, 0, t.count);
-        for (int64_t i = 0; i < points; i++)
-          for (int64_t p = 0; p < panels; p++) kernels.multiply(args, t, i, p);
-        kernels.finish(args, t, 0, t.count);
-      }
+      for (int64_t g = lo; g < hi; g++) run_group(tiles * g / groups, tiles * (g + 1) / groups);
     });
+  }
+
+  void run_group(int64_t begin, int64_t end) const {
+    const WinogradTiles t = group(begin, end - begin);
+    kernels.transform(args, t, 0, t.count);
+    for (int64_t i = 0; i < points; i++)
+      for (int64_t p = 0; p < panels; p++) kernels.multiply(args, t, i, p);
+    kernels.finish(args, t, 0, t.count);
+  }
+
+  // the tiles [begin, end), by the calling thread
+  void run_alone(int64_t begin, int64_t end) const {
+    const int64_t groups = ceil_div((end - begin) * bytes_of_tile(), bytes_of_group());
+    for (int64_t g = 0; g < groups; g++)
+      run_group(begin + (end - begin) * g / groups, begin + (end - begin) * (g + 1) / groups);
   }
 
   void run_shared() const {
@@ -87,9 +96,10 @@ void check_tile(int64_t tile) { STD_TORCH_CHECK(tile == 2 || tile == 4, "tile mu
 }  // namespace
 
 void pack_winograd(const Filters& f, const std::vector<double>& scale, int64_t tile, float* u) {
-  const WinogradKernels& kernels = kernels_of(tile);
+  const WinogradKernels& kernels = winograd_kernels_of_isa(tile);
   const int64_t count = ceil_div(f.size[0], kPanel) * f.size[1];
-  parallel(count, (tile + 2) * (tile + 2) * count * kPanel,
+  // an element is several times the work of what `parallel` counts
+  parallel(count, 4 * (tile + 2) * (tile + 2) * count * kPanel,
            [&](int64_t lo, int64_t hi) { kernels.pack(f, scale.data(), u, lo, hi); });
 }
 
@@ -110,17 +120,24 @@ Tensor winograd_weight_cpu(const Tensor& weight, const OptTensor& scale, int64_t
   return u;
 }
 
+namespace {
+
+// A convolution of x, and what it makes
+struct Made {
+  std::vector<float> shift;
+  Output output;
+  Winograd winograd;
+};
+
 // u: what pack_winograd made
-Tensor run_winograd(const Tensor& x, const float* u, const OptTensor& bias,
-                    const OptTensor& residual, int64_t out_channels, const int64_t* padding,
-                    int64_t tile, bool concat, int64_t act) {
+Made make(const Tensor& x, const float* u, const OptTensor& bias, const OptTensor& residual,
+          int64_t out_channels, const int64_t* padding, int64_t tile, bool concat, int64_t act) {
   const int64_t points = (tile + 2) * (tile + 2), panels = ceil_div(out_channels, kPanel);
   const int64_t images = x.size(0), out_height = x.size(2) + 2 * padding[0] - 2;
   const int64_t out_width = x.size(3) + 2 * padding[1] - 2;
-  const std::vector<float> shift = padded(bias, out_channels, panels * kPanel);
+  std::vector<float> shift = padded(bias, out_channels, panels * kPanel);
   const Output output =
       output_of(images, out_channels, out_height, out_width, residual, concat, act);
-  if (output.y.numel() == 0) return output.y;
   const bool add = residual && !concat;
   const WinogradArgs args = {
       (const float*)x.const_data_ptr(),
@@ -143,9 +160,23 @@ Tensor run_winograd(const Tensor& x, const float* u, const OptTensor& bias,
       ceil_div(out_height, tile),
       ceil_div(out_width, tile),
   };
-  Winograd{kernels_of(tile), args, points, panels, images * args.tiles_h * args.tiles_w}.run();
-  return output.y;
+  const int64_t tiles = images * args.tiles_h * args.tiles_w;
+  return {std::move(shift), output, {winograd_kernels_of_isa(tile), args, points, panels, tiles}};
 }
+
+Tensor run_winograd(const Tensor& x, const float* u, const OptTensor& bias,
+                    const OptTensor& residual, int64_t out_channels, const int64_t* padding,
+                    int64_t tile, bool concat, int64_t act) {
+  const Made made = make(x, u, bias, residual, out_channels, padding, tile, concat, act);
+  if (made.output.y.numel()) made.winograd.run();
+  return made.output.y;
+}
+
+int64_t transformed_size(const Filters& filters, int64_t tile) {
+  return (tile + 2) * (tile + 2) * ceil_div(filters.size[0], kPanel) * filters.size[1] * kPanel;
+}
+
+}  // namespace
 
 Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
                     const OptTensor& residual, int64_t out_channels,
@@ -165,60 +196,138 @@ Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
 
 Tensor winograd_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
                      const OptTensor& add, const int64_t* padding, int64_t tile) {
-  const int64_t size = (tile + 2) * (tile + 2);
-  Pooled u(size * ceil_div(filters.size[0], kPanel) * filters.size[1] * kPanel);
+  const Pooled u(transformed_size(filters, tile));
   pack_winograd(filters, std::vector<double>(filters.size[0], 1.0), tile, u.data());
   return run_winograd(x, u.data(), bias, add, filters.size[0], padding, tile, false, 0);
 }
 
-// As direct_weight_gradient: tiles are summed in parts, how many depends on the sizes alone.
+namespace {
+
+// The gradient of a weight. Tiles are summed in parts, how many depends on the sizes alone; of
+// whole images where there are as many.
+struct WeightGradient {
+  static constexpr int64_t kPoints = 16;
+  const WinogradKernels& kernels = winograd_kernels_of_isa(2);
+  const Tensor& weight;
+  int64_t images, channels, out_channels, panels, of_image, parts, size;
+  Winograd of;
+  Pooled sums;
+
+  WeightGradient(const Tensor& dy, const Tensor& x, const Tensor& weight, const int64_t* padding)
+      : weight(weight), images(x.size(0)), channels(x.size(1)), out_channels(dy.size(1)),
+        panels(ceil_div(out_channels, kPanel)),
+        of_image(ceil_div(dy.size(2), 2) * ceil_div(dy.size(3), 2)), parts(parts_of(dy)),
+        size(kPoints * panels * channels * kPanel), of{kernels, {}, kPoints, panels, tiles()},
+        sums(parts * size) {
+    WinogradArgs& args = of.args;
+    args.x = (const float*)x.const_data_ptr();
+    args.height = x.size(2), args.width = x.size(3), args.channels = args.x_stride = channels;
+    args.pad_h = padding[0], args.pad_w = padding[1];
+    args.y = (float*)dy.const_data_ptr();  // read
+    args.out_height = dy.size(2), args.out_width = dy.size(3);
+    args.out_channels = args.y_stride = out_channels;
+    args.tiles_h = ceil_div(args.out_height, 2), args.tiles_w = ceil_div(args.out_width, 2);
+  }
+
+  static int64_t parts_of(const Tensor& dy) {
+    const int64_t tiles = dy.size(0) * ceil_div(dy.size(2), 2) * ceil_div(dy.size(3), 2);
+    return std::clamp(tiles / kTilesOfPart, (int64_t)1, kMostParts);
+  }
+
+  int64_t tiles() const { return images * of_image; }
+  bool by_images() const { return images >= parts; }
+  int64_t first_image(int64_t part) const { return images * part / parts; }
+  int64_t first_tile(int64_t part) const {
+    return by_images() ? first_image(part) * of_image : tiles() * part / parts;
+  }
+  int64_t most() const {
+    return std::clamp(of.bytes_of_group() / of.bytes_of_tile(), (int64_t)16, kMostTiles);
+  }
+  // which are added at a time, where parts are of whole ones
+  int64_t images_at_once() const { return std::max<int64_t>(most() / of_image, 1); }
+
+  // adds the tiles [begin, end) to those of a part, of some points
+  void add(int64_t part, int64_t begin, int64_t end, int64_t point_lo, int64_t point_hi) const {
+    const auto accumulate = direct_kernels_of_isa().accumulate;
+    const int64_t plane = channels * kPanel;
+    for (int64_t first = begin; first < end; first += most()) {
+      const WinogradTiles t = of.group(first, std::min(most(), end - first));
+      kernels.transform(of.args, t, 0, t.count);
+      kernels.transform_gradient(of.args, t, 0, t.count);
+      for (int64_t i = point_lo; i < point_hi; i++)
+        for (int64_t p = 0; p < panels; p++)
+          accumulate(channels, t.count, t.v + i * t.v_plane, t.v_stride,
+                     t.m + i * t.m_plane + p * t.count * kPanel, first == first_tile(part),
+                     sums.data() + part * size + (i * panels + p) * plane);
+    }
+  }
+
+  void run() const {
+    // each task makes all transforms for its share of the points
+    const int64_t threads = torch::stable::get_num_threads();
+    int64_t shares = 1;
+    while (shares < kPoints && parts * shares % threads && parts * shares < 4 * threads)
+      shares *= 2;
+    torch::stable::parallel_for(0, parts * shares, 1, [&](int64_t lo, int64_t hi) {
+      for (int64_t task = lo; task < hi; task++) {
+        const int64_t part = task / shares, share = task % shares;
+        const int64_t end = first_tile(part + 1);
+        const int64_t step = by_images() ? images_at_once() * of_image : tiles();
+        for (int64_t at = first_tile(part); at < end; at += step)
+          add(part, at, std::min(at + step, end), kPoints * share / shares,
+              kPoints * (share + 1) / shares);
+      }
+    });
+  }
+
+  Tensor finish() const {
+    Tensor dweight = uninitialised_like(weight);
+    const Filters like = filters_of(dweight);
+    parallel(panels * channels, parts * size, [&](int64_t lo, int64_t hi) {
+      kernels.finish_gradient(sums.data(), parts, like, (float*)dweight.mutable_data_ptr(), lo, hi);
+    });
+    return dweight;
+  }
+};
+
+}  // namespace
+
 Tensor winograd_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                 const int64_t* padding) {
-  const WinogradKernels& kernels = kernels_of(2);
-  const auto accumulate = direct_kernels_of_isa().accumulate;
-  const int64_t channels = x.size(1), out_channels = dy.size(1);
-  const int64_t panels = ceil_div(out_channels, kPanel), points = 16;
-  WinogradArgs args = {};
-  args.x = (const float*)x.const_data_ptr();
-  args.height = x.size(2), args.width = x.size(3), args.channels = args.x_stride = channels;
-  args.pad_h = padding[0], args.pad_w = padding[1];
-  args.y = (float*)dy.const_data_ptr();  // read
-  args.out_height = dy.size(2), args.out_width = dy.size(3);
-  args.out_channels = args.y_stride = out_channels;
-  args.tiles_h = ceil_div(args.out_height, 2), args.tiles_w = ceil_div(args.out_width, 2);
-  const int64_t tiles = x.size(0) * args.tiles_h * args.tiles_w;
-  const int64_t parts = std::clamp(tiles / kTilesOfPart, (int64_t)1, kMostParts);
-  const Winograd of{kernels, args, points, panels, tiles};
-  const int64_t most =
-      std::clamp(of.bytes_of_group() / of.bytes_of_tile(), (int64_t)16, kMostTiles);
-  const int64_t plane = channels * kPanel, size = points * panels * plane;
-  Pooled sums(parts * size);
-  // each task makes all transforms for its share of the points
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t shares = 1;
-  while (shares < points && parts * shares % threads && parts * shares < 4 * threads) shares *= 2;
-  torch::stable::parallel_for(0, parts * shares, 1, [&](int64_t lo, int64_t hi) {
-    for (int64_t task = lo; task < hi; task++) {
-      const int64_t part = task / shares, share = task % shares;
-      const int64_t begin = tiles * part / parts, end = tiles * (part + 1) / parts;
-      for (int64_t first = begin; first < end; first += most) {
-        const WinogradTiles t = of.group(first, std::min(most, end - first));
-        kernels.transform(args, t, 0, t.count);
-        kernels.transform_gradient(args, t, 0, t.count);
-        for (int64_t i = points * share / shares; i < points * (share + 1) / shares; i++)
-          for (int64_t p = 0; p < panels; p++)
-            accumulate(channels, t.count, t.v + i * t.v_plane, t.v_stride,
-                       t.m + i * t.m_plane + p * t.count * kPanel, first == begin,
-                       sums.data() + part * size + (i * panels + p) * plane);
+  const WeightGradient gradient(dy, x, weight, padding);
+  gradient.run();
+  return gradient.finish();
+}
+
+bool winograd_by_images(const Tensor& dy) {
+  const int64_t parts = WeightGradient::parts_of(dy);
+  return dy.size(0) >= parts && parts >= torch::stable::get_num_threads();
+}
+
+std::array<Tensor, 2> winograd_gradients(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                         const OptTensor& add, const int64_t* padding,
+                                         const Later& later) {
+  const Filters filters = filters_of(weight).reversed();
+  const Pooled u(transformed_size(filters, 2));
+  pack_winograd(filters, std::vector<double>(filters.size[0], 1.0), 2, u.data());
+  const int64_t around[] = {2 - padding[0], 2 - padding[1]};
+  const Made of_x = make(dy, u.data(), {}, add, filters.size[0], around, 2, false, 0);
+  const WeightGradient gradient(dy, x, weight, padding);
+  const int64_t pixels = dy.size(2) * dy.size(3);
+  const int64_t tiles = of_x.winograd.tiles / gradient.images;
+  torch::stable::parallel_for(0, gradient.parts, 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t part = lo; part < hi; part++) {
+      const int64_t end = gradient.first_image(part + 1), step = gradient.images_at_once();
+      for (int64_t at = gradient.first_image(part); at < end; at += step) {
+        const int64_t to = std::min(at + step, end);
+        later(at * pixels, to * pixels);
+        of_x.winograd.run_alone(at * tiles, to * tiles);
+        gradient.add(part, at * gradient.of_image, to * gradient.of_image, 0,
+                     WeightGradient::kPoints);
       }
     }
   });
-  Tensor dweight = uninitialised_like(weight);
-  const Filters like = filters_of(dweight);
-  parallel(panels * channels, parts * size, [&](int64_t lo, int64_t hi) {
-    kernels.finish_gradient(sums.data(), parts, like, (float*)dweight.mutable_data_ptr(), lo, hi);
-  });
-  return dweight;
+  return {of_x.output.y, gradient.finish()};
 }
 
 }  // namespace fused_res

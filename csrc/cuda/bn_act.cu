@@ -282,7 +282,12 @@ struct CudaLibrary {
     explicit Guard(const Tensor& x) : DeviceGuard(x.get_device_index()) {}
   };
   static constexpr auto bn_act_fwd = bn_act_fwd_cuda;
-  static constexpr auto bn_act_bwd = bn_act_bwd_cuda;
+  struct Later {};
+  static bool waits(const BlockStage&, const Tensor&, const Tensor&) { return false; }
+  template <class... Args>
+  static auto bn_act_bwd_later(Later*, const Args&... args) {
+    return bn_act_bwd_cuda(args...);
+  }
   static constexpr auto bn_act_reapply = bn_act_reapply_cuda;
   static Tensor convolve(const BlockStage& s, const Tensor& x) {
     return s.convolve<CudaLibrary>(x);
@@ -290,7 +295,7 @@ struct CudaLibrary {
   static bool adds(const BlockStage&, const Tensor&, const Tensor&, const Tensor&) { return false; }
   static std::array<Tensor, 3> convolve_backward(const BlockStage& s, const Tensor& dy,
                                                  const Tensor& x, const std::array<bool, 3>& wanted,
-                                                 const OptTensor&) {
+                                                 const OptTensor&, const Later&) {
     return s.convolve_backward<CudaLibrary>(dy, x, wanted);
   }
   static constexpr auto convolution = aoti_torch_cuda_convolution;
