@@ -5,6 +5,7 @@
 #include "cpu/isa.h"
 #include "cpu/pool.h"
 #include "cpu/res_block.h"
+#include "cpu/res_chain.h"
 #include "cpu/stamp.h"
 #include "cpu/winograd.h"
 
@@ -14,6 +15,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
   m.impl("bn_act_statistics", TORCH_BOX(&fused_res::bn_act_statistics_cpu));
   m.impl("res_block_fwd", TORCH_BOX(&fused_res::res_block_fwd<fused_res::CpuLibrary>));
   m.impl("res_block_bwd", TORCH_BOX(&fused_res::res_block_bwd<fused_res::CpuLibrary>));
+  m.impl("res_chain", TORCH_BOX(&fused_res::res_chain_cpu));
   m.impl("convolutions", TORCH_BOX(&fused_res::convolutions_cpu));
   m.impl("direct_weight", TORCH_BOX(&fused_res::direct_weight_cpu));
   m.impl("stamp", TORCH_BOX(&fused_res::stamp_cpu));

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from operator import is_
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -19,9 +19,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import choices
 from .folds import stamp
-from .nn.blocks import HOOKS, MOST_SIZES, FusedForward, child, has_hooks, prepared_block
+from .nn.blocks import MOST_SIZES, FusedForward, child, has_hooks, prepared_block
+from .nn.chains import FusedSequential, link, links, tensors_of
 from .nn.conv_norm import conv_norm_relu, prepared_conv
+from .nn.watch import HOOKS, Watch
 from .ops.conv_bn_act import under_modes
+from .ops.res_chain import prepared_chain
 from .tracing import function
 
 Step = Callable[[Tensor], Tensor]
@@ -52,6 +55,47 @@ class _Block(NamedTuple):
         return None if kept is None else _Found(kept.run, kept.tensors, kept.stamp)
 
 
+class _Chain(NamedTuple):
+    """Blocks that follow each other and keep the size of their input."""
+
+    paths: tuple[str, ...]
+
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        return [m for path in self.paths for m in child(model, path).modules()]
+
+    def plain(self, model: nn.Module, x: Tensor) -> Tensor:
+        for path in self.paths:
+            x = child(model, path)(x)
+        return x
+
+    def find(self, model: nn.Module, x: Tensor) -> _Found | None:
+        blocks = [child(model, path) for path in self.paths]
+        made, tensors = list(map(link, blocks)), tensors_of(self.modules(model))
+        alike = all(block.backend == blocks[0].backend for block in blocks)
+        if None not in made and tensors is not None and alike:
+            before = stamp(tensors)
+            chain = prepared_chain(x, made, blocks[0].backend)
+            if chain is not None:
+                return _Found(chain, tensors, before)
+        found = []
+        for path in self.paths:
+            one = _Block(path).find(model, x)
+            if one is None:
+                return None
+            found.append(one)
+            x = one.run(x)
+
+        def run(x: Tensor) -> Tensor:
+            for one in found:
+                x = one.run(x)
+            return x
+
+        tensors = [t for one in found for t in one.tensors]
+        before = stamp(tensors)
+        still = all(stamp(one.tensors) == one.stamp for one in found)
+        return _Found(run, tensors, before) if still else None
+
+
 class _Conv(NamedTuple):
     """Paths of a convolution and what follows it, or whether a ReLU does."""
 
@@ -73,7 +117,7 @@ class _Conv(NamedTuple):
         return None if found is None else _Found(*found)
 
 
-_Part = _Block | _Conv
+_Part = _Block | _Chain | _Conv
 
 
 def _run(steps: list[Step], i: int, x: Tensor) -> Tensor:
@@ -100,10 +144,16 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part
         if isinstance(module, FusedForward):
             return add(_Block(path), x)
         inside = any(isinstance(m, FusedForward) for m in module.modules())
-        if not inside or type(module) is not nn.Sequential or has_hooks(module):
+        plain = type(module) in (nn.Sequential, FusedSequential)
+        if not inside or not plain or has_hooks(module):
             return made.call_module(path, (x,))
-        for name in module._modules:
-            x = add_module(f"{path}.{name}", x)
+        for linked, group in groupby(module._modules, lambda name: links(module._modules[name])):
+            paths = [f"{path}.{name}" for name in group]
+            if linked and len(paths) > 1:
+                x = add(_Chain(tuple(paths)), x)
+                continue
+            for each in paths:
+                x = add_module(each, x)
         return x
 
     for node in graph.nodes:
@@ -121,37 +171,14 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part
     return made, parts
 
 
-def _state(module: nn.Module) -> tuple:
-    """All that is assigned to a module, its children, parameters and buffers, and whether it has
-    hooks."""
-    own = module.__dict__
-    kept = own["_modules"].values(), own["_parameters"].values(), own["_buffers"].values()
-    hooked = any(map(own.get, HOOKS))
-    return (type(module), hooked, *own.values(), *kept[0], *kept[1], *kept[2])
-
-
-class _States:
-    """Modules as they were when this was made."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._seen = [(m, _state(m)) for m in dict.fromkeys(modules)]
-
-    def hold(self) -> bool:
-        for module, before in self._seen:
-            now = _state(module)
-            if len(now) != len(before) or not all(map(is_, now, before)):
-                return False
-        return True
-
-
 class _Kept(NamedTuple):
-    states: _States
+    watch: Watch
     tensors: list[Tensor]
     stamp: tuple
     steps: list[Step]
 
     def holds(self) -> bool:
-        return self.states.hold() and stamp(self.tensors) == self.stamp
+        return self.watch.holds() and stamp(self.tensors) == self.stamp
 
 
 def _size(x: Tensor) -> tuple:
@@ -189,7 +216,9 @@ class PreparedForward:
         self._forward = function(model, graph)
         self._kept: dict[tuple, _Kept] = {}
         called = [n.target for n in graph.nodes if n.op in ("call_module", "get_attr")]
-        called += [p for part in self._parts for p in part if type(p) is str]
+        for part in self._parts:
+            paths = part.paths if isinstance(part, _Chain) else part
+            called += [p for p in paths if type(p) is str]
         self._containers = {p: _structure(child(model, p)) for p in _above(called)}
 
     def is_of(self, model: nn.Module) -> bool:
@@ -212,7 +241,7 @@ class PreparedForward:
     def _prepare(self, key: tuple, model: nn.Module, inputs: list[Tensor]):
         self._kept.pop(key, None)  # it keeps what was replaced
         modules = [model, *(child(model, path) for path in self._containers)]
-        states = _States(modules + [m for part in self._parts for m in part.modules(model)])
+        watch = Watch(modules + [m for part in self._parts for m in part.modules(model)])
         plains = [partial(part.plain, model) for part in self._parts]
         steps, found = list(plains), []
 
@@ -231,9 +260,9 @@ class PreparedForward:
         if not found:
             return y
         tensors = [t for one in found for t in one.tensors]
-        kept = _Kept(states, tensors, stamp(tensors), steps)
+        kept = _Kept(watch, tensors, stamp(tensors), steps)
         # what was found holds still, so the stamp of all is of what it was made from
-        if states.hold() and all(stamp(one.tensors) == one.stamp for one in found):
+        if watch.holds() and all(stamp(one.tensors) == one.stamp for one in found):
             while len(self._kept) >= MOST_SIZES:
                 self._kept.pop(next(iter(tuple(self._kept))), None)
             self._kept[key] = kept

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .nn.blocks import BlockPlan, FusedForward
+from .nn.chains import FusedSequential, has_chain, unchain
 from .ops.res_block import check_recompute
 from .patterns import Unfusable, plan_of
 
@@ -99,8 +100,9 @@ def fuse_(
 
     A block is recognised by the dataflow of its forward, whatever its class and attributes are
     called. Only its class changes (to a subclass); name, children, attributes, Parameter objects,
-    state_dict
-    keys and hooks stay as they are. Calling it again changes nothing; ``unfuse_`` reverses it.
+    state_dict keys and hooks stay as they are. An ``nn.Sequential`` in which blocks with identity
+    shortcuts follow each other becomes a subclass too, which runs them in one call for inference.
+    Calling it again changes nothing; ``unfuse_`` reverses it.
 
     Args:
         model: any module, not wrapped, compiled or scripted.
@@ -167,6 +169,9 @@ def fuse_(
     if not dry_run:
         for module, plan in plans:
             module.__class__ = fused_class(type(module), plan, recompute)
+        for module in model.modules():
+            if type(module) is nn.Sequential and has_chain(module):
+                module.__class__ = FusedSequential
     if not report.fused and not already:
         warnings.warn(f"fuse_ found no residual block to fuse\n{report}", stacklevel=2)
     return report
@@ -181,4 +186,6 @@ def unfuse_(model: nn.Module) -> list[str]:
         if isinstance(module, FusedForward) and original is not None:
             module.__class__ = original
             names.append(name)
+        elif type(module) is FusedSequential:
+            unchain(module)
     return names

@@ -241,7 +241,7 @@ def test_committed_curves(curves, curve_tables):
     for path in paths:
         found = json.loads(path.read_text())
         known = {(name, d) for name in curves.TRAININGS for d in ("float32", "bfloat16")}
-        assert {(r["workload"], r["dtype"]) for r in found} <= known
+        assert {(r["workload"], r["dtype"]) for r in found} == known
         for r in found:
             rows.validate(r)
             training = curves.TRAININGS[r["workload"]]

@@ -34,6 +34,7 @@ from ..ops.convolutions import Convolutions, joined
 from ..ops.res_block import check_recompute, whole
 from ..ops.sync_bn_act import sync_bn_act
 from ..reference import Act, ConvNorm, Norm
+from .watch import HOOKS
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -319,7 +320,6 @@ class _Prepared(NamedTuple):
 
 _prepared: WeakKeyDictionary[nn.Module, dict[tuple, _Prepared]] = WeakKeyDictionary()
 MOST_SIZES = 4  # of a block's inputs
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "forward", "_conv_forward",
              "training", "eps")  # fmt: skip
 _AFFINE, _RUNNING = ("weight", "bias"), ("running_mean", "running_var")

@@ -1,0 +1,177 @@
+"""Residual blocks one after the other in one call: the op ``res_chain``, for inference.
+
+A net of many small blocks spends its time starting kernels, and moving maps that a core's cache
+could hold. On a CPU each thread takes a few images through all of the blocks; where there are fewer
+images than threads, all threads share each convolution, and wait for each other in between.
+``csrc/cpu/res_chain.cpp`` computes it; elsewhere it is ``conv_bn_act`` by ``conv_bn_act``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import asked_for
+from ..reference import ACTS, Act, ConvNorm
+from . import library
+from .conv_bn_act import (
+    IMPLEMENTATIONS,
+    PLAIN,
+    Call,
+    conv_bn_act,
+    out_shape,
+    under_modes,
+)
+from .convolutions import nhwc
+
+# program, of each convolution: Winograd's tile or 0 for a direct one; kernel size, 1 or 3; channels
+# out; act, of reference.ACTS; whether it ends a block: then it adds what the block began with.
+library.define("res_chain(Tensor x, Tensor[] weights, Tensor?[] biases, int[] program) -> Tensor")
+
+
+@torch.library.register_fake("fused_res::res_chain", lib=library)
+def _(x, weights, biases, program):
+    return torch.empty_like(x)
+
+
+class Link(NamedTuple):
+    """A residual block with an identity shortcut: its convolutions, a ReLU after each but the last,
+    and what follows that: ``relu`` (after the add), ``relu_before_add``, or ``none``."""
+
+    convs: Sequence[ConvNorm]
+    act: Act = "relu"
+
+
+class Chain(NamedTuple):
+    """``x -> y`` of the packed ``weights``, while nothing changes that they are made of."""
+
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    program: list[int]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.fused_res.res_chain.default(nhwc(x), *self)
+
+
+# A thread reads a weight as fast as it multiplies this many tiles by it.
+TILES_OF_WEIGHT = 5
+# With fewer channels the transforms cost more than tiles of 4 save. With more, each thread reading
+# all of the weights does; and maps of an image that no cache holds gain nothing.
+LEAST_CHANNELS, MOST_CHANNELS, MOST_BYTES = 32, 128, 1 << 20
+
+
+def _implementation(call: Call) -> tuple[str, int]:
+    """What is expected to be the fastest of a convolution, and Winograd's tile or 0."""
+    images, channels, height, width = call.x.shape
+    costs = {}
+    for name, tile in (("direct", 0), ("winograd2", 2), ("winograd4", 4)):
+        if IMPLEMENTATIONS[name].why_not(call) is not None:
+            continue
+        if tile == 4 and min(channels, len(call.conv.weight)) < LEAST_CHANNELS:
+            continue
+        step = tile or 1
+        units = images * -(-height // step) * -(-width // step)
+        points = (tile + 2) ** 2 if tile else call.conv.weight[0, 0].numel()
+        costs[name, tile] = points * (units / torch.get_num_threads() + TILES_OF_WEIGHT)
+    return min(costs, key=costs.__getitem__)
+
+
+def _keeps_size(conv: ConvNorm) -> bool:
+    size = conv.weight.size(2)
+    return (
+        size in (1, 3)
+        and conv.weight.size(3) == size
+        and conv.groups == 1
+        and tuple(conv.stride) == (1, 1) == tuple(conv.dilation)
+        and tuple(conv.padding) == (size // 2, size // 2)
+    )
+
+
+def prepared_chain(x: Tensor, blocks: Sequence[Link], backend: str | None) -> Chain | None:
+    """What runs the blocks on inputs of x's size on a CPU, without gradients, while nothing changes
+    that they are made of; None where they are run one by one.
+
+    Raises:
+        as ``conv_bn_act``, of any of the convolutions.
+    """
+    name = asked_for("conv_bn_act", backend, x)
+    if (
+        name not in ("auto", "cpu")
+        or not x.is_cpu
+        or x.dtype != torch.float32
+        or x.dim() != 4
+        or x.numel() == 0
+        or not x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return None
+    chain = Chain([], [], [])
+    for block in blocks:
+        shape = x.shape
+        for i, conv in enumerate(block.convs):
+            tensors = (conv.weight, conv.bias, *(conv.norm or ())[:4])
+            if any(t is not None and type(t) not in PLAIN for t in tensors):
+                return None
+            if conv.weight.dim() != 4 or conv.weight.size(1) != shape[1] or not _keeps_size(conv):
+                return None
+            channels = max(conv.weight.shape[:2])
+            if channels > MOST_CHANNELS or 12 * channels * x[0, 0].numel() > MOST_BYTES:
+                return None
+            last = i + 1 == len(block.convs)
+            z = x.new_empty(()).expand(shape)  # of an activation, its size
+            call = Call(z, conv, x if last else None, act=block.act if last else "relu")
+            shape = out_shape(z, conv)
+            if last and shape != x.shape:
+                return None
+            implementation, tile = _implementation(call)
+            found = IMPLEMENTATIONS[implementation].prepare(call)
+            chain.weights.extend(found.weights)
+            chain.biases.extend(found.biases)
+            numbers = tile, conv.weight.size(2), shape[1], ACTS.index(call.act), int(last)
+            chain.program.extend(numbers)
+    return chain
+
+
+def res_chain(x: Tensor, blocks: Sequence[Link], backend: str | None = None) -> Tensor:
+    """Residual blocks with identity shortcuts, one after the other, BatchNorm by its running
+    statistics.
+
+    One kernel on a CPU in float32 where no gradient is wanted, every convolution is 1x1 or 3x3 and
+    keeps its map's size, and maps and weights are small. Elsewhere one ``conv_bn_act`` for each.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64, NCHW or channels_last.
+        blocks: convolutions with a ``Norm`` of ``training=False``, or None.
+        backend: auto, cpu, cuda, triton or eager; default: what ``fused_res.backend`` or
+            ``FUSED_RES_BACKEND`` says.
+
+    Returns:
+        (N, C, H, W), in the memory format PyTorch gives it.
+
+    Raises:
+        ValueError: a shape, device or value does not fit; a BatchNorm with ``training=True``.
+        TypeError: a dtype does not fit.
+        BackendUnavailable: the backend was named and cannot run this.
+    """
+    if not blocks or not all(block.convs for block in blocks):
+        raise ValueError("blocks must be at least one, each of at least one convolution")
+    if not torch.compiler.is_compiling() and not under_modes(x) and not _wants_grad(x, blocks):
+        chain = prepared_chain(x, blocks, backend)
+        if chain is not None:
+            return chain(x)
+    for block in blocks:
+        z, (*inner, last) = x, block.convs
+        for conv in inner:
+            z = conv_bn_act(z, conv, backend=backend)
+        x = conv_bn_act(z, last, x, act=block.act, backend=backend)
+    return x
+
+
+def _wants_grad(x: Tensor, blocks: Sequence[Link]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    convs = [c for block in blocks for c in block.convs]
+    tensors = [t for c in convs for t in (c.weight, c.bias, *(c.norm or ())[:4])]
+    return any(t is not None and t.requires_grad for t in (x, *tensors))

@@ -1,0 +1,474 @@
+"""Chains of residual blocks in one call: the op, and what ``fuse_`` makes of ``nn.Sequential``."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+from errors import rms, rule
+from instruction_sets import ISAS, instruction_set
+from zoo import randomise
+
+import fused_res
+from fused_res import FusedResBlock, env, fuse_, reference, unfuse_
+from fused_res.nn.chains import FusedSequential
+from fused_res.ops import res_chain as op
+from fused_res.ops.res_chain import Link, res_chain
+from fused_res.reference import ACTS, ConvNorm, Norm, ResBlock
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        fused_res.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
+    ),
+]
+
+
+def stage(c, k, size, bias=False, norm=True):
+    weight = torch.randn(k, c, size, size) * (2 / (c * size**2)) ** 0.5
+    stats = torch.randn(k) * 0.1, torch.rand(k) + 0.5, torch.rand(k) * 0.4 + 0.1, torch.randn(k)
+    return ConvNorm(
+        weight.contiguous(memory_format=torch.channels_last),
+        torch.randn(k) if bias or not norm else None,
+        (1, 1),
+        (size // 2, size // 2),
+        (1, 1),
+        1,
+        Norm(*stats, False) if norm else None,
+    )
+
+
+KINDS = {
+    "single": lambda c: [stage(c, c, 3)],
+    "basic": lambda c: [stage(c, c, 3), stage(c, c, 3, bias=True)],
+    "bottleneck": lambda c: [stage(c, 48, 1), stage(48, 16, 3), stage(16, c, 1)],
+    "no norm": lambda c: [stage(c, c, 3, norm=False)],
+}
+
+
+def blocks_of(kind, channels, count, act="relu"):
+    return [Link(KINDS[kind](channels), act) for _ in range(count)]
+
+
+def image(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+def by_blocks(x, blocks):
+    """In PyTorch's ops."""
+    for block in blocks:
+        z = x
+        for conv in block.convs[:-1]:
+            z = reference.conv_bn_act(z, conv)
+        x = reference.conv_bn_act(z, block.convs[-1], x, act=block.act)
+    return x
+
+
+def double(blocks):
+    def of(t):
+        return None if t is None else t.double()
+
+    def convolution(c):
+        norm = c.norm and c.norm._replace(
+            running_mean=of(c.norm.running_mean),
+            running_var=of(c.norm.running_var),
+            weight=of(c.norm.weight),
+            bias=of(c.norm.bias),
+        )
+        return c._replace(weight=of(c.weight), bias=of(c.bias), norm=norm)
+
+    return [Link([convolution(c) for c in b.convs], b.act) for b in blocks]
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """How many convolutions each call of the kernel had."""
+    found = []
+    call = op.Chain.__call__
+
+    def record(chain, x):
+        found.append(len(chain.weights))
+        return call(chain, x)
+
+    monkeypatch.setattr(op.Chain, "__call__", record)
+    return found
+
+
+def limit(monkeypatch, tile):
+    monkeypatch.setattr(env, "settings", env.settings._replace(winograd=tile))
+
+
+# --- the op
+
+SHAPES = [(1, 32, 16, 16), (2, 8, 7, 7), (3, 24, 15, 15), (1, 40, 8, 12), (9, 100, 5, 6),
+          (5, 16, 1, 1), (2, 64, 3, 9), (1, 13, 6, 7)]  # fmt: skip
+
+
+@pytest.mark.parametrize("tile", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_within_the_rule(called, monkeypatch, shape, kind, tile):
+    limit(monkeypatch, tile)
+    x = image(*shape)
+    act = ACTS[(shape[0] + tile) % 3]
+    blocks = blocks_of(kind, shape[1], 3, act)
+    exact = by_blocks(x.double(), double(blocks))
+    rule(res_chain(x, blocks), by_blocks(x, blocks), exact)
+    assert called == [3 * len(blocks[0].convs)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_of_every_instruction_set(called, isa):
+    x = image(3, 40, 9, 10)
+    blocks = blocks_of("basic", 40, 2) + blocks_of("bottleneck", 40, 1, "relu_before_add")
+    with instruction_set(isa):
+        rule(res_chain(x, blocks), by_blocks(x, blocks), by_blocks(x.double(), double(blocks)))
+    assert called == [7]
+
+
+@pytest.mark.parametrize("tile", [0, 2, 4])
+@pytest.mark.parametrize("shape", [(2, 32, 16, 16), (3, 32, 8, 8)], ids=str)
+def test_a_hundred_blocks(monkeypatch, shape, tile):
+    """With Winograd's tiles of 4 too, each of which alone may have more error."""
+    limit(monkeypatch, tile)
+    blocks = blocks_of("single", 32, 100, "relu_before_add")
+    blocks = [Link([b.convs[0]._replace(weight=b.convs[0].weight * 0.2)], b.act) for b in blocks]
+    x = image(*shape)
+    rule(res_chain(x, blocks), by_blocks(x, blocks), by_blocks(x.double(), double(blocks)))
+
+
+def test_tiles_of_4_have_their_own_bound():
+    x = image(4, 64, 12, 12)
+    blocks = blocks_of("single", 64, 1, "none")
+    exact = by_blocks(x.double(), double(blocks))
+    assert op._implementation(op.Call(x, blocks[0].convs[0], x))[1] == 4
+    assert rms(res_chain(x, blocks) - exact) <= 5e-6 * rms(exact)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_same_for_any_number_of_threads(monkeypatch, images, threads):
+    """Where all of them share each convolution, and where each has its images."""
+    monkeypatch.setattr(op, "_implementation", lambda call: ("winograd2", 2))
+    x = image(images, 24, 9, 7)
+    blocks = blocks_of("basic", 24, 3)
+    alone = res_chain(x, blocks)
+    torch.set_num_threads(threads)
+    for _ in range(20):
+        assert torch.equal(res_chain(x, blocks), alone)
+
+
+def test_nan_goes_where_it_goes_in_pytorch():
+    x = image(2, 16, 6, 6)
+    x[1, 3, 2, 2] = float("nan")
+    blocks = blocks_of("single", 16, 2)
+    y, expected = res_chain(x, blocks), by_blocks(x, blocks)
+    assert torch.equal(y[0].isnan(), expected[0].isnan()) and not y[0].isnan().any()
+    assert y[1].isnan()[expected[1].isnan()].all()
+
+
+def test_elsewhere_it_is_convolution_by_convolution(called):
+    blocks = blocks_of("basic", 16, 2)
+    strided = [Link([stage(16, 16, 3)._replace(dilation=(2, 2), padding=(2, 2))])]
+    x = image(2, 16, 6, 6)
+    wide, plain = blocks_of("single", 136, 2), x.contiguous()
+    for given, links in (
+        (plain, blocks),
+        (x.double(), double(blocks)),
+        (x, strided),
+        (image(2, 136, 4, 4), wide),
+        (image(1, 16, 90, 90), blocks),
+        (x[:0], blocks),
+        (x.clone().requires_grad_(), blocks),
+    ):
+        y = res_chain(given, links)
+        torch.testing.assert_close(y, by_blocks(given, links), rtol=1e-4, atol=1e-4)
+        assert y.dtype == given.dtype and y.requires_grad == given.requires_grad
+    torch.testing.assert_close(res_chain(x, blocks, "eager"), by_blocks(x, blocks))
+    assert not called
+
+
+def test_wrong_arguments_are_named():
+    x = image(2, 16, 6, 6)
+    with pytest.raises(ValueError, match="blocks must be at least one"):
+        res_chain(x, [])
+    with pytest.raises(ValueError, match="blocks must be at least one"):
+        res_chain(x, [Link([])])
+    with pytest.raises(ValueError, match=r"conv.weight must have shape \(K, 16 / groups"):
+        res_chain(x, blocks_of("single", 8, 1))
+    with pytest.raises(ValueError, match="act='swish' must be one of"):
+        res_chain(x, blocks_of("single", 16, 1, "swish"))
+    block = blocks_of("single", 16, 1)[0]
+    trains = block.convs[0]._replace(norm=block.convs[0].norm._replace(training=True))
+    with pytest.raises(ValueError, match="norm.training must be False"):
+        res_chain(x, [Link([trains])])
+    ops = torch.ops.fused_res.res_chain
+    with pytest.raises(RuntimeError, match="weights must be what"):
+        ops(x, [torch.zeros(3)], [None], [0, 3, 16, 1, 1])
+    with pytest.raises(RuntimeError, match="5 numbers each"):
+        ops(x, [torch.zeros(3)], [None], [0, 3, 16])
+    weight = torch.ops.fused_res.direct_weight([block.convs[0].weight], [None])
+    for program, words in (
+        ([1, 3, 16, 1, 1], "tile must be"),
+        ([0, 5, 16, 1, 1], "tile must be"),
+        ([0, 3, 16, 3, 1], "act 0, 1 or 2"),
+        ([0, 3, 8, 1, 1], "must end with the channels"),
+        ([0, 3, 16, 1, 0], "must end a block"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            ops(x, [weight], [None], program)
+
+
+# --- modules
+
+
+def net(kind="single", count=5, channels=16):
+    torch.manual_seed(1)
+    relu = "before" if kind == "single" else "after"
+    model = nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1),
+        nn.Sequential(
+            *[randomise(ResBlock(channels, channels, kind=kind, relu=relu)) for _ in range(count)]
+        ),
+        nn.Flatten(),
+    )
+    return model.eval().to(memory_format=torch.channels_last)
+
+
+def check(model, plain, x, chained, called):
+    """The model does what the plain one does, with chains of so many convolutions, also when they
+    are kept."""
+    for _ in range(2):
+        called.clear()
+        with torch.no_grad():
+            y = model(x)
+            torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-4)
+        assert called == chained
+
+
+@pytest.mark.parametrize("kind", ["single", "basic", "bottleneck"])
+def test_fuse_finds_chains(called, kind):
+    plain = net(kind)
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    convs = {"single": 5, "basic": 10, "bottleneck": 15}[kind]
+    check(model, plain, image(2, 3, 8, 8), [convs], called)
+    check(model, plain, image(1, 3, 6, 9), [convs], called)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert isinstance(model[1], nn.Sequential) and type(model[1]) is FusedSequential
+    assert [n for n, _ in model.named_modules()] == [n for n, _ in plain.named_modules()]
+    check(model[1][1:4], plain[1][1:4], image(2, 16, 8, 8), [convs // 5 * 3], called)
+    unfuse_(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    check(model, plain, image(2, 3, 8, 8), [], called)
+
+
+def test_fuse_again_changes_nothing(called):
+    plain = net()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    types = [type(m) for m in model.modules()]
+    fuse_(model)
+    assert [type(m) for m in model.modules()] == types
+
+
+def test_hooks_split_a_chain(called):
+    plain = net()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    x, seen = image(2, 3, 8, 8), []
+    check(model, plain, x, [5], called)
+    handle = model[1][2].register_forward_hook(lambda m, args, y: seen.append(y))
+    check(model, plain, x, [2, 2], called)
+    with torch.no_grad():
+        torch.testing.assert_close(seen[-1], plain[1][:3](plain[0](x)), rtol=1e-4, atol=1e-4)
+    handle.remove()
+    handle = model[1][1].conv1.register_forward_pre_hook(lambda m, args: seen.append(args))
+    check(model, plain, x, [3], called)
+    assert len(seen) == 4
+    handle.remove()
+    check(model, plain, x, [5], called)
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(m))
+    seen.clear()
+    check(model, plain, x, [], called)
+    assert model[1][3].conv1 in seen
+    handle.remove()
+    handle = model[1].register_forward_hook(lambda m, args, y: y * 2)
+    twin = plain[1].register_forward_hook(lambda m, args, y: y * 2)
+    check(model, plain, x, [5], called)
+    handle.remove()
+    twin.remove()
+
+
+def changes():
+    """What may happen to a model between two calls."""
+
+    def weight(m):
+        with torch.no_grad():
+            m[1][2].conv1.weight.mul_(0.5)
+
+    def data(m):
+        m[1][2].conv1.weight.data.mul_(0.5)
+
+    def parameter(m):
+        m[1][2].conv1.weight = nn.Parameter(m[1][2].conv1.weight.detach() * 0.5)
+
+    def statistics(m):
+        m[1][3].bn1.running_mean.add_(1)
+
+    def buffer(m):
+        m[1][3].bn1.running_var = m[1][3].bn1.running_var * 2
+
+    def eps(m):
+        m[1][0].bn1.eps = 0.5
+
+    def block(m):
+        torch.manual_seed(7)
+        m[1][4] = randomise(ResBlock(16, 16, kind="single", relu="before")).eval()
+
+    def module(m):
+        torch.manual_seed(7)
+        m[1][4].conv1 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+
+    def fewer(m):
+        del m[1][1]
+
+    def more(m):
+        torch.manual_seed(7)
+        m[1].append(randomise(ResBlock(16, 16, kind="single", relu="before")).eval())
+
+    def forward(m):
+        m[1][2].forward = lambda x: x * 2
+
+    def dilation(m):
+        m[1][2].conv1.dilation = m[1][2].conv1.padding = (2, 2)
+
+    def load(m):
+        torch.manual_seed(8)
+        m.load_state_dict({k: torch.rand_like(v.float()).to(v) for k, v in m.state_dict().items()})
+
+    def hidden(m):
+        m[1][2].conv1._parameters["weight"] = nn.Parameter(m[1][2].conv1.weight.detach() * 0.5)
+
+    return [weight, data, parameter, statistics, buffer, eps, block, module, fewer, more, forward,
+            dilation, load, hidden]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
+def test_changes_are_followed(change):
+    plain = net()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    x = image(2, 3, 8, 8)
+    with torch.no_grad():
+        before = [model(x) for _ in range(2)][-1]
+    change(model)
+    change(plain)
+    with torch.no_grad():
+        expected = plain(x)
+        assert expected.shape != before.shape or (expected - before).abs().max() > 1e-3
+        for _ in range(2):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_training_and_gradients_are_the_blocks_own(called):
+    plain = net()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    x = image(2, 3, 8, 8)
+    results = []
+    for m in (model, plain):
+        with torch.no_grad():
+            m(x)
+        m.train()
+        m(x).square().mean().backward()
+        m.eval()
+        with torch.no_grad():
+            results.append([m(x), *(p.grad for p in m.parameters()), *m.buffers()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    called.clear()
+    y = model(x.requires_grad_())
+    torch.autograd.grad(y.sum(), x)
+    assert not called
+
+
+def test_copies_and_pickles(called):
+    plain = net()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    x = image(2, 3, 8, 8)
+    check(model, plain, x, [5], called)
+    check(copy.deepcopy(model), plain, x, [5], called)
+    check(pickle.loads(pickle.dumps(model)), plain, x, [5], called)
+
+
+def test_one_block_in_every_place(called):
+    """The weights are the same: so are those that the kernel gets."""
+    torch.manual_seed(1)
+    block = randomise(ResBlock(16, 16, kind="single", relu="before"))
+    plain = nn.Sequential(*8 * [block]).eval()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    check(model, plain, image(2, 16, 8, 8), [8], called)
+
+
+def test_blocks_that_are_no_links_are_called(called):
+    torch.manual_seed(1)
+    first = [ResBlock(16, 16), ResBlock(16, 16), ResBlock(16, 24, 2), ResBlock(24, 24)]
+    rest = [ResBlock(24, 24, dropout=0.5), ResBlock(24, 24), ResBlock(24, 24)]
+    plain = nn.Sequential(*map(randomise, first), nn.Identity(), *map(randomise, rest)).eval()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    check(model, plain, image(2, 16, 8, 8), [4, 4], called)
+
+
+def test_of_fused_res_blocks(called):
+    torch.manual_seed(1)
+    model = nn.Sequential(*[FusedResBlock(16, 16) for _ in range(3)]).eval()
+    plain = nn.Sequential(*[ResBlock(16, 16) for _ in range(3)]).eval()
+    plain.load_state_dict(model.state_dict())
+    fuse_(model)
+    check(model, plain, image(2, 16, 8, 8), [6], called)
+
+
+def test_optimize_for_inference_finds_chains(called):
+    plain = net()
+    x = image(2, 3, 8, 8)
+    model = fused_res.optimize_for_inference(plain, x)
+    for _ in range(2):
+        model(x)  # looks up what is called from then on
+        check(model, plain, x, [5], called)
+        with torch.no_grad():
+            for m in (model, plain):
+                m[1][2].conv1.weight.mul_(0.5)
+
+
+def test_other_inputs_and_modes(called):
+    plain = net()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    x = image(2, 3, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert called == [5]
+    check(model, plain, image(2, 3, 200, 200), [], called)  # too large a map
+    with torch.no_grad():
+        runs = (
+            torch.compile(model, backend="aot_eager", fullgraph=True),
+            torch.export.export(model, (x,)).module(),
+            torch.jit.trace(model, x),  # which also runs the model as it is
+            torch.fx.symbolic_trace(model),
+        )
+        called.clear()
+        for run in runs:
+            torch.testing.assert_close(run(x), plain(x), rtol=1e-4, atol=1e-4)
+        half = copy.deepcopy(model).bfloat16()
+        assert half(x.bfloat16()).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(x), plain(x), rtol=0.1, atol=0.1)
+        with fused_res.backend("eager"):
+            torch.testing.assert_close(model(x), plain(x))
+        torch.testing.assert_close(torch.func.vmap(model)(x[None]), plain(x)[None])
+    assert not called
