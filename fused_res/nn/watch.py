@@ -36,7 +36,7 @@ class Watch:
     def holds(self) -> bool:
         try:
             same = self._own == self._attributes  # what is not the same object is compared
-        except RuntimeError:  # an attribute is another tensor
+        except Exception:  # an attribute is another tensor or array, say
             return False
         return (
             same
