@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import choices
 from .folds import stamp
 from .nn.blocks import MOST_SIZES, FusedForward, child, has_hooks, prepared_block
-from .nn.chains import FusedSequential, link, links, tensors_of
+from .nn.chains import FusedSequential, linked, links, unique
 from .nn.conv_norm import conv_norm_relu, prepared_conv
 from .nn.watch import HOOKS, Watch
 from .ops.conv_bn_act import under_modes
@@ -49,7 +49,8 @@ class _Block(NamedTuple):
 
     def find(self, model: nn.Module, x: Tensor) -> _Found | None:
         block = child(model, self.path)
-        if not isinstance(block, FusedForward) or any(map(has_hooks, block.modules())):
+        own = type(block).forward is not FusedForward.forward
+        if own or any(map(has_hooks, block.modules())):
             return None
         kept = prepared_block(block, x)
         return None if kept is None else _Found(kept.run, kept.tensors, kept.stamp)
@@ -70,11 +71,12 @@ class _Chain(NamedTuple):
 
     def find(self, model: nn.Module, x: Tensor) -> _Found | None:
         blocks = [child(model, path) for path in self.paths]
-        made, tensors = list(map(link, blocks)), tensors_of(self.modules(model))
+        made = list(map(linked, blocks))
         alike = all(block.backend == blocks[0].backend for block in blocks)
-        if None not in made and tensors is not None and alike:
+        if None not in made and alike:
+            tensors = unique(t for one in made for t in one.tensors)
             before = stamp(tensors)
-            chain = prepared_chain(x, made, blocks[0].backend)
+            chain = prepared_chain(x, [one.link for one in made], blocks[0].backend)
             if chain is not None:
                 return _Found(chain, tensors, before)
         found = []
@@ -147,9 +149,9 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part
         plain = type(module) in (nn.Sequential, FusedSequential)
         if not inside or not plain or has_hooks(module):
             return made.call_module(path, (x,))
-        for linked, group in groupby(module._modules, lambda name: links(module._modules[name])):
+        for linking, group in groupby(module._modules, lambda name: links(module._modules[name])):
             paths = [f"{path}.{name}" for name in group]
-            if linked and len(paths) > 1:
+            if linking and len(paths) > 1:
                 x = add(_Chain(tuple(paths)), x)
                 continue
             for each in paths:

@@ -89,6 +89,10 @@ assert "not built" in backends.STATUS["cpu"], backends.STATUS
 x = torch.randn(2, 8, 5, 5)
 block = fused_res.FusedResBlock(8, 8)
 block(x).sum().backward()
+model = torch.nn.Sequential(*(fused_res.FusedResBlock(8, 8) for _ in range(3))).eval()
+fused_res.fuse_(model)
+with torch.no_grad():
+    model(x.to(memory_format=torch.channels_last))
 try:
     with fused_res.backend("cpu"):
         raise SystemExit("no error")

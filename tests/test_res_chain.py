@@ -129,13 +129,14 @@ def test_of_every_instruction_set(called, isa):
 
 @pytest.mark.parametrize("tile", [0, 2, 4])
 @pytest.mark.parametrize("shape", [(2, 32, 16, 16), (3, 32, 8, 8)], ids=str)
-def test_a_hundred_blocks(monkeypatch, shape, tile):
+def test_a_hundred_blocks(called, monkeypatch, shape, tile):
     """With Winograd's tiles of 4 too, each of which alone may have more error."""
     limit(monkeypatch, tile)
     blocks = blocks_of("single", 32, 100, "relu_before_add")
     blocks = [Link([b.convs[0]._replace(weight=b.convs[0].weight * 0.2)], b.act) for b in blocks]
     x = image(*shape)
     rule(res_chain(x, blocks), by_blocks(x, blocks), by_blocks(x.double(), double(blocks)))
+    assert called == [100]
 
 
 def test_tiles_of_4_have_their_own_bound():
@@ -146,16 +147,24 @@ def test_tiles_of_4_have_their_own_bound():
     assert rms(res_chain(x, blocks) - exact) <= 5e-6 * rms(exact)
 
 
+CHOICES = {0: "direct", 2: "winograd2", 4: "winograd4"}
+
+
 @pytest.mark.parametrize("images", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("threads", [2, 3])
-def test_the_same_for_any_number_of_threads(monkeypatch, images, threads):
+@pytest.mark.parametrize("tile", CHOICES)
+def test_the_same_for_any_number_of_threads(monkeypatch, images, threads, tile):
     """Where all of them share each convolution, and where each has its images."""
-    monkeypatch.setattr(op, "_implementation", lambda call: ("winograd2", 2))
+
+    def choose(call):
+        return ("direct", 0) if call.conv.weight.size(2) == 1 else (CHOICES[tile], tile)
+
+    monkeypatch.setattr(op, "_implementation", choose)
     x = image(images, 24, 9, 7)
-    blocks = blocks_of("basic", 24, 3)
+    blocks = blocks_of("basic", 24, 2) + blocks_of("bottleneck", 24, 1)
     alone = res_chain(x, blocks)
     torch.set_num_threads(threads)
-    for _ in range(20):
+    for _ in range(10):
         assert torch.equal(res_chain(x, blocks), alone)
 
 
@@ -239,9 +248,11 @@ def net(kind="single", count=5, channels=16):
 def check(model, plain, x, chained, called):
     """The model does what the plain one does, with chains of so many convolutions, also when they
     are kept."""
-    for _ in range(2):
+    for again in (False, True):
         called.clear()
-        with torch.no_grad():
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            if again:
+                patch.delattr(FusedSequential, "_prepare")
             y = model(x)
             torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-4)
         assert called == chained
@@ -351,13 +362,25 @@ def changes():
     def hidden(m):
         m[1][2].conv1._parameters["weight"] = nn.Parameter(m[1][2].conv1.weight.detach() * 0.5)
 
+    def attribute(m):
+        with torch.no_grad():
+            m[1][1].conv1.weight.mul_(0.5)
+
+    def attribute_of_norm(m):
+        m[1][1].bn1.running_mean.add_(1)
+
     return [weight, data, parameter, statistics, buffer, eps, block, module, fewer, more, forward,
-            dilation, load, hidden]  # fmt: skip
+            dilation, load, hidden, attribute, attribute_of_norm]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
 def test_changes_are_followed(change):
     plain = net()
+    if "attribute" in change.__name__:  # tensors that are no parameters and buffers
+        for module, name in ((plain[1][1].conv1, "weight"), (plain[1][1].bn1, "running_mean")):
+            value = getattr(module, name).detach()
+            delattr(module, name)
+            setattr(module, name, value)
     model = copy.deepcopy(plain)
     fuse_(model)
     x = image(2, 3, 8, 8)
@@ -400,7 +423,9 @@ def test_copies_and_pickles(called):
     fuse_(model)
     x = image(2, 3, 8, 8)
     check(model, plain, x, [5], called)
-    check(copy.deepcopy(model), plain, x, [5], called)
+    twin = copy.deepcopy(model)
+    assert "_kept" in vars(model[1]) and "_kept" not in vars(twin[1])
+    check(twin, plain, x, [5], called)
     check(pickle.loads(pickle.dumps(model)), plain, x, [5], called)
 
 
@@ -472,3 +497,76 @@ def test_other_inputs_and_modes(called):
             torch.testing.assert_close(model(x), plain(x))
         torch.testing.assert_close(torch.func.vmap(model)(x[None]), plain(x)[None])
     assert not called
+
+
+class Scaled(FusedResBlock):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+def test_a_block_with_its_own_forward_is_called(called):
+    torch.manual_seed(1)
+    model = nn.Sequential(*[Scaled(16, 16) for _ in range(3)], FusedResBlock(16, 16)).eval()
+    model.append(FusedResBlock(16, 16).eval())
+    x = image(2, 16, 8, 8)
+    with torch.enable_grad():
+        expected = model(x).detach()
+    fuse_(model)
+    for run in (model, fused_res.optimize_for_inference(model, x)):
+        for _ in range(3):
+            called.clear()
+            with torch.no_grad():
+                torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-4)
+    assert called == [4]
+
+
+def test_a_module_in_between_may_return_anything(called):
+    class Turns(nn.Module):
+        def forward(self, x):
+            return x.contiguous() if self.nchw else x
+
+    torch.manual_seed(1)
+    blocks = [randomise(ResBlock(16, 16)) for _ in range(4)]
+    turns = Turns()
+    plain = nn.Sequential(*blocks[:2], turns, *blocks[2:]).eval()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    x = image(2, 16, 8, 8)
+    for nchw in (False, True, False):
+        plain[2].nchw = model[2].nchw = nchw
+        called.clear()
+        with torch.no_grad():
+            y, expected = model(x), plain(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        assert y.stride() == expected.stride() and called == [4] * (1 if nchw else 2)
+
+
+def test_several_sizes_are_kept(called):
+    plain = net()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    sizes = [image(n, 3, 8, 8) for n in (1, 2, 3)]
+    for x in sizes:
+        check(model, plain, x, [5], called)
+    assert len(model[1]._kept) == 3
+    model.train().eval()
+    assert "_kept" not in vars(model[1])
+    check(model, plain, sizes[0], [5], called)
+
+
+def test_names_of_arguments_are_those_of_sequential(called):
+    model = net()
+    fuse_(model)
+    with torch.no_grad():
+        model[1](input=image(2, 16, 8, 8))
+    assert called == [5]
+
+
+def test_one_block_that_does_not_fit_leaves_the_others(called):
+    torch.manual_seed(1)
+    blocks = [randomise(ResBlock(16, 16)) for _ in range(4)]
+    blocks.append(randomise(ResBlock(16, 16, dilation=2)))
+    plain = nn.Sequential(*blocks).eval()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    check(model, plain, image(2, 16, 8, 8), [8], called)

@@ -39,7 +39,10 @@ struct CpuLibrary {
   static std::array<Tensor, 3> convolve_backward(const BlockStage& s, const Tensor& dy,
                                                  const Tensor& x, const std::array<bool, 3>& wanted,
                                                  const OptTensor& add, const Later& later) {
-    if (!ours_backward(s, dy, x)) return s.convolve_backward<CpuLibrary>(dy, x, wanted);
+    if (!ours_backward(s, dy, x)) {  // any more: a setting was changed
+      if (later) later(0, dy.numel() / dy.size(1));
+      return s.convolve_backward<CpuLibrary>(dy, x, wanted);
+    }
     if (trains_weight(s.conv_weight))
       return training_convolution_backward(dy, x, s.conv_weight, s.padding, wanted, add, later);
     std::array<Tensor, 3> gradients;

@@ -7,7 +7,7 @@ blocks before and after it are calls of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,17 +17,27 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..folds import stamp
 from ..ops.conv_bn_act import PLAIN, under_modes
-from ..ops.res_chain import Link, prepared_chain
-from .blocks import MOST_SIZES, BlockPlan, FusedForward, _key, child, conv_norm_of, has_hooks
+from ..ops.res_chain import Chain, Link, fits, is_for, prepared_chain
+from .blocks import (
+    MOST_SIZES,
+    BlockPlan,
+    FusedForward,
+    _key,
+    child,
+    conv_norm_of,
+    has_hooks,
+    stamped_tensors,
+)
 from .watch import Watch
 
 
 def links(module: nn.Module) -> bool:
-    """Whether a module is a block that may be part of a chain, by its plan."""
-    plan: BlockPlan | None = module.plan if isinstance(module, FusedForward) else None
+    """Whether a module is a block that may be part of a chain, by its class and plan."""
+    if type(module).forward is not FusedForward.forward:
+        return False
+    plan: BlockPlan = module.plan
     return (
-        plan is not None
-        and plan.skip == "add"
+        plan.skip == "add"
         and plan.shortcut is None
         and all(s.conv is not None and not s.before for s in plan.branch)
         and all(s.relu for s in plan.branch[:-1])
@@ -39,31 +49,42 @@ def has_chain(container: nn.Sequential) -> bool:
     return any(a and b for a, b in pairwise(map(links, container)))
 
 
-def link(block: nn.Module) -> Link | None:
-    """A block as ``res_chain`` takes it; None where it is to be called."""
+class Linked(NamedTuple):
+    """A block as ``res_chain`` takes it, and the tensors that it is made of."""
+
+    link: Link
+    tensors: list[Tensor]
+
+
+def linked(block: nn.Module) -> Linked | None:
+    """None where the block is to be called."""
     if not links(block) or "forward" in block.__dict__ or not block._bypasses_safely():
         return None
     if any(map(has_hooks, block.modules())):
         return None
-    convs = []
+    convs, tensors = [], []
     for stage in block.plan.branch:
+        module = child(block, stage.conv)
         bn = None if stage.norm is None else child(block, stage.norm)
         if bn is not None and (bn.training or bn.running_mean is None):
             return None
-        conv = conv_norm_of(child(block, stage.conv), bn)
-        if conv is None:
+        conv = conv_norm_of(module, bn)
+        found = None if conv is None else stamped_tensors(module, bn)
+        if found is None:
             return None
         convs.append(conv)
+        tensors += found
     before = block.plan.branch[-1].relu
     act = "relu_before_add" if before else "relu" if block.plan.relu else "none"
-    return Link(tuple(convs), act)
+    return Linked(Link(tuple(convs), act), tensors)
 
 
-def tensors_of(modules: list[nn.Module]) -> list[Tensor] | None:
-    """Their parameters and buffers; None where one can change unseen."""
-    found = [t for m in modules for own in (m._parameters, m._buffers) for t in own.values()]
-    tensors = {id(t): t for t in found if t is not None}
-    return None if any(t.is_inference() for t in tensors.values()) else list(tensors.values())
+def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(t): t for t in tensors}.values())
+
+
+def _stamp(tensors: list[Tensor]) -> tuple:
+    return stamp(tensors) if tensors else ()
 
 
 class _Kept(NamedTuple):
@@ -79,54 +100,84 @@ class _Kept(NamedTuple):
         return (
             list(container._modules.values()) == self.children
             and self.watch.holds()
-            and stamp(self.tensors) == self.stamp
+            and _stamp(self.tensors) == self.stamp
         )
+
+
+def _step(chain: Chain, blocks: list[nn.Module], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The chain for tensors like x; block by block for others, which another module may return."""
+    like = type(x), x.shape, x.stride(), x.dtype, x.device
+
+    def step(x: Tensor) -> Tensor:
+        if (type(x), x.shape, x.stride(), x.dtype, x.device) == like:
+            return chain(x)
+        for block in blocks:
+            x = block(x)
+        return x
+
+    return step
 
 
 class FusedSequential(nn.Sequential):
     """``nn.Sequential`` whose residual blocks run in one call where no gradient is wanted, on a CPU
     in float32."""
 
-    original = nn.Sequential
-
-    def forward(self, x):
-        if type(x) not in PLAIN or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().forward(x)
-        if not x.is_cpu or x.dim() != 4 or under_modes(x) or _has_any_global_hook():
-            return super().forward(x)
-        key, sizes = _key(x), self.__dict__.setdefault("_kept", {})
+    def forward(self, input):
+        if type(input) not in PLAIN or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(input)
+        if under_modes(input) or _has_any_global_hook() or not is_for(input):
+            return super().forward(input)
+        key, sizes = _key(input), self.__dict__.setdefault("_kept", {})
         kept = sizes.get(key)
-        if kept is None:
-            return self._prepare(x, key)
-        if not kept.holds(self):
-            sizes.clear()  # they keep what was replaced
-            return self._prepare(x, key)
+        if kept is None or not kept.holds(self):
+            for size, old in tuple(sizes.items()):  # which keep what was replaced
+                if not old.holds(self):
+                    sizes.pop(size, None)
+            return self._prepare(input, key)
+        x = input
         for step in kept.steps:
             x = step(x)
         return x
 
     def _prepare(self, x: Tensor, key: tuple) -> Tensor:
         blocks = list(self)
-        made = list(map(link, blocks))
         modules = [m for block in blocks if links(block) for m in block.modules()]
-        watch, tensors = Watch(modules), tensors_of(modules)
-        before = None if tensors is None else stamp(tensors)
+        if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
+            return super().forward(x)
+        watch, made = Watch(modules), list(map(linked, blocks))
+        tensors = unique(t for one in made if one is not None for t in one.tensors)
+        before = _stamp(tensors)
         steps, i = [], 0
         while i < len(blocks):
             end = i
-            while end < len(blocks) and made[end] and blocks[end].backend == blocks[i].backend:
+            while end < len(blocks) and made[end] is not None and type(x) in PLAIN and is_for(x):
+                alike = blocks[end].backend == blocks[i].backend
+                if not alike or not fits(x, made[end].link):
+                    break
                 end += 1
-            run = prepared_chain(x, made[i:end], blocks[i].backend) if end - i > 1 else None
+            run = None
+            if end - i > 1:
+                run = prepared_chain(x, [one.link for one in made[i:end]], blocks[i].backend)
             if run is None:
                 run, end = blocks[i], i + 1
+            else:
+                run = _step(run, blocks[i:end], x)
             steps.append(run)
             x, i = run(x), end
-        chained = len(steps) < len(blocks)
-        if chained and before is not None and watch.holds() and stamp(tensors) == before:
+        # where nothing is chained, that is kept too
+        if watch.holds() and _stamp(tensors) == before:
             while len(self._kept) >= MOST_SIZES:
-                self._kept.pop(next(iter(tuple(self._kept))), None)
+                self._kept.pop(next(iter(tuple(self._kept)), None), None)
             self._kept[key] = _Kept(blocks, watch, tensors, before, steps)
         return x
+
+    def _apply(self, fn, recurse=True):
+        self.__dict__.pop("_kept", None)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode=True):
+        self.__dict__.pop("_kept", None)
+        return super().train(mode)
 
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}

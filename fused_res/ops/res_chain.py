@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import asked_for
+from ..backends import asked_for, why_not
 from ..reference import ACTS, Act, ConvNorm
 from . import library
 from .conv_bn_act import (
@@ -90,6 +90,35 @@ def _keeps_size(conv: ConvNorm) -> bool:
     )
 
 
+def is_for(x: Tensor) -> bool:
+    """Whether the kernel takes a tensor."""
+    return (
+        x.is_cpu
+        and x.dtype == torch.float32
+        and x.dim() == 4
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and why_not("conv_bn_act", "cpu", "cpu", x.dtype) is None
+    )
+
+
+def fits(x: Tensor, block: Link) -> bool:
+    """Whether the kernel takes a block, of inputs of x's size."""
+    channels = x.size(1)
+    for conv in block.convs:
+        weight = conv.weight
+        tensors = (weight, conv.bias, *(conv.norm or ())[:4])
+        if any(t is not None and type(t) not in PLAIN for t in tensors):
+            return False
+        if weight.dim() != 4 or weight.size(1) != channels or not _keeps_size(conv):
+            return False
+        most = max(weight.shape[:2])
+        if most > MOST_CHANNELS or 12 * most * x[0, 0].numel() > MOST_BYTES:
+            return False
+        channels = len(weight)
+    return channels == x.size(1)
+
+
 def prepared_chain(x: Tensor, blocks: Sequence[Link], backend: str | None) -> Chain | None:
     """What runs the blocks on inputs of x's size on a CPU, without gradients, while nothing changes
     that they are made of; None where they are run one by one.
@@ -97,34 +126,18 @@ def prepared_chain(x: Tensor, blocks: Sequence[Link], backend: str | None) -> Ch
     Raises:
         as ``conv_bn_act``, of any of the convolutions.
     """
-    name = asked_for("conv_bn_act", backend, x)
-    if (
-        name not in ("auto", "cpu")
-        or not x.is_cpu
-        or x.dtype != torch.float32
-        or x.dim() != 4
-        or x.numel() == 0
-        or not x.is_contiguous(memory_format=torch.channels_last)
-    ):
+    if not is_for(x) or not all(fits(x, block) for block in blocks):
+        return None
+    if asked_for("conv_bn_act", backend, x) not in ("auto", "cpu"):
         return None
     chain = Chain([], [], [])
     for block in blocks:
         shape = x.shape
         for i, conv in enumerate(block.convs):
-            tensors = (conv.weight, conv.bias, *(conv.norm or ())[:4])
-            if any(t is not None and type(t) not in PLAIN for t in tensors):
-                return None
-            if conv.weight.dim() != 4 or conv.weight.size(1) != shape[1] or not _keeps_size(conv):
-                return None
-            channels = max(conv.weight.shape[:2])
-            if channels > MOST_CHANNELS or 12 * channels * x[0, 0].numel() > MOST_BYTES:
-                return None
             last = i + 1 == len(block.convs)
             z = x.new_empty(()).expand(shape)  # of an activation, its size
             call = Call(z, conv, x if last else None, act=block.act if last else "relu")
             shape = out_shape(z, conv)
-            if last and shape != x.shape:
-                return None
             implementation, tile = _implementation(call)
             found = IMPLEMENTATIONS[implementation].prepare(call)
             chain.weights.extend(found.weights)
