@@ -417,6 +417,23 @@ def test_training_and_gradients_are_the_blocks_own(called):
     assert not called
 
 
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_batchnorms_that_train_without_gradients(called, all_of_them):
+    plain = net()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    x = image(2, 3, 8, 8)
+    with torch.no_grad():
+        model(x)
+        for m in (model, plain):
+            (m if all_of_them else m[1][2].bn1).train()
+        called.clear()
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert called == ([] if all_of_them else [2, 2])
+    for a, b in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_copies_and_pickles(called):
     plain = net()
     model = copy.deepcopy(plain)

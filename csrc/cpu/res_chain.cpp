@@ -11,8 +11,8 @@ namespace fused_res {
 namespace {
 
 constexpr int kNumbers = 5;  // of a convolution in a program
-// Maps of the images that a thread takes through the chain at a time, and what it gathers or
-// transforms of them at a time: both stay in its core's cache, beside a weight.
+// Maps of the images that a thread takes through the chain at a time, and what it gathers of them
+// at a time: both stay in its core's cache, beside a weight.
 constexpr int64_t kMapsBytes = 384 << 10, kGroupBytes = 256 << 10, kLeastUnits = 28;
 
 // A convolution that keeps the size of its map.
@@ -47,8 +47,6 @@ struct Maps {
  private:
   void winograd(const Conv& c, const float* x, const float* residual, float* y, int64_t lo,
                 int64_t hi) const {
-    const WinogradKernels& kernels = winograd_kernels_of_isa(c.tile);
-    const int64_t points = (c.tile + 2) * (c.tile + 2), panels = ceil_div(c.out_channels, kPanel);
     const WinogradArgs args = {x,
                                height,
                                width,
@@ -68,21 +66,7 @@ struct Maps {
                                c.act,
                                ceil_div(height, c.tile),
                                ceil_div(width, c.tile)};
-    const int64_t v_stride = row_stride(c.channels), m_stride = panels * kPanel;
-    const int64_t most = kGroupBytes / (points * (c.channels + m_stride) * (int64_t)sizeof(float));
-    const int64_t groups = ceil_div(hi - lo, std::max(most, kLeastUnits));
-    for (int64_t g = 0; g < groups; g++) {
-      const int64_t first = lo + (hi - lo) * g / groups;
-      const int64_t count = lo + (hi - lo) * (g + 1) / groups - first;
-      const int64_t v_plane = count * v_stride + 16, m_plane = count * m_stride + 16;
-      float* v = scratch(points * (v_plane + m_plane));
-      const WinogradTiles tiles = {first,    count,   v,      v + points * v_plane,
-                                   v_stride, v_plane, m_plane};
-      kernels.transform(args, tiles, 0, count);
-      for (int64_t i = 0; i < points; i++)
-        for (int64_t p = 0; p < panels; p++) kernels.multiply(args, tiles, i, p);
-      kernels.finish(args, tiles, 0, count);
-    }
+    winograd_alone(args, c.tile, lo, hi);
   }
 
   void direct(const Conv& c, const float* x, const float* residual, float* y, int64_t lo,

@@ -6,16 +6,15 @@
 #include "winograd_kernels.h"
 
 namespace fused_res {
+namespace {
 
-const WinogradKernels& winograd_kernels_of_isa(int64_t tile) {
+const WinogradKernels& kernels_of(int64_t tile) {
 #ifdef FUSED_RES_X86
   if (isa() == Isa::avx512) return avx512::winograd_kernels(tile);
   if (isa() == Isa::avx2) return avx2::winograd_kernels(tile);
 #endif
   return plain::winograd_kernels(tile);
 }
-
-namespace {
 
 // Transforms of tiles that one core's caches hold beside a panel of weights: so many times the
 // bytes of the transformed weight, which is read for every group of tiles, up to so many.
@@ -96,7 +95,7 @@ void check_tile(int64_t tile) { STD_TORCH_CHECK(tile == 2 || tile == 4, "tile mu
 }  // namespace
 
 void pack_winograd(const Filters& f, const std::vector<double>& scale, int64_t tile, float* u) {
-  const WinogradKernels& kernels = winograd_kernels_of_isa(tile);
+  const WinogradKernels& kernels = kernels_of(tile);
   const int64_t count = ceil_div(f.size[0], kPanel) * f.size[1];
   // an element is several times the work of what `parallel` counts
   parallel(count, 4 * (tile + 2) * (tile + 2) * count * kPanel,
@@ -122,6 +121,11 @@ Tensor winograd_weight_cpu(const Tensor& weight, const OptTensor& scale, int64_t
 
 namespace {
 
+Winograd winograd_of(const WinogradArgs& args, int64_t tile, int64_t images) {
+  const int64_t points = (tile + 2) * (tile + 2), panels = ceil_div(args.out_channels, kPanel);
+  return {kernels_of(tile), args, points, panels, images * args.tiles_h * args.tiles_w};
+}
+
 // A convolution of x, and what it makes
 struct Made {
   std::vector<float> shift;
@@ -132,10 +136,9 @@ struct Made {
 // u: what pack_winograd made
 Made make(const Tensor& x, const float* u, const OptTensor& bias, const OptTensor& residual,
           int64_t out_channels, const int64_t* padding, int64_t tile, bool concat, int64_t act) {
-  const int64_t points = (tile + 2) * (tile + 2), panels = ceil_div(out_channels, kPanel);
   const int64_t images = x.size(0), out_height = x.size(2) + 2 * padding[0] - 2;
   const int64_t out_width = x.size(3) + 2 * padding[1] - 2;
-  std::vector<float> shift = padded(bias, out_channels, panels * kPanel);
+  std::vector<float> shift = padded(bias, out_channels, ceil_div(out_channels, kPanel) * kPanel);
   const Output output =
       output_of(images, out_channels, out_height, out_width, residual, concat, act);
   const bool add = residual && !concat;
@@ -160,8 +163,7 @@ Made make(const Tensor& x, const float* u, const OptTensor& bias, const OptTenso
       ceil_div(out_height, tile),
       ceil_div(out_width, tile),
   };
-  const int64_t tiles = images * args.tiles_h * args.tiles_w;
-  return {std::move(shift), output, {winograd_kernels_of_isa(tile), args, points, panels, tiles}};
+  return {std::move(shift), output, winograd_of(args, tile, images)};
 }
 
 Tensor run_winograd(const Tensor& x, const float* u, const OptTensor& bias,
@@ -177,6 +179,10 @@ int64_t transformed_size(const Filters& filters, int64_t tile) {
 }
 
 }  // namespace
+
+void winograd_alone(const WinogradArgs& args, int64_t tile, int64_t begin, int64_t end) {
+  winograd_of(args, tile, 0).run_alone(begin, end);
+}
 
 Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
                     const OptTensor& residual, int64_t out_channels,
@@ -207,7 +213,7 @@ namespace {
 // whole images where there are as many.
 struct WeightGradient {
   static constexpr int64_t kPoints = 16;
-  const WinogradKernels& kernels = winograd_kernels_of_isa(2);
+  const WinogradKernels& kernels = kernels_of(2);
   const Tensor& weight;
   int64_t images, channels, out_channels, panels, of_image, parts, size;
   Winograd of;

@@ -6,8 +6,9 @@
 
 namespace fused_res {
 
-struct WinogradKernels;
-const WinogradKernels& winograd_kernels_of_isa(int64_t tile);
+// The tiles [begin, end) of a convolution, by the calling thread
+struct WinogradArgs;
+void winograd_alone(const WinogradArgs& args, int64_t tile, int64_t begin, int64_t end);
 
 Tensor winograd_weight_cpu(const Tensor& weight, const OptTensor& scale, int64_t tile);
 Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
