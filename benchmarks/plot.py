@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from curve_tables import SEEDS, by_net
+from sheets import made
 
 TIMED = {"ops": ("forward+backward",), "blocks": ("forward+backward", "eval"),
          "nets": ("train", "eval"), "inference": ("eval",), "inference-all": ("eval",)}  # fmt: skip
@@ -106,15 +107,15 @@ def draw(folder: Path) -> Path | None:
         ax.grid(axis="y", linewidth=0.3)
         ax.set_title(title, fontsize=9, loc="left")
         ax.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _save(figure, next(iter(suites.values()))[0], folder / "speed.png")
+    return _save(figure, next(iter(suites.values()))[:1], folder / "speed.png")
 
 
-def _save(figure, row: dict, path: Path) -> Path:
-    """Writes the figure under a line that says where and when ``row`` was made."""
+def _save(figure, rows: list[dict], path: Path) -> Path:
+    """Writes the figure under a line that says where and when the rows were made."""
     from matplotlib import pyplot as plt
 
-    head = f"{row['device']['name']}, torch {row['versions']['torch']}, commit {row['commit']}, "
-    figure.suptitle(head + row["date"][:10], fontsize=9)
+    head = f"{rows[0]['device']['name']}, torch {rows[0]['versions']['torch']}, "
+    figure.suptitle(head + made(rows), fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -158,7 +159,7 @@ def draw_curves(folder: Path) -> Path | None:
         for ax in whole, start:
             ax.tick_params(which="both", labelsize=7)
             ax.grid(linewidth=0.3)
-    return _save(figure, rows[0], folder / "curves.png")
+    return _save(figure, rows, folder / "curves.png")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -62,8 +62,18 @@ def to_markdown(header: list[str], body: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, align, *body)]
 
 
+def made(rows: list[dict]) -> str:
+    """Commits and dates of the rows; of more than one run, which workloads are of each."""
+    runs: dict[str, list[str]] = {}
+    for row in rows:
+        runs.setdefault(f"{row['commit']}, {row['date'][:10]}", []).append(row["workload"])
+    if len(runs) == 1:
+        return f"commit {next(iter(runs))}"
+    return "; ".join(f"{', '.join(unique(w))}: commit {run}" for run, w in runs.items())
+
+
 def caption(rows: list[dict]) -> str:
-    """Device, date, versions and commit of the rows, all of one run."""
+    """Device, versions, commit and date of the rows."""
     row = rows[0]
     d, v = row["device"], row["versions"]
     versions = ", ".join(f"{name} {number}" for name, number in v.items() if number)
@@ -71,7 +81,4 @@ def caption(rows: list[dict]) -> str:
     if d["isa"].startswith("sm_"):
         units = f"{d['cores']} multiprocessors"
     dtypes = ", ".join(unique(row["dtype"] for row in rows))
-    return (
-        f"*{d['name']} ({d['isa']}, {units}), {dtypes}, "
-        f"{row['date'][:10]}, {versions}, commit {row['commit']}.*"
-    )
+    return f"*{d['name']} ({d['isa']}, {units}), {dtypes}, {versions}, {made(rows)}.*"

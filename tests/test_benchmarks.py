@@ -656,6 +656,16 @@ def interpreted(monkeypatch):
     monkeypatch.setitem(backends.DEVICE_TYPES, "triton", ("cpu",))
 
 
+def test_rows_of_several_runs_say_which_is_which():
+    made = importlib.import_module("sheets").made
+    row = {"workload": "a", "commit": "0f", "date": "2026-01-01T10"}
+    assert made([row, {**row, "workload": "b"}]) == "commit 0f, 2026-01-01"
+    later = {"workload": "c", "commit": "1e", "date": "2026-01-02T10"}
+    assert made([row, later, {**row, "workload": "b"}]) == (
+        "a, b: commit 0f, 2026-01-01; c: commit 1e, 2026-01-02"
+    )
+
+
 def test_training_convolutions_are_right_and_followed(
     interpreted, rivals, measuring, workloads, rows, table, tmp_path, monkeypatch
 ):
