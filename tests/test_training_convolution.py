@@ -36,6 +36,7 @@ BLOCKS = {
     "basic, odd": lambda: ([stage(40, 40, 3), stage(40, 40, 3)], None, (3, 40, 13, 11)),
     "channels that fill no panel": lambda: (
         [stage(40, 24, 3), stage(24, 40, 3)], None, (5, 40, 11, 10)),
+    "half a panel": lambda: ([stage(16, 16, 3), stage(16, 16, 3)], None, (6, 16, 19, 18)),
     # among so many values one is so near 0 that rounding turns its ReLU: not with such a shift
     "bottleneck": lambda: (
         [stage(203, 24, 1, shift=12), stage(24, 24, 3, shift=12), stage(24, 203, 1, shift=15)],
@@ -182,7 +183,8 @@ ELSEWHERE = {
         [stage(32, 32, 3)._replace(stride=(1, 2)), stage(32, 32, 3)._replace(stride=(1, 2))],
         image(20, 32, 32, 1)),
     "NCHW": lambda: ([stage(32, 32, 3)], torch.randn(9, 32, 8, 8)),
-    "few channels": lambda: ([stage(16, 16, 3)], image(9, 16, 16, 16)),
+    "few channels": lambda: ([stage(8, 8, 3)], image(32, 8, 16, 16)),
+    "1x1 of few channels": lambda: ([stage(96, 16, 1), stage(16, 96, 1)], image(32, 96, 32, 32)),
     "small": lambda: ([stage(32, 32, 3)], image(5, 32, 8, 8)),
     "few pixels": lambda: ([stage(128, 128, 3)], image(3, 128, 9, 9)),
     "5x5": lambda: ([stage(32, 32, 5)], image(9, 32, 8, 8)),

@@ -73,7 +73,7 @@ void multiply(const DirectArgs& a, int64_t first, int64_t lo, int64_t hi, const 
   const float* residual = a.residual ? a.residual + (first + lo) * r_stride + k0 : nullptr;
   float* y = a.y + (first + lo) * y_stride + k0;
   const int act = (int)a.act;
-  multiply_panel(hi - lo, a.depth, v + lo * v_stride, v_stride, a.u + k0 * a.depth, fetch,
+  multiply_panel(hi - lo, room, a.depth, v + lo * v_stride, v_stride, a.u + k0 * a.depth, fetch,
                  [=](int64_t r, int64_t n, V sum, bool is_first, bool is_last) {
                    float* partial = m + r * kPanel + n;
                    if (!is_first) sum += load(partial, Full{});

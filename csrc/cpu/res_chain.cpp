@@ -55,6 +55,7 @@ struct Maps {
                                1,
                                1,
                                c.u,
+                               ceil_div(c.out_channels, kPanel) * c.channels * kPanel,
                                c.bias.data(),
                                y,
                                height,

@@ -151,6 +151,7 @@ Made make(const Tensor& x, const float* u, const OptTensor& bias, const OptTenso
       padding[0],
       padding[1],
       u,
+      ceil_div(out_channels, kPanel) * x.size(1) * kPanel,
       shift.data(),
       output.data,
       out_height,

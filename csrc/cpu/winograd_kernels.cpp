@@ -111,10 +111,10 @@ void transform(const WinogradArgs& a, const WinogradTiles& t, int64_t lo, int64_
 
 void multiply(const WinogradArgs& a, const WinogradTiles& t, int64_t point, int64_t panel) {
   const int64_t panels = (a.out_channels + kPanel - 1) / kPanel, m_stride = panels * kPanel;
-  const float* u = a.u + (point * panels + panel) * a.channels * kPanel;
+  const float* u = a.u + point * a.u_plane + panel * a.channels * kPanel;
   const float* v = t.v + point * t.v_plane;
   float* m = t.m + point * t.m_plane + panel * kPanel;
-  multiply_panel(t.count, a.channels, v, t.v_stride, u, true,
+  multiply_panel(t.count, a.out_channels - panel * kPanel, a.channels, v, t.v_stride, u, true,
                  [=](int64_t r, int64_t n, V sum, bool first, bool) {
                    float* at = m + r * m_stride + n;
                    store(first ? sum : load(at, Full{}) + sum, at, Full{});

@@ -14,6 +14,7 @@ struct WinogradArgs {
   const float* x;
   int64_t height, width, channels, x_stride, pad_h, pad_w;
   const float* u;     // [point][panel][channel][kPanel]
+  int64_t u_plane;    // floats from point to point
   const float* bias;  // of whole panels
   float* y;
   int64_t out_height, out_width, out_channels, y_stride;
