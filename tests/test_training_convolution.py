@@ -184,7 +184,8 @@ ELSEWHERE = {
         image(20, 32, 32, 1)),
     "NCHW": lambda: ([stage(32, 32, 3)], torch.randn(9, 32, 8, 8)),
     "few channels": lambda: ([stage(8, 8, 3)], image(32, 8, 16, 16)),
-    "1x1 of few channels": lambda: ([stage(96, 16, 1), stage(16, 96, 1)], image(32, 96, 32, 32)),
+    "1x1 of few channels": lambda: (
+        [stage(96, 16, 1, shift=12), stage(16, 96, 1, shift=15)], image(32, 96, 32, 32)),
     "small": lambda: ([stage(32, 32, 3)], image(5, 32, 8, 8)),
     "few pixels": lambda: ([stage(128, 128, 3)], image(3, 128, 9, 9)),
     "5x5": lambda: ([stage(32, 32, 5)], image(9, 32, 8, 8)),
