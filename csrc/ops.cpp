@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
   m.impl("bn_act_statistics", TORCH_BOX(&fused_res::bn_act_statistics_cpu));
   m.impl("res_block_fwd", TORCH_BOX(&fused_res::res_block_fwd<fused_res::CpuLibrary>));
   m.impl("res_block_bwd", TORCH_BOX(&fused_res::res_block_bwd<fused_res::CpuLibrary>));
+  m.impl("packed_chain", TORCH_BOX(&fused_res::packed_chain_cpu));
   m.impl("res_chain", TORCH_BOX(&fused_res::res_chain_cpu));
   m.impl("convolutions", TORCH_BOX(&fused_res::convolutions_cpu));
   m.impl("direct_weight", TORCH_BOX(&fused_res::direct_weight_cpu));

@@ -88,7 +88,7 @@ def called(monkeypatch):
     call = op.Chain.__call__
 
     def record(chain, x):
-        found.append(len(chain.weights))
+        found.append(chain.convolutions)
         return call(chain, x)
 
     monkeypatch.setattr(op.Chain, "__call__", record)
@@ -212,12 +212,15 @@ def test_wrong_arguments_are_named():
     trains = block.convs[0]._replace(norm=block.convs[0].norm._replace(training=True))
     with pytest.raises(ValueError, match="norm.training must be False"):
         res_chain(x, [Link([trains])])
-    ops = torch.ops.fused_res.res_chain
+
+
+def test_wrong_packed_chains_are_refused():
+    pack, run = torch.ops.fused_res.packed_chain, torch.ops.fused_res.res_chain
     with pytest.raises(RuntimeError, match="weights must be what"):
-        ops(x, [torch.zeros(3)], [None], [0, 3, 16, 1, 1])
+        pack([torch.zeros(3)], [None], [0, 3, 16, 1, 1], 16)
     with pytest.raises(RuntimeError, match="5 numbers each"):
-        ops(x, [torch.zeros(3)], [None], [0, 3, 16])
-    weight = torch.ops.fused_res.direct_weight([block.convs[0].weight], [None])
+        pack([torch.zeros(3)], [None], [0, 3, 16], 16)
+    weight = torch.ops.fused_res.direct_weight([torch.randn(16, 16, 3, 3)], [None])
     for program, words in (
         ([1, 3, 16, 1, 1], "tile must be"),
         ([0, 5, 16, 1, 1], "tile must be"),
@@ -226,7 +229,14 @@ def test_wrong_arguments_are_named():
         ([0, 3, 16, 1, 0], "must end a block"),
     ):
         with pytest.raises(RuntimeError, match=words):
-            ops(x, [weight], [None], program)
+            pack([weight], [None], program, 16)
+    chain, x = pack([weight], [None], [0, 3, 16, 1, 1], 16), image(1, 16, 5, 4)
+    assert run(x, chain).shape == x.shape
+    for wrong in (chain.clone(), chain[1:], torch.zeros(0)):
+        with pytest.raises(RuntimeError, match="must be what packed_chain returned"):
+            run(x, wrong)
+    with pytest.raises(RuntimeError, match="x must have 16 channels, got 8"):
+        run(image(1, 8, 5, 4), chain)
 
 
 # --- modules

@@ -1,5 +1,7 @@
 #include "res_chain.h"
 
+#include <memory>
+
 #include "convolution.h"
 #include "direct.h"
 #include "direct_kernels.h"
@@ -20,7 +22,7 @@ struct Conv {
   int64_t tile, size, channels, out_channels;  // tile 0: direct
   Act act;
   bool ends;  // its block: adds what that began with
-  const float* u;
+  Tensor u;
   std::vector<float> bias;
 };
 
@@ -54,7 +56,7 @@ struct Maps {
                                c.channels,
                                1,
                                1,
-                               c.u,
+                               (const float*)c.u.const_data_ptr(),
                                ceil_div(c.out_channels, kPanel) * c.channels * kPanel,
                                c.bias.data(),
                                y,
@@ -79,7 +81,7 @@ struct Maps {
     args.sources[0] = {
         x, height, width, c.channels, {c.size, c.size}, {1, 1}, {padding, padding}, {1, 1}};
     args.depth = args.sources[0].depth();
-    args.u = c.u;
+    args.u = (const float*)c.u.const_data_ptr();
     args.bias = c.bias.data();
     args.cached = true;
     args.y = y;
@@ -101,9 +103,15 @@ struct Maps {
   }
 };
 
+// A hundred convolutions are as many tensors and five times the numbers, which cost more to pass
+// than a small map to compute: they are passed once, and then lie in this, behind a tensor's data.
 struct Chain {
+  const Chain* self = this;  // not of a copy of the bytes
+  int64_t channels;
   std::vector<Conv> convs;
   int64_t widest = 0;  // channels
+
+  explicit Chain(int64_t channels) : channels(channels) {}
 
   // Images through all convolutions: `part(conv, x, residual, y)` runs one. The blocks' outputs
   // take turns in two maps, what is within a block in two more.
@@ -126,7 +134,7 @@ struct Chain {
 
   // Each thread takes some images at a time through all of the chain.
   void run_alone(const float* x, float* y, const Maps& maps) const {
-    const int64_t channels = convs[0].channels, image = maps.height * maps.width;
+    const int64_t image = maps.height * maps.width;
     const int64_t threads = torch::stable::get_num_threads();
     int64_t groups =
         ceil_div(maps.images * 3 * image * widest * (int64_t)sizeof(float), kMapsBytes);
@@ -164,14 +172,12 @@ struct Chain {
 
 }  // namespace
 
-Tensor res_chain_cpu(const Tensor& x, const std::vector<Tensor>& weights,
-                     const std::vector<OptTensor>& biases, const std::vector<int64_t>& program) {
-  STD_TORCH_CHECK(is_nhwc(x), "x must be float32 on a CPU, 4-dimensional and channels_last");
+Tensor packed_chain_cpu(const std::vector<Tensor>& weights, const std::vector<OptTensor>& biases,
+                        const std::vector<int64_t>& program, int64_t channels) {
   STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size() &&
                       program.size() == kNumbers * weights.size(),
                   "weights must be at least one, with as many biases and 5 numbers each");
-  const int64_t channels = x.size(1);
-  Chain chain;
+  auto chain = std::make_unique<Chain>(channels);
   int64_t before = channels;
   for (size_t i = 0; i < weights.size(); i++) {
     const int64_t* n = &program[kNumbers * i];
@@ -188,15 +194,29 @@ Tensor res_chain_cpu(const Tensor& x, const std::vector<Tensor>& weights,
                         weights[i].numel() == panels * kPanel * before * taps,
                     "weights must be what direct_weight or winograd_weight made for ", before,
                     " -> ", out_channels, " channels");
-    chain.convs.push_back({tile, size, before, out_channels, (Act)n[3], n[4] == 1,
-                           (const float*)weights[i].const_data_ptr(),
-                           padded(biases[i], out_channels, panels * kPanel)});
-    chain.widest = std::max(chain.widest, out_channels);
+    chain->convs.push_back({tile, size, before, out_channels, (Act)n[3], n[4] == 1, weights[i],
+                            padded(biases[i], out_channels, panels * kPanel)});
+    chain->widest = std::max(chain->widest, out_channels);
     before = out_channels;
   }
-  STD_TORCH_CHECK(chain.convs.back().ends, "the last convolution must end a block");
+  STD_TORCH_CHECK(chain->convs.back().ends, "the last convolution must end a block");
+  const int64_t size = sizeof(Chain), stride = 1;
+  Chain* made = chain.release();
+  return torch::stable::from_blob(made, {&size, 1}, {&stride, 1},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  ScalarType::Byte, [](void* p) { delete (Chain*)p; });
+}
+
+Tensor res_chain_cpu(const Tensor& x, const Tensor& packed) {
+  STD_TORCH_CHECK(is_nhwc(x), "x must be float32 on a CPU, 4-dimensional and channels_last");
+  STD_TORCH_CHECK(packed.is_cpu() && packed.numel() == sizeof(Chain) &&
+                      ((const Chain*)packed.const_data_ptr())->self == packed.const_data_ptr(),
+                  "chain must be what packed_chain returned, no copy of it");
+  const Chain& chain = *(const Chain*)packed.const_data_ptr();
+  STD_TORCH_CHECK(x.size(1) == chain.channels, "x must have ", chain.channels, " channels, got ",
+                  x.size(1));
   const Maps maps = {x.size(0), x.size(2), x.size(3)};
-  const Tensor y = uninitialised_nhwc(maps.images, channels, maps.height, maps.width);
+  const Tensor y = uninitialised_nhwc(maps.images, chain.channels, maps.height, maps.width);
   if (y.numel() == 0) return y;
   const float* from = (const float*)x.const_data_ptr();
   float* to = (float*)y.mutable_data_ptr();

@@ -4,7 +4,8 @@
 
 namespace fused_res {
 
-Tensor res_chain_cpu(const Tensor& x, const std::vector<Tensor>& weights,
-                     const std::vector<OptTensor>& biases, const std::vector<int64_t>& program);
+Tensor packed_chain_cpu(const std::vector<Tensor>& weights, const std::vector<OptTensor>& biases,
+                        const std::vector<int64_t>& program, int64_t channels);
+Tensor res_chain_cpu(const Tensor& x, const Tensor& chain);
 
 }  // namespace fused_res

@@ -27,13 +27,17 @@ from .conv_bn_act import (
 )
 from .convolutions import nhwc
 
-# program, of each convolution: Winograd's tile or 0 for a direct one; kernel size, 1 or 3; channels
-# out; act, of reference.ACTS; whether it ends a block: then it adds what the block began with.
-library.define("res_chain(Tensor x, Tensor[] weights, Tensor?[] biases, int[] program) -> Tensor")
+# What res_chain takes of inputs with so many channels, behind a tensor of bytes. program, of each
+# convolution: Winograd's tile or 0 for a direct one; kernel size, 1 or 3; channels out; act, of
+# reference.ACTS; whether it ends a block: then it adds what the block began with.
+library.define(
+    "packed_chain(Tensor[] weights, Tensor?[] biases, int[] program, int channels) -> Tensor"
+)
+library.define("res_chain(Tensor x, Tensor chain) -> Tensor")
 
 
 @torch.library.register_fake("fused_res::res_chain", lib=library)
-def _(x, weights, biases, program):
+def _(x, chain):
     return torch.empty_like(x)
 
 
@@ -45,15 +49,16 @@ class Link(NamedTuple):
     act: Act = "relu"
 
 
-class Chain(NamedTuple):
-    """``x -> y`` of the packed ``weights``, while nothing changes that they are made of."""
+class Chain:
+    """``x -> y`` of packed weights, while nothing changes that they are made of."""
 
-    weights: list[Tensor]
-    biases: list[Tensor | None]
-    program: list[int]
+    def __init__(self, weights: list, biases: list, program: list[int], channels: int) -> None:
+        pack = torch.ops.fused_res.packed_chain
+        self.convolutions = len(weights)
+        self._packed = pack(weights, biases, program, channels)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.fused_res.res_chain.default(nhwc(x), *self)
+        return torch.ops.fused_res.res_chain.default(nhwc(x), self._packed)
 
 
 # A thread reads a weight as fast as it multiplies this many tiles by it.
@@ -130,7 +135,7 @@ def prepared_chain(x: Tensor, blocks: Sequence[Link], backend: str | None) -> Ch
         return None
     if asked_for("conv_bn_act", backend, x) not in ("auto", "cpu"):
         return None
-    chain = Chain([], [], [])
+    weights, biases, program = [], [], []
     for block in blocks:
         shape = x.shape
         for i, conv in enumerate(block.convs):
@@ -140,11 +145,10 @@ def prepared_chain(x: Tensor, blocks: Sequence[Link], backend: str | None) -> Ch
             shape = out_shape(z, conv)
             implementation, tile = _implementation(call)
             found = IMPLEMENTATIONS[implementation].prepare(call)
-            chain.weights.extend(found.weights)
-            chain.biases.extend(found.biases)
-            numbers = tile, conv.weight.size(2), shape[1], ACTS.index(call.act), int(last)
-            chain.program.extend(numbers)
-    return chain
+            weights += found.weights
+            biases += found.biases
+            program += tile, conv.weight.size(2), shape[1], ACTS.index(call.act), int(last)
+    return Chain(weights, biases, program, x.size(1))
 
 
 def res_chain(x: Tensor, blocks: Sequence[Link], backend: str | None = None) -> Tensor:
