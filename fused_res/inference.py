@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from . import choices, tuned, tuning
+from .backends import backend
 from .nn.blocks import is_exported
 from .patterns import Unfusable, in_words
 from .prepared import PreparedForward
@@ -45,6 +46,7 @@ class _Serving:
     inputs: tuple[_Input, ...]
     channels_last: bool
     cuda_graph: bool
+    freeze: bool
     report: FuseReport
     traced: bool = False
     output: pytree.TreeSpec | None = None  # a class torch.fx does not keep: dictionaries', say
@@ -60,9 +62,9 @@ class OptimizedModel(nn.Module):
     """What ``optimize_for_inference`` returns: the copied model, its class a subclass of its own.
 
     ``state_dict``, ``load_state_dict``, children, hooks and attributes are the model's. Weights may
-    be loaded or changed at any time; with a CUDA graph call ``recapture`` after changing them other
-    than by ``load_state_dict``. Plain Python attributes that ``forward`` reads are read when it is
-    made.
+    be loaded or changed at any time; of a frozen model, or one with a CUDA graph, call
+    ``recapture`` after changing anything other than by ``load_state_dict``. Plain Python attributes
+    that ``forward`` reads are read when it is made.
 
     ``forward`` takes tensors by position and runs without gradients (``torch.no_grad``, not
     ``inference_mode``: what it returns may go on into a graph of autograd's). Where gradients of
@@ -84,7 +86,8 @@ class OptimizedModel(nn.Module):
     def extra_repr(self) -> str:
         inputs = [(i.shape, i.dtype, str(i.device)) for i in self._serving.inputs]
         own = super().extra_repr()
-        return f"{own}{', ' if own else ''}inputs={inputs}, cuda_graph={self._serving.cuda_graph}"
+        flags = f"cuda_graph={self._serving.cuda_graph}, freeze={self._serving.freeze}"
+        return f"{own}{', ' if own else ''}inputs={inputs}, {flags}"
 
     def train(self, mode: bool = True):
         if mode:
@@ -117,7 +120,8 @@ class OptimizedModel(nn.Module):
             return type(self)._plain_forward
         if serving.run is None:  # a copy, or read from a file
             self._fuse(graph_of(self, len(serving.inputs)), FuseReport())
-        if not torch.compiler.is_compiling() and not serving.prepared.is_of(self):
+        looks = not serving.freeze and not torch.compiler.is_compiling()
+        if looks and not serving.prepared.is_of(self):
             return type(self)._plain_forward
         return serving.run
 
@@ -136,22 +140,32 @@ class OptimizedModel(nn.Module):
             if prepared is None or run is not self._serving.run or torch.compiler.is_compiling():
                 y = run(self, *inputs)
             else:
-                y = prepared(self, inputs, run)
+                y = prepared(self, inputs, run, self._serving.freeze)
         return self._as_returned(y)
 
     def _plain_forward(self, *inputs, **kwargs):
         return super().forward(*inputs, **kwargs)
 
+    def _forget(self) -> None:
+        self._serving.captured = None
+        if self._serving.prepared is not None:
+            self._serving.prepared.forget()
+
     def recapture(self) -> None:
-        """Captures the CUDA graph again, from the weights as they are now.
+        """Looks at the weights as they are now: captures the CUDA graph again, and forgets what a
+        frozen model has kept.
 
         Raises:
-            RuntimeError: the model was made without ``cuda_graph=True``.
+            RuntimeError: the model was made without ``cuda_graph=True`` or ``freeze=True``.
         """
         serving = self._serving
+        if not serving.cuda_graph and not serving.freeze:
+            raise RuntimeError(
+                "there is nothing to capture: it was optimised without cuda_graph or freeze"
+            )
+        self._forget()  # frees its memory first
         if not serving.cuda_graph:
-            raise RuntimeError("there is no CUDA graph to capture: it was optimised without one")
-        serving.captured = None  # frees its memory first
+            return
         device = serving.inputs[0].device
         with torch.cuda.device(device):
             static = [torch.zeros(i.shape, dtype=i.dtype, device=device) for i in serving.inputs]
@@ -169,7 +183,7 @@ class OptimizedModel(nn.Module):
         serving.captured = _Captured(graph, static, output, weights)
 
     def load_state_dict(self, *args, **kwargs):
-        self._serving.captured = None
+        self._forget()
         return super().load_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
@@ -181,7 +195,7 @@ class OptimizedModel(nn.Module):
                     f"the model was optimised for {t.dtype} on {t.device}, got {made.dtype} on "
                     f"{made.device}: convert the model and optimise that"
                 )
-        self._serving.captured = None
+        self._forget()
         return super()._apply(fn, recurse)
 
     def __reduce_ex__(self, protocol):
@@ -260,7 +274,7 @@ def _fuse_outside_blocks(model: OptimizedModel, inputs: list[Tensor], expected: 
     wanted, kind = pytree.tree_flatten(expected)
     try:
         graph = graph_of(model, len(inputs))
-        with torch.no_grad():
+        with torch.no_grad(), backend("eager"):
             found, traced_kind = pytree.tree_flatten(function(model, graph)(model, *inputs))
         if len(found) != len(wanted) or not all(map(_equal, found, wanted)):
             reason = "a trace of it does not return what it returns"
@@ -316,6 +330,7 @@ def optimize_for_inference(
     *,
     tune: bool = True,
     cuda_graph: bool = False,
+    freeze: bool = False,
     channels_last: bool = True,
 ) -> OptimizedModel:
     """A copy of ``model`` for serving: in eval mode, channels_last, its blocks and convolutions
@@ -340,6 +355,9 @@ def optimize_for_inference(
             its table has them already.
         cuda_graph: capture the forward in a CUDA graph and replay it, which saves the launches of
             small batches. Outputs are copied; the graph serves one thread and stream at a time.
+        freeze: on a CPU, trust that weights, modules and hooks stay as they are when inputs of a
+            batch size first come, instead of looking at each in every call, which small networks
+            notice: ``OptimizedModel.recapture`` after a change.
         channels_last: convert the weights, and each input with 4 dimensions, to this layout. A
             model that cannot run in it is left in the other.
 
@@ -373,13 +391,14 @@ def optimize_for_inference(
         report = fuse_(model)
     model.__class__ = _optimized_class(type(model))
     inputs = tuple(_Input(tuple(t.shape), t.dtype, t.device) for t in examples)
-    serving = model._serving = _Serving(inputs, False, cuda_graph, report)
+    serving = model._serving = _Serving(inputs, False, cuda_graph, freeze, report)
 
     def inputs_again() -> list[Tensor]:  # a forward may write to its input
         return [_laid_out(t.detach().clone(), serving.channels_last) for t in examples]
 
-    expected = model._run(inputs_again())
-    if convolves(model):
+    with backend("eager"):  # as a trace is run to be compared: the same kernels round alike
+        expected = model._run(inputs_again())
+    if freeze or convolves(model):
         _fuse_outside_blocks(model, inputs_again(), expected)
     if channels_last:
         serving.channels_last = True

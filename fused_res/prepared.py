@@ -20,11 +20,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import choices
 from .folds import stamp
 from .nn.blocks import MOST_SIZES, FusedForward, child, has_hooks, prepared_block
-from .nn.chains import FusedSequential, linked, links, unique
+from .nn.chains import FusedSequential, chain_of, linked, links, unique
 from .nn.conv_norm import conv_norm_relu, prepared_conv
 from .nn.watch import HOOKS, Watch
 from .ops.conv_bn_act import under_modes
-from .ops.res_chain import prepared_chain
 from .tracing import function
 
 Step = Callable[[Tensor], Tensor]
@@ -71,31 +70,29 @@ class _Chain(NamedTuple):
 
     def find(self, model: nn.Module, x: Tensor) -> _Found | None:
         blocks = [child(model, path) for path in self.paths]
-        made = list(map(linked, blocks))
-        alike = all(block.backend == blocks[0].backend for block in blocks)
-        if None not in made and alike:
-            tensors = unique(t for one in made for t in one.tensors)
-            before = stamp(tensors)
-            chain = prepared_chain(x, [one.link for one in made], blocks[0].backend)
-            if chain is not None:
-                return _Found(chain, tensors, before)
-        found = []
-        for path in self.paths:
-            one = _Block(path).find(model, x)
-            if one is None:
-                return None
-            found.append(one)
-            x = one.run(x)
+        made, found, steps, i = list(map(linked, blocks)), [], [], 0
+        while i < len(blocks):
+            tensors = unique(t for one in made[i:] if one is not None for t in one.tensors)
+            before = stamp(tensors) if tensors else ()
+            chain, count = chain_of(blocks[i:], made[i:], x)
+            if chain is None:
+                one = _Block(self.paths[i]).find(model, x)
+            else:
+                one = _Found(chain, tensors, before)
+            if one is not None:
+                found.append(one)
+            steps.append(blocks[i] if one is None else one.run)
+            i += count
 
         def run(x: Tensor) -> Tensor:
-            for one in found:
-                x = one.run(x)
+            for step in steps:
+                x = step(x)
             return x
 
-        tensors = [t for one in found for t in one.tensors]
-        before = stamp(tensors)
+        tensors = unique(t for one in found for t in one.tensors)
+        before = stamp(tensors) if tensors else ()
         still = all(stamp(one.tensors) == one.stamp for one in found)
-        return _Found(run, tensors, before) if still else None
+        return _Found(run, tensors, before) if found and still else None
 
 
 class _Conv(NamedTuple):
@@ -131,10 +128,24 @@ def _only_arg(node: fx.Node) -> fx.Node | None:
     return node.args[0] if alone else None
 
 
+def _runs(model: nn.Module, graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """By the last: calls of blocks that may be part of a chain, each of what the one before returns
+    to it alone."""
+    runs: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        x = _only_arg(node) if node.op == "call_module" else None
+        if x is not None and links(child(model, node.target)):
+            before = runs.pop(x) if x in runs and len(x.users) == 1 else []
+            runs[node] = [*before, node]
+    return {node: run for node, run in runs.items() if len(run) > 1}
+
+
 def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part]]:
     """The graph with one more input, a list of what runs each fused part; and the parts. Blocks in
     containers are called in the containers' place."""
     made, values = fx.Graph(), {}
+    runs = _runs(model, graph)
+    chained = {node for run in runs.values() for node in run[:-1]}
     steps, parts = made.placeholder("fused_res_steps"), []
 
     def add(part: _Part, x: fx.Node) -> fx.Node:
@@ -159,7 +170,12 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part
         return x
 
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is conv_norm_relu:
+        if node in chained:
+            continue
+        if node in runs:
+            paths = tuple(one.target for one in runs[node])
+            values[node] = add(_Chain(paths), values[_only_arg(runs[node][0])])
+        elif node.op == "call_function" and node.target is conv_norm_relu:
             x, *rest = node.args
             paths = [p.target if isinstance(p, fx.Node) else p for p in rest]
             values[node] = add(_Conv(*paths), values[x])
@@ -228,15 +244,19 @@ class PreparedForward:
         since."""
         return all(_structure(child(model, p)) == s for p, s in self._containers.items())
 
-    def __call__(self, model: nn.Module, inputs: list[Tensor], plain: Callable):
-        """``plain(model, *inputs)``, without gradients."""
+    def forget(self) -> None:
+        self._kept.clear()
+
+    def __call__(self, model: nn.Module, inputs: list[Tensor], plain: Callable, frozen: bool):
+        """``plain(model, *inputs)``, without gradients. Frozen: as it was when inputs of these
+        sizes came first."""
         usual = all(x.is_cpu and not under_modes(x) for x in inputs)
         if not usual or _has_any_global_hook():
             return plain(model, *inputs)
         sizes = [(x.shape, x.stride(), x.dtype) for x in inputs]
         key = *sizes, torch.get_num_threads(), *choices.state()
         kept = self._kept.get(key)
-        if kept is None or not kept.holds():
+        if kept is None or not (frozen or kept.holds()):
             return self._prepare(key, model, inputs)
         return self._forward(model, kept.steps, *inputs)
 

@@ -497,6 +497,66 @@ def test_optimize_for_inference_finds_chains(called):
                 m[1][2].conv1.weight.mul_(0.5)
 
 
+class Stages(nn.Module):
+    """Blocks in no container, one of whose outputs is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        for i in range(5):
+            setattr(self, f"block{i}", ResBlock(16, 16, kind="single"))
+
+    def forward(self, x):
+        x = self.block0(self.stem(x).relu())
+        middle = self.block2(self.block1(x))
+        return middle + self.block4(self.block3(middle))
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_optimize_for_inference_chains_blocks_beside_a_stem(called, freeze):
+    flat = nn.Sequential(net()[0], *net()[1], nn.ReLU(), *net()[1][:2]).eval()
+    for plain, chained in ((flat, [5, 2]), (Stages().eval(), [3, 2])):
+        randomise(plain)
+        x = image(2, 3, 8, 8)
+        model = fused_res.optimize_for_inference(plain, x, freeze=freeze)
+        model(x)
+        check(model, plain, x, chained, called)
+
+
+def test_a_frozen_model(called):
+    plain = net()
+    x = image(2, 3, 8, 8)
+    model = fused_res.optimize_for_inference(plain, x, freeze=True, tune=False)
+    seen, expected = [], plain(x)
+
+    def change():
+        with torch.no_grad():
+            for m in (model, plain):
+                m[1][2].conv1.weight.mul_(0.5)
+        model[1][1].register_forward_hook(lambda *_: seen.append(1))
+
+    model(x)
+    change()
+    check(model, lambda _: expected, x, [5], called)
+    assert not seen  # nothing of what changed
+    model.recapture()
+
+    def check_now(model, x):
+        model(x)  # looks up what is called from then on
+        check(model, plain, x, [3], called)
+
+    check_now(model, x)
+    assert seen
+    with torch.no_grad():
+        plain[0].weight.add_(1)
+    model.load_state_dict(plain.state_dict())
+    check_now(model, x)
+    check_now(model, image(3, 3, 8, 8))
+    check_now(copy.deepcopy(model), x)
+    with pytest.raises(RuntimeError, match="optimised without cuda_graph or freeze"):
+        fused_res.optimize_for_inference(plain, x).recapture()
+
+
 def test_other_inputs_and_modes(called):
     plain = net()
     model = copy.deepcopy(plain)

@@ -46,7 +46,7 @@ class Team {
 #ifdef FUSED_RES_X86
       __builtin_ia32_pause();
 #endif
-      if (i % 4096 == 4095) std::this_thread::yield();
+      if (i % 512 == 511) std::this_thread::yield();
     }
   }
 

@@ -79,6 +79,22 @@ def linked(block: nn.Module) -> Linked | None:
     return Linked(Link(tuple(convs), act), tensors)
 
 
+def chain_of(
+    blocks: list[nn.Module], made: list[Linked | None], x: Tensor
+) -> tuple[Chain | None, int]:
+    """Of the first blocks, a chain and how many are in it, of inputs like x; None, 1 where the
+    first is to be called."""
+    count, chain = 0, None
+    usable = type(x) in PLAIN and is_for(x)
+    while usable and count < len(blocks) and made[count] is not None:
+        if blocks[count].backend != blocks[0].backend or not fits(x, made[count].link):
+            break
+        count += 1
+    if count > 1:
+        chain = prepared_chain(x, [one.link for one in made[:count]], blocks[0].backend)
+    return (None, 1) if chain is None else (chain, count)
+
+
 def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(t): t for t in tensors}.values())
 
@@ -149,21 +165,10 @@ class FusedSequential(nn.Sequential):
         before = _stamp(tensors)
         steps, i = [], 0
         while i < len(blocks):
-            end = i
-            while end < len(blocks) and made[end] is not None and type(x) in PLAIN and is_for(x):
-                alike = blocks[end].backend == blocks[i].backend
-                if not alike or not fits(x, made[end].link):
-                    break
-                end += 1
-            run = None
-            if end - i > 1:
-                run = prepared_chain(x, [one.link for one in made[i:end]], blocks[i].backend)
-            if run is None:
-                run, end = blocks[i], i + 1
-            else:
-                run = _step(run, blocks[i:end], x)
-            steps.append(run)
-            x, i = run(x), end
+            chain, count = chain_of(blocks[i:], made[i:], x)
+            step = blocks[i] if chain is None else _step(chain, blocks[i : i + count], x)
+            steps.append(step)
+            x, i = step(x), i + count
         # where nothing is chained, that is kept too
         if watch.holds() and _stamp(tensors) == before:
             while len(self._kept) >= MOST_SIZES:

@@ -7,15 +7,15 @@ from operator import is_
 
 from torch import nn
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PARTS = "_modules", "_parameters", "_buffers"
+FORWARD_HOOKS = "_forward_hooks", "_forward_pre_hooks"
+HOOKS = (*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 
 
 class Watch:
     """Modules as they were when this was made: their classes, attributes, children, parameters and
-    buffers, and which have hooks.
+    buffers, and which have hooks that run without gradients.
 
-    A hundred blocks are three hundred modules, and to look at them all must cost less than a
+    A hundred blocks are four hundred modules, and to look at them all must cost less than a
     hundred small kernels: these are loops that run in C.
     """
 
@@ -24,10 +24,13 @@ class Watch:
         self._own = [m.__dict__ for m in self._modules]
         self._attributes = [dict(own) for own in self._own]
         self._classes = list(map(type, self._modules))
-        self._hooks = [own[name] for own in self._own for name in HOOKS]
-        self._hooked = list(map(bool, self._hooks))
-        self._parts = [own[name] for own in self._own for name in _PARTS]
-        self._names = list(map(list, self._parts))
+        hooks = [own[name] for own in self._own for name in FORWARD_HOOKS]
+        self._hooked = [of for of in hooks if of]
+        # a module that had no parameters or buffers does not look for any
+        children = [own["_modules"] for own in self._own]
+        tensors = [own[name] for own in self._own for name in ("_parameters", "_buffers")]
+        self._parts = [part for part in children + tensors if part]
+        self._empty = [of for of in hooks + children if not of]
         self._found = self._values()
 
     def _values(self) -> list:
@@ -38,10 +41,12 @@ class Watch:
             same = self._own == self._attributes  # what is not the same object is compared
         except Exception:  # an attribute is another tensor or array, say
             return False
+        values = self._values()
         return (
             same
             and list(map(type, self._modules)) == self._classes
-            and list(map(bool, self._hooks)) == self._hooked
-            and list(map(list, self._parts)) == self._names
-            and all(map(is_, self._values(), self._found))
+            and all(self._hooked)
+            and not any(self._empty)
+            and len(values) == len(self._found)
+            and all(map(is_, values, self._found))
         )
