@@ -26,8 +26,8 @@ HAS_GPU = torch.cuda.is_available()
 
 # Seconds; 540 in all. What other parts leave, the suites share.
 LIMITS = {"build": 120, "tests": 130, "sanitizer": 50, "peaks": 20, "ops": 45, "blocks": 45,
-          "nets": 60, "inference": 55, "plots": 15}  # fmt: skip
-SUITES = ("peaks", "ops", "blocks", "nets", "inference", "inference-all", "convs",
+          "nets": 50, "inference": 45, "chains": 20, "plots": 15}  # fmt: skip
+SUITES = ("peaks", "ops", "blocks", "nets", "inference", "chains", "inference-all", "convs",
           "training-convs", "autotune")  # fmt: skip
 # run only when named: they take minutes
 NAMED = {"autotune": 500, "inference-all": 500, "convs": 500, "training-convs": 500,

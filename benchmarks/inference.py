@@ -77,8 +77,8 @@ def compiled(
     return call
 
 
-def optimized(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    return fused_res.optimize_for_inference(module, x)
+def optimized(module: nn.Module, x: Tensor, freeze: bool = False) -> Callable[[Tensor], Tensor]:
+    return fused_res.optimize_for_inference(module, x, freeze=freeze)
 
 
 def with_backend(module: nn.Module, x: Tensor, backend: str) -> Callable[[Tensor], Tensor]:

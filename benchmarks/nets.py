@@ -55,6 +55,13 @@ def resnet(
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
+def chain(channels: int, count: int) -> nn.Sequential:
+    """The blocks of ``100 blocks`` alone, one convolution each: (N, channels, H, W) -> the same."""
+    return nn.Sequential(
+        *[ResBlock(channels, channels, kind="single", relu="before") for _ in range(count)]
+    )
+
+
 @cache
 def torchvision_models() -> ModuleType:
     """``torchvision.models``, beside a PyTorch without CUDA too.
@@ -100,6 +107,11 @@ NETS = {
     "ResNet-18 CIFAR": Net(partial(ResNet18, 64), 40.0),
     "ResNet-20 CIFAR": Net(partial(resnet, "basic", (16, 32, 64), (3, 3, 3), 10, False), 40.0),
     "100 blocks": Net(partial(NetResDeep, 32, 100), 75.0),
+    **{
+        f"chain of {count}, {channels}ch": Net(partial(chain, channels, count), 5.0 + count / 2)
+        for count in (1, 3, 9, 100)
+        for channels in (16, 32, 64)
+    },
     # to see that everything runs
     "small ResNet": Net(partial(resnet, "bottleneck", (32, 64), (1, 1), 100, True)),
     "narrow ResNet-18": Net(partial(ResNet18, 8, 100)),
@@ -239,4 +251,5 @@ def exact_result(workload: Workload, v: Values) -> dict[str, Tensor]:
     state = {k: t.double() if t.is_floating_point() else t for k, t in v.state.items()}
     one = Values(v.x[:few].double(), v.labels[:few], 1, state)
     result = NetProgram(workload, one, "NCHW", autocast=None).result()
-    return {**result, "y": result["y"].repeat(v.copies, 1)}
+    y = result["y"]
+    return {**result, "y": y.repeat(v.copies, *[1] * (y.dim() - 1))}

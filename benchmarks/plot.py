@@ -13,7 +13,8 @@ from curve_tables import SEEDS, by_net
 from sheets import made
 
 TIMED = {"ops": ("forward+backward",), "blocks": ("forward+backward", "eval"),
-         "nets": ("train", "eval"), "inference": ("eval",), "inference-all": ("eval",)}  # fmt: skip
+         "nets": ("train", "eval"), "inference": ("eval",), "chains": ("eval",),
+         "inference-all": ("eval",)}  # fmt: skip
 MARKERS = "osD^v<>PX*hp"
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 4, 5, 7, 10, 15, 20)
 
@@ -34,7 +35,7 @@ def label(row: dict) -> str:
     """Of a line of a panel: the workload, and what of it was timed where that differs."""
     name = row["workload"].removeprefix("bn_act ")
     name = {"eval": f"{name}, eval", "train": f"{name}, train"}.get(row["direction"], name)
-    if row["suite"] == "inference":
+    if row["suite"] in ("inference", "chains"):
         name = row["workload"]
     return name if row["allocator"] in ("cuda", "default") else f"{name}, {row['allocator']}"
 
@@ -71,7 +72,8 @@ def draw(folder: Path) -> Path | None:
     suites = load(folder)
     panels = []
     titles = {"ops": "bn_act, forward + backward", "blocks": "blocks, bf16", "nets": "nets, bf16",
-              "inference": "inference", "inference-all": "inference"}  # fmt: skip
+              "inference": "inference", "chains": "chains of blocks, inference",
+              "inference-all": "inference"}  # fmt: skip
     for suite, rows in suites.items():
         panels.append((f"{titles[suite]}: speed-up over eager", over_eager(rows), True))
         if suite == "ops":

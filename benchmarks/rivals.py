@@ -105,6 +105,9 @@ def inference_modes(suite: str, gpu: bool) -> dict[str, dict]:
     if suite == "inference-all":
         return {"compile-max-autotune-freezing": {"mode": "max-autotune", "freezing": True}}
     frozen = {"compile-freezing": {"freezing": True}}
+    if suite == "chains" and gpu:
+        modes = ("reduce-overhead", "max-autotune")
+        return {f"compile-{mode}-freezing": {"mode": mode, "freezing": True} for mode in modes}
     return frozen if gpu else {"compile": {"freezing": False}, **frozen}
 
 
@@ -201,6 +204,11 @@ def _inference(workload: Workload, device: str, modes: dict[str, dict], gpu: boo
         convolutions = sum(kernel.flops > 0 for kernel in roofline.kernels(workload))
         bound = WINOGRAD_BOUND * convolutions**0.5
     rival("fused_res-optimized", OUR_SLACK, inference.optimized, core=True, bound=bound)
+    if workload.suite == "chains" and not gpu:
+        frozen = partial(inference.optimized, freeze=True)
+        rival("fused_res-frozen", OUR_SLACK, frozen, bound=bound)
+        by_fuse = partial(inference.with_backend, backend="cpu")
+        rival("fused_res-cpu", OUR_SLACK, by_fuse, bound=bound)
     if gpu:
         rival("cudnn-fused", COMPILE_SLACK, inference.cudnn_fused, core=True)
         for backend in fused_backends(device, workload.dtype, "conv_bn_act"):

@@ -113,7 +113,7 @@ def modes(args: argparse.Namespace, suite: str, first: bool) -> dict[str, dict]:
     """torch.compile's modes that run a workload, ``first`` of its suite or not."""
     if not args.compile or (args.gpu and args.quick and not first):
         return {}
-    if suite.startswith("inference"):
+    if suite.startswith("inference") or suite == "chains":
         return inference_modes(suite, args.gpu)
     if suite == "autotune":
         return compile_modes("max-autotune")

@@ -17,6 +17,7 @@ from fused_res.env import BACKENDS
 RESULTS = Path(__file__).resolve().parent / "results"
 FROZEN = "compile-freezing"
 PYTORCH = ("eager", "compile", FROZEN)
+CHAINED = "fused_res-frozen"
 RUNTIMES = ["onnxruntime", "openvino"]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -92,6 +93,22 @@ def targets(suites: dict[str, list[dict]]) -> list[tuple[bool, str]]:
                     claim(f"{nets} eager {CL}", over(names, f"eager {CL}"), eager, 2, 2)
                     claim(f"{nets} torch.compile, frozen", over(names, FROZEN), frozen, 2, 2)
                 claim(f"{what} blocks over the best of PyTorch", over(blocks, *PYTORCH), 1.0, 6, 6)
+    if "chains" in suites:
+        chains = Suite(suites["chains"])
+        least = {"16x16 batch 1": 6.0, "8x8 batch 1": 10.0, "batch 64": 2.5, "CIFAR": 3.0}
+        for allocator in chains.allocators:
+            what = f"{CHAINED}, allocator {allocator}: chain of 100 blocks"
+            for part, enough in least.items():
+                names = [w for w in chains.workloads if part in w]
+                over = [
+                    chains.speedup(w, CHAINED, "eval", allocator, [f"eager {CL}"]) for w in names
+                ]
+                claim(f"{what}, {part}, over eager {CL}", over, enough, len(names), len(names))
+            names = [w for w in chains.workloads if "chain" in w]
+            rest = [
+                chains.speedup(w, CHAINED, "eval", allocator, [FROZEN, *RUNTIMES]) for w in names
+            ]
+            claim(f"{what}, over the best of other runtimes and torch.compile", rest, 1.5, 4, 4)
     return out + curve_tables.targets(suites.get("curves", []))
 
 
@@ -222,6 +239,29 @@ def _inference(suite: Suite, rival: str) -> list[str]:
     return to_markdown(header, body)
 
 
+def _chains(suite: Suite, rival: str) -> list[str]:
+    body = []
+    for workload in suite.workloads:
+        rows = [suite.row(workload, rival, "eval", a) or {} for a in suite.allocators]
+
+        def over(*bases: str, workload=workload, of=rival) -> str:
+            return _cells(
+                [suite.speedup(workload, of, "eval", a, list(bases)) for a in suite.allocators]
+            )
+
+        ms, share = (
+            _milliseconds([row.get(name) for row in rows])
+            for name in ("median_ms", "percent_of_roofline")
+        )
+        bases = ("eager NCHW", f"eager {CL}", FROZEN, "onnxruntime", "openvino")
+        by_fuse = over(f"eager {CL}", of="fused_res-cpu")
+        body.append([workload, *map(over, bases), ms, share, by_fuse])
+    header = ["net", "over eager NCHW", f"over eager {CL}", "over torch.compile, frozen",
+              "over ONNX Runtime", "over OpenVINO", "ms", "% of roofline",
+              f"`fuse_` alone, over eager {CL}"]  # fmt: skip
+    return to_markdown(header, body)
+
+
 INTRO = {
     "ops": "BatchNorm + residual add + ReLU in training ({rival}): speed-up over eager PyTorch in "
     "the same layout and over torch.compile, and the share of the measured copy bandwidth reached.",
@@ -230,7 +270,13 @@ INTRO = {
     "inference": "Inference, `optimize_for_inference` ({rival}, channels_last): speed-up over "
     "PyTorch and over other runtimes, and the share reached of what the measured peak rate and "
     "copy bandwidth allow a kernel for each convolution (over 100 %: Winograd multiplies less).",
+    "chains": "Chains of residual blocks in one call, `optimize_for_inference(freeze=True)` "
+    "({rival}, channels_last), as the runtimes beside it are frozen; last, after `fuse_` alone, "
+    "which looks at every parameter in every call. The roofline is that of a direct convolution.",
 }
+
+
+TABLES = {"ops": _ops, "blocks": _blocks, "inference": _inference, "chains": _chains}
 
 
 def markdown(results: Path) -> str:
@@ -240,12 +286,12 @@ def markdown(results: Path) -> str:
         if not device.startswith("cpu-"):
             parts += gpu_tables.parts(suites) + curve_tables.parts(suites)
             continue
-        for name, make in ("ops", _ops), ("blocks", _blocks), ("inference", _inference):
+        for name, make in TABLES.items():
             rows = suites.get(name)
             if not rows:
                 continue
             suite = Suite(rows)
-            for rival in suite.ours:
+            for rival in [CHAINED] if name == "chains" else suite.ours:
                 text = INTRO[name].format(rival=rival) + " Under 1 is slower."
                 if len(suite.allocators) > 1:
                     text += f" Allocator: {' / '.join(suite.allocators)} (see `benchmarks/`)."

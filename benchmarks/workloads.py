@@ -62,7 +62,7 @@ class Workload:
 
     @property
     def inference(self) -> bool:
-        return self.suite in ("inference", "convs")
+        return self.suite in ("inference", "chains", "convs")
 
     @property
     def training(self) -> bool:
@@ -108,6 +108,14 @@ def _inference_net(
     )
 
 
+def _chain(
+    count: int, channels: int, pixels: int, batch: int, most_rounds: int | None = None
+) -> Workload:
+    net = f"chain of {count}, {channels}ch"
+    name, shape = f"{net} {pixels}x{pixels} batch {batch}", (batch, channels, pixels, pixels)
+    return Workload("chains", name, shape, net=net, directions=("eval",), most_rounds=most_rounds)
+
+
 OP_SHAPES = (
     (32, 64, 56, 56),
     (32, 64, 32, 32),
@@ -138,6 +146,13 @@ CPU_SUITES = {
         _inference_block("bottleneck", (1, 256, 56, 56), 64),
         _inference_block("bottleneck", (16, 256, 56, 56), 64),
     ],
+    "chains": [
+        _chain(100, 32, 16, 1),
+        _chain(100, 32, 8, 1),
+        _chain(100, 32, 16, 64, most_rounds=9),
+        _chain(100, 32, 8, 64),
+        replace(_inference_net("ResNet-20 CIFAR", 1, 32), suite="chains"),
+    ],
 }
 CPU_QUICK = {
     "ops": [_op((8, 16, 12, 12), layout) for layout in FORMATS],
@@ -146,6 +161,7 @@ CPU_QUICK = {
         _inference_net("small ResNet", 1, 32),
         _inference_block("basic", (2, 16, 9, 9)),
     ],
+    "chains": [_chain(3, 16, 8, 1)],
 }
 
 # --- on a GPU: the most important first, for a run that is out of time leaves out the rest
@@ -327,6 +343,13 @@ GPU_SUITES["inference"] = [
     _gpu_inference_block("bottleneck", (32, 256, 56, 56), 64),
     _gpu_inference_block("basic", (32, 512, 7, 7)),
 ]
+GPU_SUITES["chains"] = [
+    _in("bf16", _chain(*chain))
+    for chain in (
+        (100, 32, 16, 64), (100, 32, 8, 1), (9, 64, 16, 256), (100, 32, 16, 1), (3, 64, 8, 1024),
+        (9, 16, 32, 128), (100, 16, 8, 1024), (3, 32, 32, 16), (1, 64, 16, 256), (100, 64, 8, 16),
+    )
+]  # fmt: skip
 # run only when it is named: it takes minutes
 GPU_SUITES["inference-all"] = [
     *(
@@ -395,6 +418,7 @@ GPU_QUICK = {
         _in("fp16", _inference_net("small ResNet", 1, 32)),
         _gpu_inference_block("bottleneck", (4, 32, 12, 12), 16, out=64, stride=2),
     ],
+    "chains": [_in("bf16", _chain(3, 16, 8, 2))],
     "inference-all": [_gpu_inference_block("basic", (2, 16, 9, 9))],
     "convs": [
         _conv((2, 16, 9, 9), "fp16", Conv(24, 3, 2)),

@@ -78,7 +78,7 @@ RUNTIMES = {"onnxruntime", "openvino"}
 
 def test_rows_are_valid(results, rows, rivals):
     suites = read(results)
-    assert set(suites) == {"ops", "blocks", "inference"}
+    assert set(suites) == {"ops", "blocks", "inference", "chains"}
     assert not list(results.glob("*/*.part"))
     for found in suites.values():
         for row in found:
@@ -86,7 +86,7 @@ def test_rows_are_valid(results, rows, rivals):
             if row["rival"] in RUNTIMES and not importlib.util.find_spec(row["rival"]):
                 assert f"No module named '{row['rival']}'" in row["refused"]
                 continue
-            if row["suite"] == "inference":
+            if row["suite"] in ("inference", "chains"):
                 check_inference(row)
             else:
                 assert set(row) == set(rows.ROW_TYPES)
@@ -101,6 +101,8 @@ def test_rows_are_valid(results, rows, rivals):
         ours = {f"fused_res-{b}" for b in rivals.fused_backends("cpu")}
         if found[0]["suite"] == "inference":
             ours = {"fused_res-optimized", *RUNTIMES}
+        if found[0]["suite"] == "chains":
+            ours = {"fused_res-cpu", "fused_res-optimized", "fused_res-frozen", *RUNTIMES}
         assert {r["rival"] for r in found} == {"eager", *ours}
 
 
@@ -136,7 +138,8 @@ def test_committed_rows_are_of_todays_workloads(rows, workloads, roofline):
 def test_suites_of_a_gpu(gpu_results, rows, rivals):
     """Every rival of every suite is built, right and timed; and written under the suite's name."""
     suites = read(gpu_results)
-    assert set(suites) == {"peaks", "ops", "blocks", "nets", "autotune", "inference", "convs"}
+    assert set(suites) == {"peaks", "ops", "blocks", "nets", "autotune", "inference", "chains",
+                           "convs"}  # fmt: skip
     ours = {f"fused_res-{b}" for b in rivals.fused_backends("cpu")}
     ours |= {f"{name}-graphed" for name in ours}
     plain = {"eager", "eager-graphed", *ours}
@@ -145,7 +148,7 @@ def test_suites_of_a_gpu(gpu_results, rows, rivals):
         for row in found:
             rows.validate(row)
             assert row["refused"] is None, row
-            if suite in ("inference", "convs"):
+            if suite in ("inference", "chains", "convs"):
                 check_inference(row)
         seen = {d: {r["rival"] for r in found if r["direction"] == d} for d in ("eval", "train")}
         if suite in ("blocks", "nets"):
@@ -180,6 +183,13 @@ def test_roofline_of_blocks(roofline, workloads):
     arithmetic, copies = (roofline.bound_ms(strided, *rates) for rates in ((1, 1e9), (1e9, 1)))
     assert arithmetic == pytest.approx(roofline.flops(strided) / 1e9)
     assert copies == pytest.approx(roofline.moved_bytes(strided) / 1e6)
+
+
+def test_roofline_of_a_chain(roofline, workloads):
+    """x of 2 images, 16 channels and 8x8, in float32: read once, as the weights are."""
+    weights, x = 3 * 16 * 16 * 9, 2 * 16 * 64
+    (one,) = roofline.kernels(workloads._chain(3, 16, 8, 2))
+    assert one == roofline.Kernel(2 * weights * 2 * 64, 4 * (weights + 2 * x))
 
 
 def test_roofline_of_nets(roofline, workloads):
@@ -560,6 +570,22 @@ def test_targets_of_inference(table):
     assert not table.goals(synthetic(1.0, 1.0))
     assert [met for met, _ in table.goals(inferred(1.0, 1.0, 1.0))] == [True] * 10
     assert [met for met, _ in table.goals(inferred(2.0, 2.0, 0.9))] == [False] * 10
+
+
+def test_targets_of_chains(table, workloads):
+    """Each batch and size over eager; all chains over the other runtimes."""
+    common = {"rival": "fused_res-frozen", "layout": "channels_last", "allocator": "default"}
+    row = {**common, "direction": "eval"}
+    names = [w.name for w in workloads.CPU_SUITES["chains"]]
+    for eager, rest, expected in (
+        (10.0, 1.5, [True] * 5),
+        (7.0, 1.4, [True, False, True, True, False]),
+        (2.9, 1.6, [False, False, True, False, True]),
+    ):
+        over = {"eager channels_last": eager, "compile-freezing channels_last": 9.0}
+        over |= {"onnxruntime NCHW": rest, "openvino NCHW": 9.0}
+        rows = [{**row, "workload": name, "speedup_over": over} for name in names]
+        assert [met for met, _ in table.targets({"chains": rows})] == expected
 
 
 def test_targets_need_every_workload(results, table):
