@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 from curve_tables import SEEDS, by_net
-from sheets import made
+from sheets import CL, made, unique
 
 TIMED = {"ops": ("forward+backward",), "blocks": ("forward+backward", "eval"),
          "nets": ("train", "eval"), "inference": ("eval",), "chains": ("eval",),
@@ -164,12 +164,73 @@ def draw_curves(folder: Path) -> Path | None:
     return _save(figure, rows, folder / "curves.png")
 
 
+def draw_chains(folder: Path) -> Path | None:
+    """Writes chains.png: how often each rival runs while eager PyTorch runs once, and where eager
+    and our fastest are under the roofline.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    path = folder / "chains.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    timed = [r for r in rows if r["median_ms"] is not None and r["allocator"] != "raised"]
+    found = over_eager(timed)
+    if not found:
+        return None
+    figure, (bars, roof) = plt.subplots(1, 2, figsize=(13, 5.4), width_ratios=(3, 2))
+    lines, names = unique(line for _, line, _ in found), unique(name for name, _, _ in found)
+    for rank, name in enumerate(names):
+        speeds = {line: speed for one, line, speed in found if one == name}
+        at = [i + (rank - (len(names) - 1) / 2) * 0.8 / len(names) for i in range(len(lines))]
+        shown = [speeds.get(line, 0) for line in lines]
+        drawn = bars.barh(at, shown, 0.75 / len(names), color=f"C{rank}", label=name)
+        bars.bar_label(drawn, [f"{speed:.1f}" for speed in shown], fontsize=5.5, padding=1)
+    bars.axvline(1, color="grey", linewidth=0.8)
+    bars.set_yticks(range(len(lines)), lines, fontsize=7)
+    bars.invert_yaxis()
+    bars.set_title("speed-up over eager PyTorch, channels_last", fontsize=9, loc="left")
+    bars.legend(fontsize=6, loc="lower right")
+    chains = [r for r in timed if "chain" in r["workload"] and r["layout"] == CL]
+    peak = max(r["peak_tflops"] for r in chains) * 1e3
+    slope = max(r["copy_gbps"] for r in chains)
+    reach = [10.0, 2000.0]  # FLOP/byte
+    roof.plot(reach, [min(peak, slope * x) for x in reach], color="grey", linewidth=1, zorder=0)
+    roof.plot([peak / slope] * 2, [10, peak], color="grey", linewidth=0.5, linestyle=":")
+    for rank, name in enumerate(("eager", "fused_res-frozen")):
+        of = [r for r in chains if r["rival"] == name]
+        x = [r["tflops"] * r["median_ms"] * 1e9 / r["bytes"] for r in of]
+        y = [r["tflops"] * 1e3 for r in of]
+        roof.scatter(x, y, color=f"C{rank}", label=name, s=18)
+        for r, *point in zip(of, x, y, strict=True):
+            words = r["workload"].split(", ")[-1]
+            roof.annotate(words, point, fontsize=6, textcoords="offset points", xytext=(4, -7))
+    roof.set_xscale("log")
+    roof.set_yscale("log")
+    roof.set_xlabel(
+        "FLOP / byte: direct convolutions; weights and x read, y written once", fontsize=7
+    )
+    roof.set_ylabel("GFLOP/s", fontsize=7)
+    title = f"roofline: {peak:.0f} GFLOP/s, copy {slope:.0f} GB/s (Winograd multiplies less)"
+    roof.set_title(title, fontsize=9, loc="left")
+    roof.legend(fontsize=7, loc="lower right")
+    for ax in bars, roof:
+        ax.tick_params(which="both", labelsize=7)
+        ax.grid(linewidth=0.3)
+        ax.set_axisbelow(True)
+    return _save(figure, timed, folder / "chains.png")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, metavar="RESULTS_DIR", help="has ops.json, ...")
     folder = parser.parse_args(argv).folder
     try:
-        found = [path for path in (draw(folder), draw_curves(folder)) if path]
+        found = [path for path in (draw(folder), draw_curves(folder), draw_chains(folder)) if path]
     except ImportError as error:
         print(f"no plot: {error}")
         return 0
