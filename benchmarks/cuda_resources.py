@@ -27,6 +27,14 @@ FLAGS = {
     "kChannelsLast": ("NCHW", "channels_last"),
     "kVector": ("scalar", "vector"),
     "kSecond": ("one norm", "two norms"),
+    "kCluster": ("a block", "a cluster"),
+}
+# Those that are kinds of products of matrices, in words.
+PRODUCTS = {
+    "cuda::HalfProducts<bf16>": "bf16",
+    "cuda::HalfProducts<fp16>": "fp16",
+    "cuda::Tf32Products": "tf32",
+    "cuda::ExactProducts": "fp32",
 }
 
 
@@ -47,6 +55,8 @@ class Resources(NamedTuple):
     fp32: int  # additions, multiplications and both in one
     fp64: int
     mma: int  # products of matrices in registers
+    matrix_loads: int  # ldmatrix: their operands, from shared memory
+    copies: int  # cp.async: from global to shared memory, past the registers
     wgmma: int  # in shared memory: sm_90's, and sm_100's tcgen05
     tma: int  # loads of tensors' boxes
     barriers: int
@@ -69,6 +79,8 @@ SASS = {
     "fp32": r"F(ADD|MUL|FMA)2?\b",
     "fp64": r"D(ADD|MUL|FMA)\b",
     "mma": r"HMMA\b",
+    "matrix_loads": r"LDSM\b",
+    "copies": r"LDGSTS\b",
     "wgmma": r"(HGMMA|UTC\w*MMA)\b",
     "tma": r"UTMALDG\b",
     "barriers": r"BAR\b",
@@ -121,9 +133,11 @@ def read_cubin(path: Path) -> dict[str, Resources]:
     return found
 
 
-def declared() -> dict[str, list[str]]:
-    """Every ``__global__`` function of csrc/cuda, in order, and its template parameters' names."""
-    text = "".join(path.read_text() for path in sorted((ROOT / "csrc/cuda").glob("*.cu*")))
+def declared(stem: str = "") -> dict[str, list[str]]:
+    """Every ``__global__`` function of csrc/cuda (of an op's files), in order, and its template
+    parameters' names."""
+    paths = sorted((ROOT / "csrc/cuda").glob(f"{stem}*.cu*"))
+    text = "".join(path.read_text() for path in paths)
     attributes = r"(?:__\w+__\((?:[^()]|\([^()]*\))*\)\s*)*"
     pattern = rf"(?:template <([^<>]*)>\s*)?__global__\s+void\s+{attributes}(\w+)\("
     return {
@@ -163,7 +177,8 @@ def _kernel(demangled: str, resources: Resources) -> Kernel:
     name, arguments = re.match(r"(?:void )?(?:\w+::)*(\w+)(?:<(.*?)>)?\(", demangled).groups()
     values = (arguments or "").replace("fused_res::", "").split(", ")
     named = dict(zip(declared().get(name, ()), values, strict=False))
-    dtype = named.pop("T", "").replace("float", "fp32")
+    products = named.pop("Products", "").strip()
+    dtype = PRODUCTS[products] if products else named.pop("T", "").replace("float", "fp32")
     return Kernel(short(name), dtype, named, resources)
 
 
@@ -198,6 +213,7 @@ def compile_source(source: Path, architecture: str, folder: Path) -> list[Kernel
     return sorted(kernels, key=lambda k: (order.get(k.name, len(order)), k.variant, k.dtype))
 
 
-def compile_kernels(architecture: str, folder: Path) -> list[Kernel]:
-    """Every kernel of the library, for one architecture."""
-    return [k for source in SOURCES for k in compile_source(source, architecture, folder)]
+def compile_kernels(architecture: str, folder: Path, stem: str = "") -> list[Kernel]:
+    """Every kernel of the library (of an op), for one architecture."""
+    sources = [source for source in SOURCES if source.stem.startswith(stem)]
+    return [k for source in sources for k in compile_source(source, architecture, folder)]

@@ -291,7 +291,9 @@ AMDGCN = {
     "fp32": r"v_(pk_)?(add|sub|subrev|mul|fma|fmac|mac|mad)_f32",
     "fp64": r"v_(add|mul|fma|fmac)_f64",
     "mma": r"v_mfma_",
-    "wgmma": r"(?!)",  # there is no such thing
+    "matrix_loads": r"(?!)",  # there is no such thing
+    "copies": r"(?!)",
+    "wgmma": r"(?!)",
     "tma": r"(?!)",
     "barriers": r"s_barrier",
 }
@@ -364,16 +366,24 @@ CONV_COLUMNS = {
     "mma": "mma", "wgmma": "wgmma", "tma": "TMA", "loads": "loads", "wide_loads": "16 B",
     "shared_loads": "shared loads", "shared_stores": "shared stores", "barriers": "barriers",
 }  # fmt: skip
+CHAIN_COLUMNS = {
+    "registers": "registers", "shared": "shared", "stack": "stack", "spills": "spills",
+    "mma": "mma", "matrix_loads": "ldmatrix", "copies": "cp.async", "loads": "loads",
+    "wide_loads": "16 B", "stores": "stores", "wide_stores": "16 B",
+    "shared_loads": "shared loads", "shared_stores": "shared stores", "fp32": "fp32",
+    "fp64": "fp64", "barriers": "barriers",
+}  # fmt: skip
 
 
 class Section(NamedTuple):
-    """A part of kernels.md. kernels: of Triton, that it is about."""
+    """A part of kernels.md. kernels: of Triton, that it is about; source: of csrc/cuda."""
 
     name: str
     labels: tuple[str, ...]
     targets: list[str]
     kernels: tuple[str, ...] = ()
     columns: dict[str, str] = COLUMNS
+    source: str = ""
 
     def configurations(self) -> list[Configuration]:
         if self.columns is COLUMNS:
@@ -421,7 +431,8 @@ _LABELS = ("tile", "warps", "layout", "residual")
 _TRAIN_LABELS = ("tile", "warps", "convolution", "end")
 _CONV_LABELS = ("tile", "warps", "convolution", "residual")
 SECTIONS = (
-    Section("cuda", ("variant",), list(cuda.ARCHITECTURES)),
+    Section("cuda", ("variant",), list(cuda.ARCHITECTURES), source="bn_act"),
+    Section("cuda-chain", ("variant",), list(cuda.ARCHITECTURES), (), CHAIN_COLUMNS, "res_chain"),
     Section("triton-nvidia", _LABELS, ["sm_80", "sm_90", "sm_100"], _BN_ACT),
     Section("triton-amd", _LABELS, ["gfx942"], _BN_ACT),
     Section("conv-tma", _CONV_LABELS, ["sm_90", "sm_100"], ("conv_descriptor",), CONV_COLUMNS),
@@ -435,9 +446,8 @@ SECTIONS = (
 
 def cuda_rows(section: Section) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        compiled = list(
-            pool.map(partial(cuda.compile_kernels, folder=Path(folder)), section.targets)
-        )
+        compile_for = partial(cuda.compile_kernels, folder=Path(folder), stem=section.source)
+        compiled = list(pool.map(compile_for, section.targets))
     rows = []
     for instances in zip(*compiled, strict=True):
         ((name, dtype, variant),) = {(k.name, k.dtype, k.variant) for k in instances}
@@ -482,7 +492,7 @@ def main(argv: list[str] | None = None) -> int:
         if not targets:
             continue
         compiler, make = f"triton {triton.__version__}", triton_rows
-        if section.name == "cuda":
+        if section.source:
             missing = cuda.missing(targets)
             if missing:
                 print(f"CUDA C++ is left out: {missing}\n", file=sys.stderr)

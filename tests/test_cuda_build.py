@@ -16,7 +16,7 @@ with pytest.MonkeyPatch.context() as patch:
 
 # Registers a thread may take. A block has 256: at 128 two of them share a multiprocessor. The sums
 # of two BatchNorms in doubles, and what reads element by element or a small tensor in one launch,
-# may have a multiprocessor to themselves.
+# may have a multiprocessor to themselves; so has a chain, whose shared memory is what is short.
 USUAL, MOST = 128, 255
 
 # more live values than 16 registers hold
@@ -47,7 +47,7 @@ def limit(kernel: Kernel) -> int:
     two_norms = kernel.arguments.get("kSecond") == "true"
     doubles = two_norms and kernel.name.startswith(("gradient_sums", "cooperative"))
     scalar = kernel.arguments.get("kVector") == "false"
-    return MOST if doubles or scalar or kernel.name.startswith("whole") else USUAL
+    return MOST if doubles or scalar or kernel.name.startswith(("whole", "res_chain")) else USUAL
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +90,27 @@ def test_a_cooperative_launch_leaves_the_shared_memory_it_counts_on(kernels):
 
 def test_memory_is_accessed_16_bytes_at_a_time(kernels):
     vector = [k for k in kernels if k.vector]
-    assert len(vector) >= len(kernels) / 2
+    assert len(vector) >= sum("kChannelsLast" in k.arguments for k in kernels) / 2
     assert not [k for k in vector if k.resources.wide_loads == 0]
     for k in vector:
         if k.name in ("apply", "gradients"):  # those that store tensors and masks, nothing else
             stores, wide = k.resources.stores, k.resources.wide_stores
             assert wide > 0 and stores - wide <= wide, k
+
+
+def test_a_chain_multiplies_on_tensor_cores_what_was_copied_asynchronously(kernels):
+    chains = [k for k in kernels if k.name == "res_chain"]
+    empty = [k for k in chains if k.resources.copies == 0]  # before sm_90 there are no clusters
+    assert all(k.arguments["kCluster"] == "true" for k in empty)
+    chains = [k for k in chains if k not in empty]
+    assert {k.dtype for k in chains} == {"bf16", "fp16", "tf32", "fp32"}
+    for k in chains:
+        r = k.resources
+        assert r.copies > 0 and r.wide_loads > 0 and r.wide_stores > 0, k
+        assert (r.mma > 0) == (r.matrix_loads > 0) == (k.dtype != "fp32"), k
+        # each load of 16 pixels feeds two products of 8 channels out, or four
+        assert 2 * r.matrix_loads <= r.mma <= 4 * r.matrix_loads, k
+        assert r.shared == 0  # all of it is given at the launch
 
 
 def test_a_kernel_that_spills_is_caught(tmp_path):

@@ -14,7 +14,7 @@ with pytest.MonkeyPatch.context() as patch:
     import cuda_resources
     import kernels_report as report
 
-RESOURCES = cuda_resources.Resources(72, 512, *[0] * 14)
+RESOURCES = cuda_resources.Resources(72, 512, *[0] * 16)
 SECTIONS = pytest.mark.parametrize("section", report.SECTIONS, ids=lambda section: section.name)
 
 
@@ -43,11 +43,15 @@ def test_tables_have_the_writers_format(section):
 
 @SECTIONS
 def test_no_kernel_is_missing(section):
-    if section.name == "cuda":
-        sources = (ROOT / "csrc/cuda").glob("*.cu*")
+    if section.source:
+        sources = list((ROOT / "csrc/cuda").glob("*.cu*"))
         declared = cuda_resources.declared()
         assert len(declared) == sum(path.read_text().count("__global__") for path in sources)
-        wanted = set(map(cuda_resources.short, declared))
+        shown = [
+            name for s in report.SECTIONS if s.source for name in cuda_resources.declared(s.source)
+        ]
+        assert sorted(shown) == sorted(declared)
+        wanted = set(map(cuda_resources.short, cuda_resources.declared(section.source)))
     else:
         wanted = set(section.kernels)
         shown = {name for other in report.SECTIONS for name in other.kernels}
@@ -85,7 +89,7 @@ def test_spills_are_written_and_told(spilled, monkeypatch, tmp_path, capsys):
     assert report.main(["--write", str(path)]) == int(spilled is not None)
     text, told = path.read_text(), capsys.readouterr()
     assert text.startswith(f"before\n{sections[0]}\n") and text.endswith("\nafter\n")
-    assert text.count("#### stats") == len(report.SECTIONS) - 1
+    assert text.count("#### stats") == sum(not section.source for section in report.SECTIONS)
     assert "no nvcc" in told.err
     assert (
         "spills: stats, tile 16x64, warps 4, layout NCHW, residual any, bf16 on sm_90" in told.out

@@ -3,16 +3,10 @@
 #include "../bn_act_checks.h"
 #include "../res_block.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
 #include <atomic>
-#include <map>
-#include <mutex>
 
 #include "bn_act_kernels.cuh"
+#include "device.h"
 
 namespace fused_res {
 namespace {
@@ -28,48 +22,15 @@ cuda::Shape shape_of(const Tensor& x) {  // x is dense
   return {x.size(0), x.size(1), pixels, pixels == 1 || !x.is_contiguous()};
 }
 
-// Uninitialised tensors on one device.
-struct Allocator {
-  int32_t index;
-
-  Tensor empty_strided(int64_t dim, const int64_t* size, const int64_t* stride,
-                       ScalarType dtype) const {
-    AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size, stride, static_cast<int32_t>(dtype),
-                                                    aoti_torch_device_type_cuda(), index, &handle));
-    return Tensor(handle);
-  }
-  Tensor empty_like(const Tensor& x) const {  // x is dense
-    return empty_strided(x.dim(), x.sizes().data(), x.strides().data(), x.scalar_type());
-  }
-  Tensor empty(int64_t rows, int64_t columns, ScalarType dtype) const {
-    const int64_t size[] = {rows, columns}, stride[] = {std::max<int64_t>(columns, 1), 1};
-    return empty_strided(2, size, stride, dtype);
-  }
-  Tensor empty(int64_t length, ScalarType dtype) const {
-    const int64_t stride = 1;
-    return empty_strided(1, &length, &stride, dtype);
-  }
-  cuda::Stream stream() const {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-    return (cuda::Stream)stream;
-  }
-};
-
 cuda::Device resources_of(int device) {
-  static std::mutex mutex;
-  static std::map<int, cuda::Device> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto [found, fresh] = known.insert({device, {}});
-  cuda::Device& d = found->second;
-  if (fresh) {
+  return known(device, [](int device) {
+    cuda::Device d;
     STD_CUDA_CHECK(
         cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, device));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&d.shared_bytes,
                                           cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  }
-  return d;
+    return d;
+  });
 }
 
 std::atomic<cuda::Plan> plan = cuda::Plan::automatic;

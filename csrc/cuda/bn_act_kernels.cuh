@@ -92,9 +92,6 @@ constexpr int kSums = 4;           // doubles per channel and chunk: two of each
 constexpr int kTable = 4;          // floats per channel and BatchNorm for the pass over elements
 constexpr int kStaticShared = 17 << 10;  // bytes, of every kernel: the arrays of reduce, statistics
 
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-__host__ __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // A column is what shares its channels: an eight of channels (channels_last; its items are the
 // rows) or one channel (NCHW; its items are the eights of its runs in all images). A block takes
 // `width` columns of a chunk of items with `lanes` threads a column.

@@ -31,6 +31,23 @@ inline void launch(const char*, void (*kernel)(Parameters...), dim3 grid, int th
   kernel<<<grid, threads, 0, stream>>>(arguments...);
 }
 
+// With shared memory that is given at the launch, of any size that the device has; blocks in
+// clusters where these are of more than one.
+template <class... Parameters>
+inline void launch_clusters(const char*, void (*kernel)(Parameters...), unsigned blocks,
+                            int cluster, int threads, int shared_bytes, Stream stream,
+                            Parameters... arguments) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {(unsigned)cluster, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = cluster > 1;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 // All blocks on the device at once. False: they do not fit (in a part of a device, say, or beside
 // what a tool adds to a kernel), or the device has no such launches; nothing was launched.
 template <class... Parameters>
@@ -75,7 +92,13 @@ __device__ __forceinline__ void from_float(float v, fp16& out) {
 }  // namespace fused_res::cuda
 #endif
 
-// Faults that tests/test_cuda_emulation.py plants, to show that its checks catch them.
+namespace fused_res::cuda {
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+}  // namespace fused_res::cuda
+
+// Faults that tests/test_cuda_emulation.py and tests/test_cuda_chain.py plant, to show that their
+// checks catch them.
 namespace fused_res::cuda {
 #ifdef PLANT_MISSING_SYNC
 #define SYNC_BEFORE_REDUCTION()
@@ -101,5 +124,35 @@ constexpr int kPlantedStore = 0;
 constexpr int kPlantedLoad = 1;
 #else
 constexpr int kPlantedLoad = 0;
+#endif
+#ifdef PLANT_MISSING_CHUNK_SYNC
+#define SYNC_BEFORE_CHUNK()
+#else
+#define SYNC_BEFORE_CHUNK() __syncthreads()
+#endif
+#ifdef PLANT_MISSING_WAIT
+#define WAIT_FOR_CHUNK(behind)
+#else
+#define WAIT_FOR_CHUNK(behind) wait_copies<behind>()
+#endif
+#ifdef PLANT_MISSING_CLUSTER_BARRIER
+#define BARRIER_OF_CLUSTER() __syncthreads()
+#else
+#define BARRIER_OF_CLUSTER() cluster_barrier()
+#endif
+#ifdef PLANT_WRONG_TAP
+constexpr int kPlantedTap = 1;
+#else
+constexpr int kPlantedTap = 0;
+#endif
+#ifdef PLANT_WRONG_FRAGMENT
+constexpr int kPlantedFragment = 1;
+#else
+constexpr int kPlantedFragment = 0;
+#endif
+#ifdef PLANT_EVEN_PITCH
+constexpr int kPlantedPitch = 16;
+#else
+constexpr int kPlantedPitch = 0;
 #endif
 }  // namespace fused_res::cuda

@@ -3,7 +3,9 @@
 A net of many small blocks spends its time starting kernels, and moving maps that a core's cache
 could hold. On a CPU each thread takes a few images through all of the blocks; where there are fewer
 images than threads, all threads share each convolution, and wait for each other in between.
-``csrc/cpu/res_chain.cpp`` computes it; elsewhere it is ``conv_bn_act`` by ``conv_bn_act``.
+``csrc/cpu/res_chain.cpp`` computes it. On a CUDA device, where backend ``cuda`` is named, a thread
+block takes a few images through all of the blocks, their maps in its shared memory:
+``csrc/cuda/res_chain.cu``. Elsewhere it is ``conv_bn_act`` by ``conv_bn_act``.
 """
 
 from __future__ import annotations
@@ -34,10 +36,27 @@ library.define(
     "packed_chain(Tensor[] weights, Tensor?[] biases, int[] program, int channels) -> Tensor"
 )
 library.define("res_chain(Tensor x, Tensor chain) -> Tensor")
+# The same in one call, of parameters as they are. norms: mean, variance, weight and bias of each
+# convolution, None without a BatchNorm; program: kernel size, channels out, act, whether it ends a
+# block.
+library.define(
+    "res_chain_params(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] norms, float[] eps, "
+    "int[] program, bool tf32) -> Tensor"
+)
+# Whether that takes maps of such channels, height and width, `bytes` an element, on a CUDA device.
+library.define(
+    "res_chain_fits(int device, int bytes, int channels, int height, int width, int[] program) "
+    "-> bool"
+)
 
 
 @torch.library.register_fake("fused_res::res_chain", lib=library)
 def _(x, chain):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("fused_res::res_chain_params", lib=library)
+def _(x, weights, biases, norms, eps, program, tf32):
     return torch.empty_like(x)
 
 
@@ -109,7 +128,13 @@ def is_for(x: Tensor) -> bool:
 
 def fits(x: Tensor, block: Link) -> bool:
     """Whether the kernel takes a block, of inputs of x's size."""
-    channels = x.size(1)
+    widest = max((n for conv in block.convs for n in conv.weight.shape[:2]), default=0)
+    return _is_identity(block, x.size(1)) and 12 * widest * x[0, 0].numel() <= MOST_BYTES
+
+
+def _is_identity(block: Link, channels: int) -> bool:
+    """Whether a block's convolutions are such as the kernels take, from and to so many channels."""
+    first = channels
     for conv in block.convs:
         weight = conv.weight
         tensors = (weight, conv.bias, *(conv.norm or ())[:4])
@@ -117,11 +142,10 @@ def fits(x: Tensor, block: Link) -> bool:
             return False
         if weight.dim() != 4 or weight.size(1) != channels or not _keeps_size(conv):
             return False
-        most = max(weight.shape[:2])
-        if most > MOST_CHANNELS or 12 * most * x[0, 0].numel() > MOST_BYTES:
+        if max(weight.shape[:2]) > MOST_CHANNELS:
             return False
         channels = len(weight)
-    return channels == x.size(1)
+    return channels == first
 
 
 def prepared_chain(x: Tensor, blocks: Sequence[Link], backend: str | None) -> Chain | None:
@@ -151,12 +175,73 @@ def prepared_chain(x: Tensor, blocks: Sequence[Link], backend: str | None) -> Ch
     return Chain(weights, biases, program, x.size(1))
 
 
+class Parameters(NamedTuple):
+    """What the op ``res_chain_params`` is given of its convolutions."""
+
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    norms: list[Tensor | None]
+    eps: list[float]
+    program: list[int]
+
+
+def parameters(blocks: Sequence[Link]) -> Parameters:
+    found = Parameters([], [], [], [], [])
+    for block in blocks:
+        for i, conv in enumerate(block.convs):
+            last, norm = i + 1 == len(block.convs), conv.norm
+            found.weights.append(conv.weight)
+            found.biases.append(conv.bias)
+            found.norms.extend(norm[:4] if norm else (None,) * 4)
+            found.eps.append(norm.eps if norm else 0.0)
+            k, _, size, _ = conv.weight.shape
+            found.program.extend((size, k, ACTS.index(block.act if last else "relu"), int(last)))
+    return found
+
+
+def _belongs(conv: ConvNorm, x: Tensor) -> bool:
+    """Whether a convolution's tensors are as the CUDA kernel takes them with ``x``."""
+    if conv.norm is not None and (conv.norm.training or conv.norm.running_mean is None):
+        return False
+    channels = [t for t in (conv.bias, *(conv.norm or ())[:4]) if t is not None]
+    return (
+        conv.weight.dtype == x.dtype
+        and all(t.shape == conv.weight.shape[:1] for t in channels)
+        and all(t.dtype in (x.dtype, torch.float32) for t in channels)
+        and all(t.device == x.device for t in (conv.weight, *channels))
+    )
+
+
+def by_parameters(x: Tensor, blocks: Sequence[Link], backend: str | None) -> Tensor | None:
+    """The chain in one kernel on a CUDA device, where that backend is named: it was never timed
+    against others. None where it does not take the blocks.
+
+    Raises:
+        as ``conv_bn_act``, of the backend.
+    """
+    if not x.is_cuda or asked_for("conv_bn_act", backend, x) != "cuda":
+        return None
+    if x.dim() != 4 or x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    if not all(_is_identity(block, x.size(1)) and block.act in ACTS for block in blocks):
+        return None
+    if not all(_belongs(conv, x) for block in blocks for conv in block.convs):
+        return None
+    given, ops = parameters(blocks), torch.ops.fused_res
+    sizes = x.element_size(), *x.shape[1:]
+    if not ops.res_chain_fits(x.device.index, *sizes, given.program):
+        return None
+    return ops.res_chain_params(x, *given, torch.backends.cudnn.allow_tf32)
+
+
 def res_chain(x: Tensor, blocks: Sequence[Link], backend: str | None = None) -> Tensor:
     """Residual blocks with identity shortcuts, one after the other, BatchNorm by its running
     statistics.
 
     One kernel on a CPU in float32 where no gradient is wanted, every convolution is 1x1 or 3x3 and
-    keeps its map's size, and maps and weights are small. Elsewhere one ``conv_bn_act`` for each.
+    keeps its map's size, and maps and weights are small; likewise on a CUDA device, in float32,
+    bfloat16 or float16 and channels_last, where backend ``cuda`` is named and a map fits in shared
+    memory. Elsewhere one ``conv_bn_act`` for each.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64, NCHW or channels_last.
@@ -178,6 +263,9 @@ def res_chain(x: Tensor, blocks: Sequence[Link], backend: str | None = None) -> 
         chain = prepared_chain(x, blocks, backend)
         if chain is not None:
             return chain(x)
+        y = by_parameters(x, blocks, backend)
+        if y is not None:
+            return y
     for block in blocks:
         z, (*inner, last) = x, block.convs
         for conv in inner:

@@ -1,4 +1,5 @@
-"""csrc/cuda's bn_act on a CPU: built by a host compiler over emulator.h, called on tensors."""
+"""csrc/cuda's kernels on a CPU: built by a host compiler over emulator.h, called on tensors. Of
+every op, and bn_act; res_chain is in res_chain.py."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from fused_res import Norm
 from fused_res.reference import ACTS
 
-SOURCE = Path(__file__).with_name("bn_act_emulated.cpp")
+FOLDER = Path(__file__).parent
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 PLANS = ("automatic", "whole", "cooperative", "split")
 
@@ -125,33 +126,21 @@ def poisoned_like(t: Tensor) -> Tensor:
     return torch.full_like(t, 0xA5 if t.dtype == torch.uint8 else float("nan"))
 
 
-class Emulation:
-    """The emulated library. ``seed`` sets the order in which threads and blocks run."""
+class Library:
+    """An emulated library. ``seed`` sets the order in which threads and blocks run."""
 
-    def __init__(self, folder: Path, compiler: str, defines: tuple[str, ...] = ()):
-        path = folder / "bn_act_emulated.so"
+    def __init__(self, name: str, folder: Path, compiler: str, defines: tuple[str, ...] = ()):
+        path = folder / f"{name}.so"
         flags = ["-std=c++20", "-O1", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
         subprocess.run(
-            [compiler, *flags, *defines, "-fPIC", "-shared", f"-I{SOURCE.parent}",
-             str(SOURCE), "-o", str(path)],
+            [compiler, *flags, *defines, "-fPIC", "-shared", f"-I{FOLDER}",
+             str(FOLDER / f"{name}.cpp"), "-o", str(path)],
             check=True,
         )  # fmt: skip
         self.library = ctypes.CDLL(str(path))
-        for name in ("forward", "reapply", "backward", "statistics", "counts"):
-            getattr(self.library, name).restype = c_char_p
-        for name in ("size_of_forward_args", "size_of_backward_args", "size_of_scratch"):
-            getattr(self.library, name).restype = c_int64
+        self.library.counts.restype = c_char_p
         self.library.add_region.argtypes = [c_char_p, c_void_p, c_int64, c_bool]
-        self.library.forward.argtypes = [POINTER(ForwardArgs), ctypes.c_uint64]
-        self.library.reapply.argtypes = [POINTER(ForwardArgs), ctypes.c_uint64]
-        self.library.backward.argtypes = [POINTER(BackwardArgs), ctypes.c_uint64]
-        self.library.statistics.argtypes = [POINTER(ForwardArgs), c_void_p, ctypes.c_uint64]
-        self.library.place_of.argtypes = [POINTER(Shape), c_int64, c_int64, POINTER(c_int64)]
-        self.library.part_of.argtypes = [POINTER(Shape), c_int64, POINTER(c_int64)]
-        assert self.library.size_of_forward_args() == ctypes.sizeof(ForwardArgs)
-        assert self.library.size_of_backward_args() == ctypes.sizeof(BackwardArgs)
-        self.plan, self.seed, self._kept = "automatic", 0, []
-        self.device = Device(3, 2 * (1024 + (17 << 10)) + 2 * SLOT)
+        self.seed, self._kept = 0, []
 
     def _start(self):
         self.library.clear_regions()
@@ -166,6 +155,36 @@ class Emulation:
         self.library.add_region(name.encode(), t.data_ptr(), (last + 1) * t.element_size(), written)
         return t.data_ptr()
 
+    def _finish(self, error: bytes | None) -> None:
+        if error:
+            raise EmulationError(error.decode())
+
+    def counts(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """(kernel, tensor) -> (bytes read, bytes written) by the last call."""
+        lines = (line.split() for line in self.library.counts().decode().splitlines())
+        return {(kernel, name): (int(r), int(w)) for kernel, name, r, w in lines}
+
+
+class Emulation(Library):
+    """bn_act."""
+
+    def __init__(self, folder: Path, compiler: str, defines: tuple[str, ...] = ()):
+        super().__init__("bn_act_emulated", folder, compiler, defines)
+        for name in ("forward", "reapply", "backward", "statistics"):
+            getattr(self.library, name).restype = c_char_p
+        for name in ("size_of_forward_args", "size_of_backward_args", "size_of_scratch"):
+            getattr(self.library, name).restype = c_int64
+        self.library.forward.argtypes = [POINTER(ForwardArgs), ctypes.c_uint64]
+        self.library.reapply.argtypes = [POINTER(ForwardArgs), ctypes.c_uint64]
+        self.library.backward.argtypes = [POINTER(BackwardArgs), ctypes.c_uint64]
+        self.library.statistics.argtypes = [POINTER(ForwardArgs), c_void_p, ctypes.c_uint64]
+        self.library.place_of.argtypes = [POINTER(Shape), c_int64, c_int64, POINTER(c_int64)]
+        self.library.part_of.argtypes = [POINTER(Shape), c_int64, POINTER(c_int64)]
+        assert self.library.size_of_forward_args() == ctypes.sizeof(ForwardArgs)
+        assert self.library.size_of_backward_args() == ctypes.sizeof(BackwardArgs)
+        self.plan = "automatic"
+        self.device = Device(3, 2 * (1024 + (17 << 10)) + 2 * SLOT)
+
     def _channels(self, name: str, t: Tensor | None, written: bool = False) -> Channels:
         if t is None:
             return Channels(None, 0, False)
@@ -176,15 +195,6 @@ class Emulation:
         size = self.library.size_of_scratch(ctypes.byref(shape), ctypes.byref(self.device))
         scratch = torch.full((size // 4,), float("nan"))
         return self._pointer("scratch", scratch, True)
-
-    def _finish(self, error: bytes | None) -> None:
-        if error:
-            raise EmulationError(error.decode())
-
-    def counts(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """(kernel, tensor) -> (bytes read, bytes written) by the last call."""
-        lines = (line.split() for line in self.library.counts().decode().splitlines())
-        return {(kernel, name): (int(r), int(w)) for kernel, name, r, w in lines}
 
     @staticmethod
     def shape(x: Tensor) -> Shape:

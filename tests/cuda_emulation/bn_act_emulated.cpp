@@ -2,22 +2,9 @@
 #define FUSED_RES_EMULATION
 #include "../../csrc/cuda/bn_act_kernels.cuh"
 
-using namespace fused_res::cuda;
+#include "emulated.h"
 
-// what went wrong, or null
-template <class Call>
-static const char* run(uint64_t seed, const Call& call) {
-  static std::string message;
-  emulator::machine.random = seed * 2 + 1;
-  for (auto& region : emulator::machine.regions) region.count = {};
-  try {
-    call();
-    return nullptr;
-  } catch (const std::exception& e) {
-    message = e.what();
-    return message.c_str();
-  }
-}
+using namespace fused_res::cuda;
 
 extern "C" {
 
@@ -45,16 +32,6 @@ void part_of(const Shape* shape, int64_t b, int64_t* out) {
 
 void set_most_together(unsigned blocks) { emulator::machine.most_together = blocks; }
 
-void clear_regions() {
-  emulator::machine.regions.clear();
-  emulator::machine.counts.clear();
-}
-
-void add_region(const char* name, const void* p, int64_t bytes, bool writable) {
-  emulator::machine.regions.push_back(
-      {name, (const char*)p, (const char*)p + bytes, writable, emulator::Count{}});
-}
-
 const char* forward(const ForwardArgs* args, uint64_t seed) {
   return run(seed, [&] { bn_act_forward(*args, Stream{}); });
 }
@@ -69,15 +46,6 @@ const char* reapply(const ForwardArgs* args, uint64_t seed) {
 
 const char* statistics(const ForwardArgs* args, double* out, uint64_t seed) {
   return run(seed, [&] { bn_act_statistics(*args, out, Stream{}); });
-}
-
-const char* counts() {  // lines of: kernel region read written
-  static std::string text;
-  text.clear();
-  for (const auto& [key, count] : emulator::machine.counts)
-    text += key.first + " " + key.second + " " + std::to_string(count.read) + " " +
-            std::to_string(count.written) + "\n";
-  return text.c_str();
 }
 
 }  // extern "C"

@@ -1,8 +1,10 @@
 // Runs CUDA kernels on a CPU, to prove them where there is no GPU: what csrc/cuda/platform.cuh is
 // to nvcc. A block's threads are fibers that run, in an order shuffled by a seed, from one barrier
-// to the next; so do the blocks of a grid, one after the other, or from one barrier of the grid to
-// the next in a cooperative launch. Shared memory is full of NaN before each block. Every access to
-// global memory is checked against the allocations that were registered, and counted.
+// to the next; where the lanes of a warp do something together, that warp goes on alone, from one
+// such place to the next, so that warps are as far apart as barriers let them. So do the blocks of
+// a grid, one after the other, or from one barrier of the grid to the next in a cooperative launch.
+// Shared memory is full of NaN before each block. Every access to global memory is checked against
+// the allocations that were registered, and counted.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -53,6 +55,11 @@ struct Region {  // of global memory
   Count count;  // of the running kernel
 };
 
+struct Copy {  // asynchronous, of 16 bytes to shared memory
+  char *to, bytes[16];
+  int group;
+};
+
 // Contexts start a fiber; from then on jumps switch, which leave the signal mask alone (a system
 // call each way).
 struct Fiber {
@@ -60,10 +67,20 @@ struct Fiber {
   jmp_buf here;
   std::unique_ptr<char[]> stack;
   bool started = false;
+  std::vector<Copy> copies;  // that have not arrived
+  int groups = 0;            // of copies
 };
 
-// What a thread stops at, or all of a block's threads.
-enum class Stop { block_barrier, grid_barrier, end };
+// What a thread stops at: something that all lanes of its warp do together, ...
+enum class Stop { warp, block_barrier, grid_barrier, end };
+
+// What the lanes of a warp do together, once each has left its part.
+struct Warp {
+  static constexpr int kLanes = 32;
+  void (*work)(void* const* parts) = nullptr;
+  void* parts[kLanes];
+  int arrived = 0;
+};
 
 struct Block {
   size_t first_fiber = 0;
@@ -81,13 +98,16 @@ struct Machine {
   std::function<void()> body;
   std::vector<Fiber> fibers;
   std::vector<Block> blocks;  // that are on the device
+  std::vector<Warp> warps;    // of the running block
   jmp_buf scheduler;
   Fiber* running = nullptr;
   Stop stop = Stop::end;                 // of the thread that ran last
   char* shared_memory = nullptr;         // of the running block
+  int rank = 0, together = 1;            // its number among those that run together
   std::map<const void*, size_t> shared;  // offsets, by declaration
   size_t shared_used = 0, dynamic_bytes = 0;
   unsigned most_together = ~0u;  // blocks of a cooperative launch
+  int64_t bank_conflicts = 0;    // of load_matrices
 
   uint64_t draw() {  // xorshift
     random ^= random << 13, random ^= random >> 7, random ^= random << 17;
@@ -142,6 +162,8 @@ inline void resume(Fiber& fiber) {
 
 inline void fiber_main() {
   for (;;) {
+    machine.running->copies.clear();
+    machine.running->groups = 0;
     try {
       machine.body();
     } catch (const std::exception& e) {  // must not leave this stack
@@ -176,22 +198,56 @@ inline void start(Block& block, int64_t index) {
   block.index = index;
 }
 
+// a thread, to what it stops at next
+inline void advance(const Block& block, int64_t thread) {
+  threadIdx.x = thread;
+  resume(machine.fibers[block.first_fiber + thread]);
+}
+
+// a warp whose lanes have all arrived, to the next barrier of the block
+inline void run_warp(const Block& block, int64_t index) {
+  Warp& warp = machine.warps[index];
+  auto lanes = numbers(Warp::kLanes);
+  machine.shuffle(lanes);
+  while (warp.arrived == Warp::kLanes) {
+    warp.work(warp.parts);
+    warp.arrived = 0;
+    Stop first = Stop::end;
+    for (const int64_t lane : lanes) {
+      advance(block, index * Warp::kLanes + lane);
+      if (lane == lanes[0]) first = machine.stop;
+      if (machine.error.empty() && machine.stop != first)
+        machine.error = machine.kernel + ": lanes of a warp do not stay together";
+      if (!machine.error.empty()) return;
+    }
+  }
+}
+
 // to the next barrier of the grid, or the end
 inline void run(Block& block, std::vector<int64_t>& order) {
   blockIdx.x = block.index % gridDim.x, blockIdx.y = block.index / gridDim.x;
   machine.shared_memory = block.shared_memory.get();
   do {
     machine.shuffle(order);
-    for (size_t i = 0; i < order.size(); i++) {
-      threadIdx.x = order[i];
-      resume(machine.fibers[block.first_fiber + order[i]]);
+    machine.warps.assign(order.size() / Warp::kLanes + 1, {});
+    block.stop = Stop::warp;
+    for (const int64_t thread : order) {
+      const int64_t warp = thread / Warp::kLanes;
+      advance(block, thread);
+      if (machine.stop == Stop::warp) {
+        if (machine.warps[warp].arrived < Warp::kLanes) continue;
+        run_warp(block, warp);
+      }
       if (!machine.error.empty()) return;
-      if (i > 0 && machine.stop != block.stop) {
+      if (block.stop != Stop::warp && machine.stop != block.stop) {
         machine.error = machine.kernel + ": threads of a block do not meet at the same barrier";
         return;
       }
       block.stop = machine.stop;
     }
+    for (const Warp& warp : machine.warps)
+      if (warp.arrived) machine.error = machine.kernel + ": lanes of a warp do not stay together";
+    if (!machine.error.empty()) return;
   } while (block.stop == Stop::block_barrier);
 }
 
@@ -200,6 +256,7 @@ inline void run_together(std::vector<int64_t> indices, int threads) {
   auto order = numbers(threads);
   std::vector<Block>& blocks = machine.blocks;
   if (blocks.size() < indices.size()) blocks.resize(indices.size());
+  machine.together = (int)indices.size();
   if (machine.fibers.size() < indices.size() * threads) make_fibers(indices.size() * threads);
   for (size_t i = 0; i < indices.size(); i++) {
     blocks[i].first_fiber = i * threads;
@@ -209,6 +266,7 @@ inline void run_together(std::vector<int64_t> indices, int threads) {
   do {
     machine.shuffle(turns);
     for (const int64_t i : turns) {
+      machine.rank = (int)i;
       run(blocks[i], order);
       if (machine.error.empty() && blocks[i].stop != blocks[turns[0]].stop)
         machine.error = machine.kernel + ": blocks do not meet at the same barrier of the grid";
@@ -220,8 +278,9 @@ inline void run_together(std::vector<int64_t> indices, int threads) {
 }
 
 // Runs a grid of one-dimensional blocks; throws std::runtime_error with what went wrong.
-inline void launch(const char* name, dim3 grid, int threads, bool together, size_t dynamic_bytes,
-                   const std::function<void()>& body) {
+// together: how many blocks at once; their barrier is the grid's, or a cluster's.
+inline void launch(const char* name, dim3 grid, int threads, unsigned together,
+                   size_t dynamic_bytes, const std::function<void()>& body) {
   machine.kernel = name;
   machine.error.clear();
   machine.body = body;
@@ -231,17 +290,18 @@ inline void launch(const char* name, dim3 grid, int threads, bool together, size
   gridDim = grid, blockDim = dim3(threads);
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535) fail("no such grid");
   if (dynamic_bytes > kMaxDynamic) fail("too much dynamic shared memory");
-  auto blocks = numbers((int64_t)grid.x * grid.y);
-  machine.shuffle(blocks);
-  if (together)
-    run_together(blocks, threads);
-  else
-    for (const int64_t b : blocks) {
-      run_together({b}, threads);
-      if (machine.blocks[0].stop == Stop::end) continue;
-      make_fibers(machine.fibers.size());
-      fail("a barrier of the grid in a launch that has none");
-    }
+  const int64_t blocks = (int64_t)grid.x * grid.y;
+  if (blocks % together) fail("a grid that is no number of clusters");
+  auto clusters = numbers(blocks / together);
+  machine.shuffle(clusters);
+  for (const int64_t cluster : clusters) {
+    auto indices = numbers(together);
+    for (int64_t& index : indices) index += cluster * together;
+    run_together(indices, threads);
+    if (together > 1 || machine.blocks[0].stop == Stop::end) continue;
+    make_fibers(machine.fibers.size());
+    fail("a barrier of the grid in a launch that has none");
+  }
   for (Region& r : machine.regions) {
     Count& total = machine.counts[{name, r.name}];
     total.read += r.count.read, total.written += r.count.written;
@@ -267,6 +327,26 @@ inline Shared<T> shared(const void* declaration, int count) {
   return {(T*)(machine.shared_memory + found->second), count};
 }
 
+// Leaves the lane's part of what its warp does together, and goes on when that is done.
+template <class Part, void (*kWork)(Part* const* parts)>
+inline void together(Part part) {
+  Warp& warp = machine.warps[threadIdx.x / Warp::kLanes];
+  const auto work = +[](void* const* parts) { kWork((Part* const*)parts); };
+  if (warp.arrived && warp.work != work) fail("lanes of a warp do different things");
+  warp.work = work;
+  warp.parts[threadIdx.x % Warp::kLanes] = &part;
+  warp.arrived++;
+  stop(Stop::warp);
+}
+
+// an access to the dynamic shared memory
+inline void check_shared(const char* p, size_t bytes) {
+  const char* begin = machine.shared_memory + kMaxShared;
+  if ((uintptr_t)p % bytes) fail("misaligned access to shared memory");
+  if (p < begin || p + bytes > begin + machine.dynamic_bytes)
+    fail("access to shared memory out of bounds, at " + std::to_string(p - begin));
+}
+
 template <class T>
 inline Shared<T> dynamic_shared() {
   return {(T*)(machine.shared_memory + kMaxShared), (int)(machine.dynamic_bytes / sizeof(T))};
@@ -288,14 +368,21 @@ struct Stream {};
 template <class... Parameters, class... Arguments>
 inline void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, Stream,
                    const Arguments&... arguments) {
-  emulator::launch(name, grid, threads, false, 0, [&] { kernel(arguments...); });
+  emulator::launch(name, grid, threads, 1, 0, [&] { kernel(arguments...); });
+}
+
+template <class... Parameters>
+inline void launch_clusters(const char* name, void (*kernel)(Parameters...), unsigned blocks,
+                            int cluster, int threads, int shared_bytes, Stream,
+                            const Parameters&... arguments) {
+  emulator::launch(name, blocks, threads, cluster, shared_bytes, [&] { kernel(arguments...); });
 }
 
 template <class... Parameters>
 inline bool launch_together(const char* name, void (*kernel)(Parameters...), unsigned blocks,
                             int threads, int shared_bytes, Stream, const Parameters&... arguments) {
   if (blocks > emulator::machine.most_together) return false;
-  emulator::launch(name, blocks, threads, true, shared_bytes, [&] { kernel(arguments...); });
+  emulator::launch(name, blocks, threads, blocks, shared_bytes, [&] { kernel(arguments...); });
   return true;
 }
 
@@ -319,6 +406,132 @@ inline float to_float(T v) {
 template <class T>
 inline void from_float(float v, T& out) {
   store_element(v, &out);
+}
+
+// --- what csrc/cuda/mma.cuh says of these; layouts as the PTX ISA gives them
+
+template <class V>
+inline V load_shared(const char* p) {
+  emulator::check_shared(p, sizeof(V));
+  return *(const V*)p;
+}
+template <class V>
+inline void store_shared(char* p, V value) {
+  emulator::check_shared(p, sizeof(V));
+  *(V*)p = value;
+}
+
+constexpr bool kHasMma = true, kHasClusters = true;
+
+inline int cluster_rank() { return emulator::machine.rank; }
+template <class V>
+inline void store_shared_of(int rank, char* p, V value) {
+  emulator::check_shared(p, sizeof(V));
+  auto& blocks = emulator::machine.blocks;
+  if (rank < 0 || rank >= emulator::machine.together) emulator::fail("no such block of a cluster");
+  char* there = blocks[rank].shared_memory.get() + (p - emulator::machine.shared_memory);
+  *(V*)there = value;
+}
+inline void cluster_barrier() { emulator::stop(emulator::Stop::grid_barrier); }
+
+struct MatrixRow {
+  const char* row;
+  uint32_t* words;
+};
+inline void load_rows(MatrixRow* const* lanes) {
+  for (int matrix = 0; matrix < 4; matrix++) {
+    MatrixRow* const* rows = lanes + 8 * matrix;
+    for (int lane = 0; lane < 32; lane++)
+      memcpy(&lanes[lane]->words[matrix], rows[lane / 4]->row + lane % 4 * 4, 4);
+    for (int i = 0; i < 8; i++)  // two rows in the same four of the 32 banks
+      for (int k = 0; k < i; k++)
+        if (rows[i]->row != rows[k]->row && (rows[i]->row - rows[k]->row) % 128 == 0)
+          emulator::machine.bank_conflicts++;
+  }
+}
+inline void load_matrices(const char* row, uint32_t (&words)[4]) {
+  emulator::check_shared(row, 16);
+  emulator::together<MatrixRow, load_rows>({row, words});
+}
+
+// From its start to the end of the wait for it a copy's destination is full of NaN.
+inline void start_copy(char* shared, const char* global) {
+  emulator::access(global, 16, false).read += 16;
+  emulator::check_shared(shared, 16);
+  emulator::Fiber& thread = *emulator::machine.running;
+  emulator::Copy copy = {shared, {}, thread.groups};
+  memcpy(copy.bytes, global, 16);
+  memset(shared, 0xff, 16);
+  thread.copies.push_back(copy);
+}
+inline void end_copies() { emulator::machine.running->groups++; }
+template <int kGroups>
+inline void wait_copies() {
+  emulator::Fiber& thread = *emulator::machine.running;
+  std::erase_if(thread.copies, [&](const emulator::Copy& copy) {
+    if (copy.group >= thread.groups - kGroups) return false;
+    memcpy(copy.to, copy.bytes, 16);
+    return true;
+  });
+}
+
+// Of a lane: its sums of 16 x 8, its words of a (16 x depth) and b (depth x 8).
+struct MmaPart {
+  float* sums;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+// kWide: values of 32 bits and a depth of 8, else of 16 bits and 16. Sums are exact within a
+// product, rounded once when they are added to those before.
+template <class T>
+inline void multiply_lanes(MmaPart* const* lanes) {
+  constexpr bool kWide = sizeof(T) == 4;
+  constexpr int kDepth = kWide ? 8 : 16, kInWord = 4 / sizeof(T);
+  float a[16][kDepth], b[kDepth][8];
+  for (int lane = 0; lane < 32; lane++) {
+    const int group = lane / 4, in_group = lane % 4;
+    for (int word = 0; word < 4; word++)
+      for (int i = 0; i < kInWord; i++) {
+        T value;
+        memcpy(&value, (const char*)&lanes[lane]->a[word] + i * sizeof(T), sizeof(T));
+        const int column = in_group * kInWord + i + word / 2 * (kDepth / 2);
+        a[group + word % 2 * 8][column] = to_float(value);
+      }
+    for (int word = 0; word < 2; word++)
+      for (int i = 0; i < kInWord; i++) {
+        T value;
+        memcpy(&value, (const char*)&lanes[lane]->b[word] + i * sizeof(T), sizeof(T));
+        b[in_group * kInWord + i + word * (kDepth / 2)][group] = to_float(value);
+      }
+  }
+  for (int row = 0; row < 16; row++) {
+    double sums[8] = {};
+    for (int k = 0; k < kDepth; k++)
+      for (int column = 0; column < 8; column++) sums[column] += (double)a[row][k] * b[k][column];
+    for (int column = 0; column < 8; column++) {
+      MmaPart& part = *lanes[row % 8 * 4 + column / 2];
+      part.sums[row / 8 * 2 + column % 2] += sums[column];
+    }
+  }
+}
+
+template <class T>
+inline void mma(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::together<MmaPart, multiply_lanes<T>>({sums, a, {b0, b1}});
+}
+inline void mma_bf16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma<bf16>(sums, a, b0, b1);
+}
+inline void mma_fp16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma<fp16>(sums, a, b0, b1);
+}
+inline void mma_tf32(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma<float>(sums, a, b0, b1);
+}
+
+inline uint32_t to_tf32(uint32_t bits) {
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000) & ~0x1fffu;
 }
 
 }  // namespace fused_res::cuda

@@ -1,0 +1,42 @@
+// What every emulated library has, beside its ops: csrc/cuda's kernels on CPU pointers.
+#pragma once
+#include "emulator.h"
+
+// what went wrong, or null
+template <class Call>
+static const char* run(uint64_t seed, const Call& call) {
+  static std::string message;
+  emulator::machine.random = seed * 2 + 1;
+  for (auto& region : emulator::machine.regions) region.count = {};
+  try {
+    call();
+    return nullptr;
+  } catch (const std::exception& e) {
+    message = e.what();
+    return message.c_str();
+  }
+}
+
+extern "C" {
+
+void clear_regions() {
+  emulator::machine.regions.clear();
+  emulator::machine.counts.clear();
+  emulator::machine.bank_conflicts = 0;
+}
+
+void add_region(const char* name, const void* p, int64_t bytes, bool writable) {
+  emulator::machine.regions.push_back(
+      {name, (const char*)p, (const char*)p + bytes, writable, emulator::Count{}});
+}
+
+const char* counts() {  // lines of: kernel region read written
+  static std::string text;
+  text.clear();
+  for (const auto& [key, count] : emulator::machine.counts)
+    text += key.first + " " + key.second + " " + std::to_string(count.read) + " " +
+            std::to_string(count.written) + "\n";
+  return text.c_str();
+}
+
+}  // extern "C"
