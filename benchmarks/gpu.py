@@ -54,6 +54,7 @@ def _tests() -> list[list[str]]:
     return [
         [*run, "tests/test_gpu.py"],
         [*run, "tests/test_gpu_conv.py", "tests/test_inference.py"],
+        [*run, "tests/test_gpu_chain.py"],
         [*run, "tests/test_gpu_train.py"],
     ]
 

@@ -1,4 +1,4 @@
-"""bn_act's own kernels on a few small shapes, for compute-sanitizer to watch (`make gpu`)."""
+"""Our own kernels on a few small shapes, for compute-sanitizer to watch (`make gpu`)."""
 
 import os
 
@@ -9,6 +9,8 @@ import torch
 
 from fused_res import Norm
 from fused_res.ops.bn_act import bn_act
+from fused_res.ops.res_chain import Link, res_chain
+from fused_res.reference import ConvNorm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # odd sizes, more channels than threads, several blocks to a channel
@@ -34,8 +36,27 @@ def step(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format
         bn_act(x, mean, mean + 1, weight, bias, residual=residual, backend=DEVICE)
 
 
+def chain(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Two blocks, of one and of two convolutions, for inference."""
+    channels = shape[1]
+
+    def stage(c: int, k: int) -> ConvNorm:
+        weight = torch.randn((k, c, 3, 3), device=DEVICE).to(dtype)
+        norm = Norm(*torch.rand((4, k), device=DEVICE).unbind(), False)
+        return ConvNorm(weight, None, (1, 1), (1, 1), (1, 1), 1, norm)
+
+    x = torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
+    blocks = [Link([stage(channels, channels)]), Link([stage(channels, 40), stage(40, channels)])]
+    with torch.no_grad():
+        res_chain(x, blocks, DEVICE)
+
+
 if __name__ == "__main__":
     count = 0
+    for shape in (3, 13, 9, 7), (1, 32, 16, 16), (300, 16, 7, 5):
+        for dtype in (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32,):
+            chain(shape, dtype)
+            count += 1
     for plan in PLANS:
         if plan is not None:
             torch.ops.fused_res.cuda_plan(plan)

@@ -1,13 +1,17 @@
 """Chains of residual blocks on a GPU (`make gpu`), by the CUDA kernel."""
 
+import copy
+
 import pytest
 import torch
 from errors import rule
 from test_res_chain import blocks_of, by_blocks, double
+from zoo import randomise
 
-from fused_res import backends
+from fused_res import backends, fuse_
 from fused_res.ops import res_chain as op
 from fused_res.ops.res_chain import Link, res_chain
+from fused_res.reference import ResBlock
 
 pytestmark = pytest.mark.gpu
 # fewer images than multiprocessors, which share them where there are clusters, and more
@@ -49,9 +53,41 @@ def test_error_is_within_the_rule(monkeypatch, tf32, shape, dtype, kind):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     x, blocks = draw(shape, dtype, kind)
     exact = by_blocks(x.double(), double(blocks))
-    y = op.by_parameters(x, blocks, "cuda")
+    y = op.prepared_chain(x, blocks, "cuda")(x)
     rule(y, by_blocks(x, blocks), exact)
     assert torch.equal(res_chain(x, blocks, "cuda"), y)
+
+
+def test_of_modules():
+    """One call for the chain; a hook splits it; values that change are seen."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*[randomise(ResBlock(32, 32)) for _ in range(5)])
+    net = net.cuda().to(torch.bfloat16, memory_format=torch.channels_last).eval()
+    for bn in net.modules():
+        if isinstance(bn, torch.nn.BatchNorm2d):
+            bn.float()
+    plain = copy.deepcopy(net)
+    exact = copy.deepcopy(net).double()
+    fuse_(net)
+    x = torch.randn(4, 32, 16, 16, device="cuda", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def check(steps):
+        with torch.no_grad():
+            for _ in range(2):
+                rule(net(x), plain(x), exact(x.double()))
+        assert [len(kept.steps) for kept in net._kept.values()] == [steps]
+
+    with backends.backend("cuda"):
+        check(1)
+        with torch.no_grad():
+            for one in (net, plain, exact):
+                one[2].conv1.weight.mul_(0.5)
+        check(1)
+        seen = []
+        net[2].register_forward_hook(lambda *_: seen.append(1))
+        check(3)
+        assert seen
 
 
 def test_in_a_cuda_graph():

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..backends import named
 from ..folds import stamp
 from ..ops.conv_bn_act import PLAIN, under_modes
-from ..ops.res_chain import Chain, Link, fits, is_for, prepared_chain
+from ..ops.res_chain import Chain, CudaChain, Link, fits, is_for, prepared_chain
 from .blocks import (
     MOST_SIZES,
     BlockPlan,
@@ -81,7 +82,7 @@ def linked(block: nn.Module) -> Linked | None:
 
 def chain_of(
     blocks: list[nn.Module], made: list[Linked | None], x: Tensor
-) -> tuple[Chain | None, int]:
+) -> tuple[Chain | CudaChain | None, int]:
     """Of the first blocks, a chain and how many are in it, of inputs like x; None, 1 where the
     first is to be called."""
     count, chain = 0, None
@@ -120,7 +121,13 @@ class _Kept(NamedTuple):
         )
 
 
-def _step(chain: Chain, blocks: list[nn.Module], x: Tensor) -> Callable[[Tensor], Tensor]:
+def _asks_for_cuda(block: nn.Module) -> bool:
+    return (getattr(block, "backend", None) or named()) == "cuda"
+
+
+def _step(
+    chain: Chain | CudaChain, blocks: list[nn.Module], x: Tensor
+) -> Callable[[Tensor], Tensor]:
     """The chain for tensors like x; block by block for others, which another module may return."""
     like = type(x), x.shape, x.stride(), x.dtype, x.device
 
@@ -136,12 +143,14 @@ def _step(chain: Chain, blocks: list[nn.Module], x: Tensor) -> Callable[[Tensor]
 
 class FusedSequential(nn.Sequential):
     """``nn.Sequential`` whose residual blocks run in one call where no gradient is wanted, on a CPU
-    in float32."""
+    in float32; on a CUDA device where its backend is named."""
 
     def forward(self, input):
         if type(input) not in PLAIN or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(input)
         if under_modes(input) or _has_any_global_hook() or not is_for(input):
+            return super().forward(input)
+        if input.is_cuda and not any(map(_asks_for_cuda, self)):
             return super().forward(input)
         key, sizes = _key(input), self.__dict__.setdefault("_kept", {})
         kept = sizes.get(key)
@@ -162,6 +171,8 @@ class FusedSequential(nn.Sequential):
             return super().forward(x)
         watch, made = Watch(modules), list(map(linked, blocks))
         tensors = unique(t for one in made if one is not None for t in one.tensors)
+        if x.is_cuda:  # where they are read in every call
+            tensors = []
         before = _stamp(tensors)
         steps, i = [], 0
         while i < len(blocks):

@@ -115,19 +115,20 @@ def _keeps_size(conv: ConvNorm) -> bool:
 
 
 def is_for(x: Tensor) -> bool:
-    """Whether the kernel takes a tensor."""
+    """Whether a kernel takes a tensor; on a CUDA device where its backend is named."""
     return (
-        x.is_cpu
-        and x.dtype == torch.float32
+        (x.is_cuda or (x.is_cpu and x.dtype == torch.float32))
         and x.dim() == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and why_not("conv_bn_act", "cpu", "cpu", x.dtype) is None
+        and why_not("conv_bn_act", x.device.type, x.device.type, x.dtype) is None
     )
 
 
 def fits(x: Tensor, block: Link) -> bool:
     """Whether the kernel takes a block, of inputs of x's size."""
+    if x.is_cuda:
+        return _is_identity(block, x.size(1)) and all(_belongs(conv, x) for conv in block.convs)
     widest = max((n for conv in block.convs for n in conv.weight.shape[:2]), default=0)
     return _is_identity(block, x.size(1)) and 12 * widest * x[0, 0].numel() <= MOST_BYTES
 
@@ -148,16 +149,22 @@ def _is_identity(block: Link, channels: int) -> bool:
     return channels == first
 
 
-def prepared_chain(x: Tensor, blocks: Sequence[Link], backend: str | None) -> Chain | None:
-    """What runs the blocks on inputs of x's size on a CPU, without gradients, while nothing changes
-    that they are made of; None where they are run one by one.
+def prepared_chain(
+    x: Tensor, blocks: Sequence[Link], backend: str | None
+) -> Chain | CudaChain | None:
+    """What runs the blocks on inputs of x's size, without gradients, while nothing changes that
+    they are made of, on a CUDA device while no tensor is replaced; None where they are run one by
+    one.
 
     Raises:
         as ``conv_bn_act``, of any of the convolutions.
     """
     if not is_for(x) or not all(fits(x, block) for block in blocks):
         return None
-    if asked_for("conv_bn_act", backend, x) not in ("auto", "cpu"):
+    name = asked_for("conv_bn_act", backend, x)
+    if x.is_cuda:  # not `auto`: it was never timed against others
+        return _cuda_chain(x, blocks) if name == "cuda" else None
+    if name not in ("auto", "cpu"):
         return None
     weights, biases, program = [], [], []
     for block in blocks:
@@ -175,8 +182,8 @@ def prepared_chain(x: Tensor, blocks: Sequence[Link], backend: str | None) -> Ch
     return Chain(weights, biases, program, x.size(1))
 
 
-class Parameters(NamedTuple):
-    """What the op ``res_chain_params`` is given of its convolutions."""
+class CudaChain(NamedTuple):
+    """``x -> y`` of convolutions' parameters as they are."""
 
     weights: list[Tensor]
     biases: list[Tensor | None]
@@ -184,9 +191,13 @@ class Parameters(NamedTuple):
     eps: list[float]
     program: list[int]
 
+    def __call__(self, x: Tensor) -> Tensor:
+        tf32 = torch.backends.cudnn.allow_tf32
+        return torch.ops.fused_res.res_chain_params.default(x, *self, tf32)
 
-def parameters(blocks: Sequence[Link]) -> Parameters:
-    found = Parameters([], [], [], [], [])
+
+def _cuda_chain(x: Tensor, blocks: Sequence[Link]) -> CudaChain | None:
+    found = CudaChain([], [], [], [], [])
     for block in blocks:
         for i, conv in enumerate(block.convs):
             last, norm = i + 1 == len(block.convs), conv.norm
@@ -196,7 +207,9 @@ def parameters(blocks: Sequence[Link]) -> Parameters:
             found.eps.append(norm.eps if norm else 0.0)
             k, _, size, _ = conv.weight.shape
             found.program.extend((size, k, ACTS.index(block.act if last else "relu"), int(last)))
-    return found
+    sizes = x.element_size(), *x.shape[1:]
+    fits = torch.ops.fused_res.res_chain_fits(x.device.index, *sizes, found.program)
+    return found if fits else None
 
 
 def _belongs(conv: ConvNorm, x: Tensor) -> bool:
@@ -210,28 +223,6 @@ def _belongs(conv: ConvNorm, x: Tensor) -> bool:
         and all(t.dtype in (x.dtype, torch.float32) for t in channels)
         and all(t.device == x.device for t in (conv.weight, *channels))
     )
-
-
-def by_parameters(x: Tensor, blocks: Sequence[Link], backend: str | None) -> Tensor | None:
-    """The chain in one kernel on a CUDA device, where that backend is named: it was never timed
-    against others. None where it does not take the blocks.
-
-    Raises:
-        as ``conv_bn_act``, of the backend.
-    """
-    if not x.is_cuda or asked_for("conv_bn_act", backend, x) != "cuda":
-        return None
-    if x.dim() != 4 or x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last):
-        return None
-    if not all(_is_identity(block, x.size(1)) and block.act in ACTS for block in blocks):
-        return None
-    if not all(_belongs(conv, x) for block in blocks for conv in block.convs):
-        return None
-    given, ops = parameters(blocks), torch.ops.fused_res
-    sizes = x.element_size(), *x.shape[1:]
-    if not ops.res_chain_fits(x.device.index, *sizes, given.program):
-        return None
-    return ops.res_chain_params(x, *given, torch.backends.cudnn.allow_tf32)
 
 
 def res_chain(x: Tensor, blocks: Sequence[Link], backend: str | None = None) -> Tensor:
@@ -263,9 +254,6 @@ def res_chain(x: Tensor, blocks: Sequence[Link], backend: str | None = None) -> 
         chain = prepared_chain(x, blocks, backend)
         if chain is not None:
             return chain(x)
-        y = by_parameters(x, blocks, backend)
-        if y is not None:
-            return y
     for block in blocks:
         z, (*inner, last) = x, block.convs
         for conv in inner:
