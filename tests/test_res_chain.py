@@ -497,6 +497,27 @@ def test_optimize_for_inference_finds_chains(called):
                 m[1][2].conv1.weight.mul_(0.5)
 
 
+def test_a_block_that_comes_again_is_packed_once(called, monkeypatch):
+    packed = []
+    make = op.Chain.__init__
+
+    def record(chain, weights, *rest):
+        packed.append({w.data_ptr() for w in weights})
+        make(chain, weights, *rest)
+
+    monkeypatch.setattr(op.Chain, "__init__", record)
+    one, two = (randomise(ResBlock(16, 16, kind="single")) for _ in range(2))
+    plain = nn.Sequential(one, one, two, one, two).eval()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    check(model, plain, image(2, 16, 8, 8), [5], called)
+    assert len(packed[0]) == 2
+    with torch.no_grad():
+        for m in (model, plain):
+            m[3].conv1.weight.mul_(0.5)
+    check(model, plain, image(2, 16, 8, 8), [5], called)
+
+
 class Stages(nn.Module):
     """Blocks in no container, one of whose outputs is used twice."""
 
