@@ -48,7 +48,7 @@ class Key(NamedTuple):
     tf32: bool
 
 
-def _tf32() -> bool:
+def allows_tf32() -> bool:
     conv = getattr(torch.backends.cudnn, "conv", None)  # none before PyTorch 2.9
     return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
 
@@ -77,7 +77,7 @@ def key_of(call) -> Key:
         kind,
         second,
         act,
-        not x.is_cpu and x.dtype is torch.float32 and _tf32(),
+        not x.is_cpu and x.dtype is torch.float32 and allows_tf32(),
     )
 
 

@@ -75,7 +75,7 @@ def block_of(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None) -> Bl
             for c in (branch if shortcut is None else [*branch, shortcut])
         ),
         shortcut is not None,
-        x.dtype is torch.float32 and choices._tf32(),
+        x.dtype is torch.float32 and choices.allows_tf32(),
     )
 
 

@@ -129,15 +129,15 @@ def _only_arg(node: fx.Node) -> fx.Node | None:
 
 
 def _runs(model: nn.Module, graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """By the last: calls of blocks that may be part of a chain, each of what the one before returns
-    to it alone."""
+    """By the first: calls of blocks that may be part of a chain, each of what the one before
+    returns to it alone."""
     runs: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         x = _only_arg(node) if node.op == "call_module" else None
         if x is not None and links(child(model, node.target)):
             before = runs.pop(x) if x in runs and len(x.users) == 1 else []
             runs[node] = [*before, node]
-    return {node: run for node, run in runs.items() if len(run) > 1}
+    return {run[0]: run for run in runs.values() if len(run) > 1}
 
 
 def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part]]:
@@ -145,7 +145,7 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part
     containers are called in the containers' place."""
     made, values = fx.Graph(), {}
     runs = _runs(model, graph)
-    chained = {node for run in runs.values() for node in run[:-1]}
+    chained = {node for run in runs.values() for node in run[1:]}
     steps, parts = made.placeholder("fused_res_steps"), []
 
     def add(part: _Part, x: fx.Node) -> fx.Node:
@@ -173,8 +173,9 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part
         if node in chained:
             continue
         if node in runs:
+            # in place of the first: what comes between them may write to the chain's input
             paths = tuple(one.target for one in runs[node])
-            values[node] = add(_Chain(paths), values[_only_arg(runs[node][0])])
+            values[runs[node][-1]] = add(_Chain(paths), values[_only_arg(node)])
         elif node.op == "call_function" and node.target is conv_norm_relu:
             x, *rest = node.args
             paths = [p.target if isinstance(p, fx.Node) else p for p in rest]
@@ -233,6 +234,7 @@ class PreparedForward:
         graph, self._parts = _with_steps(model, graph)
         self._forward = function(model, graph)
         self._kept: dict[tuple, _Kept] = {}
+        self._forgotten = 0  # times
         called = [n.target for n in graph.nodes if n.op in ("call_module", "get_attr")]
         for part in self._parts:
             paths = part.paths if isinstance(part, _Chain) else part
@@ -245,6 +247,7 @@ class PreparedForward:
         return all(_structure(child(model, p)) == s for p, s in self._containers.items())
 
     def forget(self) -> None:
+        self._forgotten += 1
         self._kept.clear()
 
     def __call__(self, model: nn.Module, inputs: list[Tensor], plain: Callable, frozen: bool):
@@ -262,6 +265,7 @@ class PreparedForward:
 
     def _prepare(self, key: tuple, model: nn.Module, inputs: list[Tensor]):
         self._kept.pop(key, None)  # it keeps what was replaced
+        forgotten = self._forgotten
         modules = [model, *(child(model, path) for path in self._containers)]
         watch = Watch(modules + [m for part in self._parts for m in part.modules(model)])
         plains = [partial(part.plain, model) for part in self._parts]
@@ -286,6 +290,7 @@ class PreparedForward:
         # what was found holds still, so the stamp of all is of what it was made from
         if watch.holds() and all(stamp(one.tensors) == one.stamp for one in found):
             while len(self._kept) >= MOST_SIZES:
-                self._kept.pop(next(iter(tuple(self._kept))), None)
-            self._kept[key] = kept
+                self._kept.pop(next(iter(tuple(self._kept)), None), None)
+            if self._forgotten == forgotten:
+                self._kept[key] = kept
         return y

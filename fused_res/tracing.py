@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from .nn.blocks import NORMS, FusedForward, child, has_hooks
+from .nn.chains import links
 from .nn.conv_norm import conv_norm_relu, plain_conv_norm
 from .patterns import Nodes, Tracer, trace
 from .surgery import FuseReport
@@ -20,14 +21,26 @@ def convolves(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) or any(map(convolves, module.children()))
 
 
+def chains(module: nn.Module) -> bool:
+    """Whether it has blocks that may be parts of a chain."""
+    return sum(map(links, module.modules())) > 1
+
+
 class _Tracer(Tracer):
-    """Sees only what leads to convolutions outside fused blocks; all else is one call."""
+    """Sees only what leads to convolutions outside fused blocks, and, with ``enters``, to blocks
+    that may be parts of a chain; all else is one call."""
 
     traced_func_name = "_plain_forward"
 
+    def __init__(self, enters: bool) -> None:
+        super().__init__()
+        self._enters = enters
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         leaf = super().is_leaf_module(module, qualified_name)
-        return leaf or has_hooks(module) or not convolves(module)
+        # a container's blocks are found without
+        enters = self._enters and not isinstance(module, nn.Sequential) and chains(module)
+        return leaf or has_hooks(module) or not (convolves(module) or enters)
 
 
 def graph_of(model: nn.Module, inputs: int) -> fx.Graph:
@@ -36,7 +49,10 @@ def graph_of(model: nn.Module, inputs: int) -> fx.Graph:
     Raises:
         Unfusable: it does something that a trace does not show.
     """
-    return trace(model, False, _Tracer(), inputs)
+    try:
+        return trace(model, False, _Tracer(enters=True), inputs)
+    except Exception:  # whatever a forward raises of what is not there
+        return trace(model, False, _Tracer(enters=False), inputs)
 
 
 def function(model: nn.Module, graph: fx.Graph) -> Callable:

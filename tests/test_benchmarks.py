@@ -586,6 +586,10 @@ def test_targets_of_chains(table, workloads):
         over |= {"onnxruntime NCHW": rest, "openvino NCHW": 9.0}
         rows = [{**row, "workload": name, "speedup_over": over} for name in names]
         assert [met for met, _ in table.targets({"chains": rows})] == expected
+    # neither a workload nor a rival may be missing
+    assert not any(met for met, _ in table.targets({"chains": [{**row, "workload": ""}]}))
+    over.pop("openvino NCHW")
+    assert not table.targets({"chains": rows})[-1][0]
 
 
 def test_targets_need_every_workload(results, table):

@@ -565,6 +565,11 @@ BY_HAND = optimized(HandWritten(), GOOD)
         (lambda: BY_HAND.double(), RuntimeError, "for torch.float32 on cpu, got torch.float64"),
         (lambda: BY_HAND.to("meta"), RuntimeError, "on cpu, got torch.float32 on meta"),
         (lambda: BY_HAND.recapture(), RuntimeError, "nothing to capture"),
+        (
+            lambda: optimized(HandWritten(), GOOD.to("meta"), freeze=True),
+            ValueError,
+            r"example\[0\] must be on a CPU with freeze=True, got meta",
+        ),
     ],
 )
 def test_errors(call, error, words):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from errors import rms, rule
 from instruction_sets import ISAS, instruction_set
 from zoo import randomise
@@ -533,6 +534,86 @@ class Stages(nn.Module):
         return middle + self.block4(self.block3(middle))
 
 
+class Lists(nn.Module):
+    """A stage of its own class that walks through a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.Sequential(nn.Identity())
+        self.blocks = nn.ModuleList(ResBlock(16, 16, kind="single") for _ in range(4))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_optimize_for_inference_finds_lists(called):
+    plain = randomise(nn.Sequential(nn.Conv2d(3, 16, 1), Lists(), nn.Flatten())).eval()
+    x = image(2, 3, 8, 8)
+    model = fused_res.optimize_for_inference(plain, x)
+    model(x)
+    check(model, plain, x, [4], called)
+    alone = fused_res.optimize_for_inference(plain[1], image(2, 16, 8, 8))
+    alone(image(2, 16, 8, 8))
+    check(alone, plain[1], image(2, 16, 8, 8), [4], called)
+
+
+class Branching(Lists):
+    """What no trace shows."""
+
+    def forward(self, x):
+        return super().forward(x) if x.sum() < 1e9 else x
+
+
+def test_a_stage_that_cannot_be_traced_is_called(called):
+    plain = randomise(nn.Sequential(nn.Conv2d(3, 16, 1), Branching(), nn.Flatten())).eval()
+    x = image(2, 3, 8, 8)
+    model = fused_res.optimize_for_inference(plain, x)
+    assert not model.report.skipped
+    model(x)
+    check(model, plain, x, [], called)
+
+
+def add_in_place(x):
+    x += 1
+
+
+WRITES = {
+    "add_": lambda x: x.add_(1),
+    "+=": add_in_place,
+    "relu_": F.relu_,
+    "ReLU": nn.ReLU(inplace=True),
+    "a view": lambda x: x[:, :4].mul_(2),
+}
+
+
+class Writes(nn.Module):
+    """Writes to a chain's input between its blocks."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.blocks = nn.ModuleList(ResBlock(16, 16, kind="single") for _ in range(3))
+        self.write = write
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.blocks[1](self.blocks[0](x))
+        self.write(x)
+        return self.blocks[2](y) + x
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("write", WRITES)
+def test_what_is_written_between_blocks(called, write, freeze):
+    plain = randomise(Writes(WRITES[write])).eval()
+    x = image(2, 3, 8, 8)
+    model = fused_res.optimize_for_inference(plain, x, freeze=freeze, tune=False)
+    model(x)
+    check(model, plain, x, [3], called)
+
+
 @pytest.mark.parametrize("freeze", [False, True])
 def test_optimize_for_inference_chains_blocks_beside_a_stem(called, freeze):
     flat = nn.Sequential(net()[0], *net()[1], nn.ReLU(), *net()[1][:2]).eval()
@@ -574,6 +655,43 @@ def test_a_frozen_model(called):
     check_now(model, x)
     check_now(model, image(3, 3, 8, 8))
     check_now(copy.deepcopy(model), x)
+    for m in (model, plain):
+        m[1].append(copy.deepcopy(plain[1][0]))
+    fuse_(model[1])
+    model.recapture()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_model_is_called_while_weights_load():
+    plain, x = net(), image(2, 3, 8, 8)
+    model = fused_res.optimize_for_inference(plain, x, freeze=True, tune=False)
+    model(x)
+    state = {k: t * 0.9 if t.is_floating_point() else t for k, t in plain.state_dict().items()}
+
+    def serve(*_):
+        model(x)
+
+    model[1][2].register_load_state_dict_post_hook(serve)
+    model.load_state_dict(state)
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_that_change_names_are_seen():
+    plain = net()
+    model = copy.deepcopy(plain)
+    fuse_(model)
+    x = image(2, 3, 8, 8)
+    with torch.no_grad():
+        model(x)
+        for m in (model, plain):
+            bn = m[1][2].bn1
+            weight, bias = bn.weight, bn.bias
+            del bn.weight, bn.bias
+            bn.bias, bn.weight = weight, bias
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match="optimised without cuda_graph or freeze"):
         fused_res.optimize_for_inference(plain, x).recapture()
 

@@ -201,10 +201,12 @@ Tensor packed_chain_cpu(const std::vector<Tensor>& weights, const std::vector<Op
   }
   STD_TORCH_CHECK(chain->convs.back().ends, "the last convolution must end a block");
   const int64_t size = sizeof(Chain), stride = 1;
-  Chain* made = chain.release();
-  return torch::stable::from_blob(made, {&size, 1}, {&stride, 1},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  ScalarType::Byte, [](void* p) { delete (Chain*)p; });
+  const Tensor made =
+      torch::stable::from_blob(chain.get(), {&size, 1}, {&stride, 1},
+                               torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                               ScalarType::Byte, [](void* p) { delete (Chain*)p; });
+  chain.release();
+  return made;
 }
 
 Tensor res_chain_cpu(const Tensor& x, const Tensor& packed) {

@@ -31,22 +31,25 @@ class Watch:
         tensors = [own[name] for own in self._own for name in ("_parameters", "_buffers")]
         self._parts = [part for part in children + tensors if part]
         self._empty = [of for of in hooks + children if not of]
+        self._names = self._all_names()
         self._found = self._values()
 
     def _values(self) -> list:
         return list(chain.from_iterable(map(dict.values, self._parts)))
+
+    def _all_names(self) -> list:
+        return list(chain.from_iterable(self._parts))
 
     def holds(self) -> bool:
         try:
             same = self._own == self._attributes  # what is not the same object is compared
         except Exception:  # an attribute is another tensor or array, say
             return False
-        values = self._values()
         return (
             same
             and list(map(type, self._modules)) == self._classes
             and all(self._hooked)
             and not any(self._empty)
-            and len(values) == len(self._found)
-            and all(map(is_, values, self._found))
+            and self._all_names() == self._names
+            and all(map(is_, self._values(), self._found))
         )

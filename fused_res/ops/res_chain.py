@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends import asked_for, why_not
+from ..choices import allows_tf32
 from ..reference import ACTS, Act, ConvNorm
 from . import library
 from .conv_bn_act import (
@@ -192,8 +193,7 @@ class CudaChain(NamedTuple):
     program: list[int]
 
     def __call__(self, x: Tensor) -> Tensor:
-        tf32 = torch.backends.cudnn.allow_tf32
-        return torch.ops.fused_res.res_chain_params.default(x, *self, tf32)
+        return torch.ops.fused_res.res_chain_params.default(x, *self, allows_tf32())
 
 
 def _cuda_chain(x: Tensor, blocks: Sequence[Link]) -> CudaChain | None:
