@@ -196,7 +196,7 @@ class CudaChain(NamedTuple):
         return torch.ops.fused_res.res_chain_params.default(x, *self, allows_tf32())
 
 
-def _cuda_chain(x: Tensor, blocks: Sequence[Link]) -> CudaChain | None:
+def parameters(blocks: Sequence[Link]) -> CudaChain:
     found = CudaChain([], [], [], [], [])
     for block in blocks:
         for i, conv in enumerate(block.convs):
@@ -207,9 +207,13 @@ def _cuda_chain(x: Tensor, blocks: Sequence[Link]) -> CudaChain | None:
             found.eps.append(norm.eps if norm else 0.0)
             k, _, size, _ = conv.weight.shape
             found.program.extend((size, k, ACTS.index(block.act if last else "relu"), int(last)))
-    sizes = x.element_size(), *x.shape[1:]
-    fits = torch.ops.fused_res.res_chain_fits(x.device.index, *sizes, found.program)
-    return found if fits else None
+    return found
+
+
+def _cuda_chain(x: Tensor, blocks: Sequence[Link]) -> CudaChain | None:
+    chain, sizes = parameters(blocks), (x.element_size(), *x.shape[1:])
+    fits = torch.ops.fused_res.res_chain_fits(x.device.index, *sizes, chain.program)
+    return chain if fits else None
 
 
 def _belongs(conv: ConvNorm, x: Tensor) -> bool:
