@@ -29,6 +29,8 @@ FLAGS = {
     "kSecond": ("one norm", "two norms"),
     "kCluster": ("a block", "a cluster"),
 }
+# kEnd of a convolution's tiles, in words.
+ENDS = ("affine", "statistics", "gradient")
 # Those that are kinds of products of matrices, in words.
 PRODUCTS = {
     "cuda::HalfProducts<bf16>": "bf16",
@@ -163,6 +165,8 @@ class Kernel(NamedTuple):
         for name, value in self.arguments.items():
             if name in FLAGS:
                 words.append(FLAGS[name][value == "true"])
+            elif name == "kEnd":  # "(cuda::End)1"
+                words.append(ENDS[int(value[-1])])
             else:
                 words.append(f"{name}={value}")
         return ", ".join(words)

@@ -433,6 +433,7 @@ _CONV_LABELS = ("tile", "warps", "convolution", "residual")
 SECTIONS = (
     Section("cuda", ("variant",), list(cuda.ARCHITECTURES), source="bn_act"),
     Section("cuda-chain", ("variant",), list(cuda.ARCHITECTURES), (), CHAIN_COLUMNS, "res_chain"),
+    Section("cuda-halo", ("variant",), list(cuda.ARCHITECTURES), (), CHAIN_COLUMNS, "conv_halo"),
     Section("triton-nvidia", _LABELS, ["sm_80", "sm_90", "sm_100"], _BN_ACT),
     Section("triton-amd", _LABELS, ["gfx942"], _BN_ACT),
     Section("conv-tma", _CONV_LABELS, ["sm_90", "sm_100"], ("conv_descriptor",), CONV_COLUMNS),

@@ -51,12 +51,30 @@ def chain(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         res_chain(x, blocks, DEVICE)
 
 
+def convolution(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """conv_halo with each of its ends."""
+    n, c, h, w = shape
+
+    def of(*size: int) -> torch.Tensor:
+        t = torch.randn(size, device=DEVICE).to(dtype)
+        return t.contiguous(memory_format=torch.channels_last)
+
+    x, residual, weight, ops = of(*shape), of(n, 24, h, w), of(24, c, 3, 3), torch.ops.fused_res
+    channels = torch.rand((4, 24), device=DEVICE).unbind()
+    ops.conv_halo(x, weight, None, *channels, 1e-5, residual, 1, True)
+    y, _ = ops.conv_halo_statistics(x, weight, None, True)
+    ops.conv_halo_gradient(y, weight, x, torch.rand((5, c), device=DEVICE), True)
+
+
 if __name__ == "__main__":
     count = 0
     for shape in (3, 13, 9, 7), (1, 32, 16, 16), (300, 16, 7, 5):
         for dtype in (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32,):
             chain(shape, dtype)
             count += 1
+            if DEVICE == "cuda":
+                convolution(shape, dtype)
+                count += 1
     for plan in PLANS:
         if plan is not None:
             torch.ops.fused_res.cuda_plan(plan)

@@ -16,7 +16,8 @@ with pytest.MonkeyPatch.context() as patch:
 
 # Registers a thread may take. A block has 256: at 128 two of them share a multiprocessor. The sums
 # of two BatchNorms in doubles, and what reads element by element or a small tensor in one launch,
-# may have a multiprocessor to themselves; so has a chain, whose shared memory is what is short.
+# may have a multiprocessor to themselves; so have a chain and a convolution of large tiles, whose
+# shared memory is what is short.
 USUAL, MOST = 128, 255
 
 # more live values than 16 registers hold
@@ -47,7 +48,10 @@ def limit(kernel: Kernel) -> int:
     two_norms = kernel.arguments.get("kSecond") == "true"
     doubles = two_norms and kernel.name.startswith(("gradient_sums", "cooperative"))
     scalar = kernel.arguments.get("kVector") == "false"
-    return MOST if doubles or scalar or kernel.name.startswith(("whole", "res_chain")) else USUAL
+    alone = kernel.name.startswith(("whole", "res_chain"))
+    if kernel.name == "conv_halo":
+        alone = kernel.arguments["kRows"] == "4" or kernel.dtype == "fp32"
+    return MOST if doubles or scalar or alone else USUAL
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +115,17 @@ def test_a_chain_multiplies_on_tensor_cores_what_was_copied_asynchronously(kerne
         # each load of 16 pixels feeds two products of 8 channels out, or four
         assert 2 * r.matrix_loads <= r.mma <= 4 * r.matrix_loads, k
         assert r.shared == 0  # all of it is given at the launch
+
+
+def test_a_convolution_multiplies_patches_that_were_copied_asynchronously(kernels):
+    convs = [k for k in kernels if k.name == "conv_halo"]
+    assert {k.dtype for k in convs} == {"bf16", "fp16", "tf32", "fp32"}
+    assert len(convs) == 7 * len(cuda_resources.ENDS)  # of fp32 with 2 rows alone
+    for k in convs:
+        r = k.resources
+        assert r.copies > 0 and r.shared == 0, k
+        assert (r.mma > 0) == (r.matrix_loads > 0) == (k.dtype != "fp32"), k
+        assert 2 * r.matrix_loads <= r.mma <= 4 * r.matrix_loads, k
 
 
 def test_a_kernel_that_spills_is_caught(tmp_path):

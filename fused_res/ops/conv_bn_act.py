@@ -3,8 +3,9 @@
 ``reference.conv_bn_act`` says what it computes. Where a gradient is wanted the convolution is the
 library's and the rest ``bn_act``. An *implementation* is one way to run a call: ``triton``
 (``kernels/conv_bn_act.py``), ``cudnn``, ``onednn`` (each library's convolution with the rest in its
-epilogue), ``winograd2`` and ``winograd4`` (``csrc/cpu/winograd.cpp``). A backend has one or more;
-``bn_act`` is the library's convolution and that op. ``fused_res.choices`` says which is taken.
+epilogue), ``conv_halo`` (``csrc/cuda/conv_halo.cu``), ``winograd2`` and ``winograd4``
+(``csrc/cpu/winograd.cpp``). A backend has one or more; ``bn_act`` is the library's convolution and
+that op. ``fused_res.choices`` says which is taken.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .. import choices, env, reference
 from ..backends import DTYPES, asked_for, choose, named, why_not_tensors
 from ..folds import folded, scale_and_shift
 from ..reference import ACTS, Act, ConvNorm, Norm
-from . import direct, library, winograd  # noqa: F401  define the ops of their weights
+from . import conv_halo, direct, library, winograd  # noqa: F401  define the ops that run here
 from .bn_act import _check_norm, bn_act_norms
 from .convolutions import convolution, nhwc
 
@@ -253,6 +254,37 @@ def _cudnn_why_not(call: Call) -> str | None:
     return None if usable else "cuDNN is not there, or switched off"
 
 
+def _conv_halo(call: Call) -> Tensor:
+    x, conv, residual, _, _, act = call
+    if residual is not None:
+        residual = nhwc(residual)
+    mean, var, *affine = (None,) * 4 if conv.norm is None else conv.norm[:4]
+    return torch.ops.fused_res.conv_halo.default(
+        nhwc(x), conv.weight.to(x.dtype), conv.bias, mean, var, *affine,
+        0.0 if conv.norm is None else conv.norm.eps, residual, ACTS.index(act),
+        choices.allows_tf32(),
+    )  # fmt: skip
+
+
+def _conv_halo_why_not(call: Call) -> str | None:
+    conv, (k, c, r, s) = call.conv, call.conv.weight.shape
+    if call.shortcut is not None or call.concat:
+        return "the residual is convolved or concatenated"
+    if (r, s) not in ((1, 1), (3, 3)) or conv.groups != 1:
+        return "the convolution is not a 1x1 or 3x3 of one group"
+    if tuple(conv.stride) != (1, 1) or tuple(conv.dilation) != (1, 1):
+        return "the convolution has a stride or dilation"
+    if tuple(conv.padding) != (r // 2, r // 2):
+        return "the output is not of the input's size"
+    if max(k, c) > conv_halo.MOST_CHANNELS:
+        return f"it has more than {conv_halo.MOST_CHANNELS} channels"
+    n, _, h, w = call.x.shape
+    sizes = call.x.element_size(), n, h, w, c, k, r
+    if n > 0 and not torch.ops.fused_res.conv_halo_fits(call.x.device.index, *sizes):
+        return "its weights do not fit in the device's shared memory"
+    return None
+
+
 def _triton(call: Call, config=None) -> Tensor:
     from ..kernels import conv_bn_act as kernels
 
@@ -300,6 +332,7 @@ IMPLEMENTATIONS = {
     "winograd4": Implementation("cpu", partial(_winograd, 4), partial(_winograd_why_not, 4)),
     "bn_act": Implementation("cpu", _anew(_bn_act), lambda call: None),
     "cudnn": Implementation("cuda", _anew(_cudnn), _cudnn_why_not),
+    "conv_halo": Implementation("cuda", _anew(_conv_halo), _conv_halo_why_not),
     "triton": Implementation("triton", _anew(_triton), _triton_why_not, _triton_configs),
 }
 

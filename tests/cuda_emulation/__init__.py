@@ -126,6 +126,12 @@ def poisoned_like(t: Tensor) -> Tensor:
     return torch.full_like(t, 0xA5 if t.dtype == torch.uint8 else float("nan"))
 
 
+def to_tf32(t: Tensor) -> Tensor:
+    """float32 rounded as the emulated tensor cores are given it."""
+    bits = t.view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 class Library:
     """An emulated library. ``seed`` sets the order in which threads and blocks run."""
 
