@@ -246,7 +246,7 @@ def _training_convs(workload: Workload, device: str) -> list[Rival]:
         if name == "eager":
             out.append(Rival(name, CL, 1.0, build, core=True))
             continue
-        full = "-".join(map(str, (f"fused_res-{name}", *config)))
+        full = "-".join(map(str, (f"fused_res-{name}", *(config or ()))))
         out.append(Rival(full, CL, OUR_SLACK, build, config=config))
     return out
 

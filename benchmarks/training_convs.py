@@ -16,7 +16,6 @@ from workloads import Workload
 
 from fused_res import plans
 from fused_res.backends import why_not
-from fused_res.plans import LIBRARY, OWN
 
 
 def values(workload: Workload, device: str = "cpu") -> dict[str, Tensor]:
@@ -98,12 +97,9 @@ def implementations(workload: Workload, device: str) -> list[tuple[str, object, 
     reason = why_not("bn_act", "triton", kind, workload.dtype)
     if reason:
         raise RuntimeError(f"suite {workload.suite} wants Triton: {reason}")
-    from fused_res.kernels.conv_bn_act import CONFIGS
-
     from fused_res.plan_steps import Steps
 
-    _, *own = Steps(workload.call, values(workload, device)).choices()
-    found = [("eager", None, partial(StepsProgram, LIBRARY))]
-    for choice in own:
-        found.append(("triton", CONFIGS[choice - OWN - 1], partial(StepsProgram, choice)))
-    return found
+    return [
+        (plans.name_of(choice), plans.config_of(choice), partial(StepsProgram, choice))
+        for choice in Steps(workload.call, values(workload, device)).choices()
+    ]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .kernels import bn_act, res_block
 from .kernels import training_convolution as own
+from .ops import conv_halo
 from .ops.bn_act import unpack_mask
-from .plans import ADD, ADD_IN_PLACE, LIBRARY, OWN, Call, tensors_of, trains
+from .plans import ADD, ADD_IN_PLACE, HALO, LIBRARY, OWN, RELU, STATISTICS, Call, tensors_of, trains
 from .reference import ACTS
 
 _RELU = ACTS.index("relu")
@@ -78,7 +79,13 @@ class Steps:
         else:
             part = own.forward_part(self.v["x"], self.conv)
             found = own.candidates(self.v["x"], self.call.weight[0], part)
-        return [LIBRARY, *(OWN + 1 + i for i in found)]
+        halo = [HALO] if self._halos() else []
+        return [LIBRARY, *(OWN + 1 + i for i in found), *halo]
+
+    def _halos(self) -> bool:
+        """Whether ``conv_halo`` has the end that comes with the call."""
+        x = self.v["a"] if self.call.backward and "a" in self.v else self.v.get("x")
+        return self.call.end in (STATISTICS, RELU) and conv_halo.trains(x, self.conv)
 
     def run(self, choice: int) -> dict[str, Tensor]:
         """What is made, by name. Running statistics and what is added to in place change."""
@@ -109,7 +116,10 @@ class Steps:
                 self._library(z), a, *norms, self.stats, mask, _RELU, True, False, training
             )
         else:
-            g, sums = self._own(choice, own.End(own.RELU, a=a, stats=self.stats))
+            if choice == HALO:
+                g, sums = conv_halo.input_gradient(self.v["dy"], self.conv, a, self.stats)
+            else:
+                g, sums = self._own(choice, own.End(own.RELU, a=a, stats=self.stats))
             da, dgamma, dbeta, z = bn_act.backward_of_sums(
                 g, a, gamma, training, self.stats, sums, True, training, True
             )

@@ -1,4 +1,5 @@
-"""Which convolutions of a block in training are our own in Triton, forward and backward, and why.
+"""Which convolutions of a block in training are our own, forward and backward, and why: in Triton,
+or of few channels in CUDA C++ (``conv_halo``).
 
 In order of precedence, as in ``choices``: what the user measured for the very convolution on this
 device (``fused_res.tune(..., train=True)``); what was measured for the package near its shape;
@@ -22,8 +23,8 @@ from .measured import Row
 from .reference import ConvNorm
 
 OP = "training_convolution"
-# What kernels/res_block.py takes: or OWN + 1 + i, our own in the i-th configuration.
-LIBRARY, OWN = 0, 1
+# What kernels/res_block.py takes: or OWN + 1 + i, our own in Triton's i-th configuration.
+HALO, LIBRARY, OWN = -1, 0, 1
 # What comes with a convolution: forward the BatchNorm after it; backward, in the gradient of its
 # input, the ReLU and BatchNorm before it, or what passes the block by, of a shortcut's convolution
 # the branch's gradient.
@@ -103,6 +104,18 @@ def calls(block: Block) -> list[Call]:
     return found
 
 
+def name_of(choice: int) -> str:
+    """As measurements name what a choice is of."""
+    return {HALO: "conv_halo", LIBRARY: "eager"}.get(choice, "triton")
+
+
+def config_of(choice: int):
+    """Triton's configuration; None: the best guess, or not Triton's."""
+    from .kernels.conv_bn_act import CONFIGS
+
+    return CONFIGS[choice - OWN - 1] if choice > OWN else None
+
+
 def trains(call: Call) -> bool | None:
     """Whether the BatchNorm that comes with a call does; None: none does."""
     return {STATISTICS: True, RELU: True, FROZEN: False, FROZEN_RELU: False}.get(call.end)
@@ -140,14 +153,17 @@ def _choose(call: Call, named: bool, forgotten: int) -> int:
     elif reason is None:
         mine = tuned.find(call.device, row)
         if mine is not None and mine.ms.keys() >= {"eager", "triton"}:
-            ratio = mine.ms["eager"] / mine.ms["triton"]
             name, config = choices.taken(mine), mine.config
-            reason = f"tuned: {mine.ms['triton']:.3g} ms, {ratio:.2f}x the library"
+            ms = mine.ms["triton" if name == "eager" else name]
+            reason = f"tuned: {ms:.3g} ms, {mine.ms['eager'] / ms:.2f}x the library"
         else:
             device = measured.device_of(call.device.type, call.device.index)
             of = row.dtype, row.layout, row.shape
-            name, reason, config = measured.verdict(OP, device, *of, ("triton",), row.like)
-        if name == "triton":
+            ours = "triton", "conv_halo"
+            name, reason, config = measured.verdict(OP, device, *of, ours, row.like)
+        if name == "conv_halo":
+            choice = HALO
+        elif name == "triton":
             fields = [c._asdict() for c in conv_bn_act.CONFIGS]
             choice = OWN + (1 + fields.index(config) if config in fields else 0)
     runs = "the library" if choice == LIBRARY else "our own"

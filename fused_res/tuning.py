@@ -254,23 +254,22 @@ def _why_not_training(x: Tensor) -> str | None:
 
 def _measure_training(call: plans.Call, _, seconds: float) -> Row | None:
     """As ``_measure``, a convolution of a block in training, one way."""
-    from .kernels.conv_bn_act import CONFIGS
     from .plan_steps import Steps, values
 
     v = values(call, call.device)
     steps = Steps(call, v)
-    library, *own = steps.choices()
-    configs = [None, *(CONFIGS[choice - plans.OWN - 1] for choice in own)]
+    found = steps.choices()
+    names, configs = [*map(plans.name_of, found)], [*map(plans.config_of, found)]
     makers = {
-        f"{plans.OP} {config}": partial(partial, steps.run, choice)
-        for choice, config in zip((library, *own), configs, strict=True)
+        f"{plans.OP} {name} {config}": partial(partial, steps.run, choice)
+        for choice, name, config in zip(found, names, configs, strict=True)
     }
     with contextlib.ExitStack() as stack:
         if call.device.type == "cuda":
             stack.enter_context(torch.cuda.device(call.device))
         inputs = [v.get(name) for name in ("x", "a", "dy", "other", "masked")]
         times = _time_in_turns(makers, [t for t in inputs if t is not None], seconds)
-    ms, config = _fastest(["eager", *["triton"] * len(own)], configs, times)
+    ms, config = _fastest(names, configs, times)
     return plans.row_of(call, ms, config) if len(ms) > 1 and "eager" in ms else None
 
 

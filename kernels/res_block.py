@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_res.ops import conv_halo
 from fused_res.reference import ACTS, ConvNorm
 
 from . import bn_act
@@ -21,11 +22,12 @@ from . import training_convolution as own
 from .training_convolution import ADD, RELU, End
 
 _RELU = ACTS.index("relu")
+_HALO = -1
 
 
 class Choice(NamedTuple):
     """What runs a convolution each way: 0 the library, 1 our own, 2 + i our own in the i-th of
-    ``conv_bn_act.CONFIGS``."""
+    ``conv_bn_act.CONFIGS``, -1 ``conv_halo``, where its ends are those that are wanted."""
 
     forward: int = 0
     backward: int = 0
@@ -37,7 +39,9 @@ def _config(choice: int):
 
 def _convolve(x: Tensor, conv: ConvNorm, choice: Choice, statistics: bool):
     """The convolution, and its statistics where they came with it."""
-    if choice.forward == 0 or own.why_not(x, conv):
+    if choice.forward == _HALO and statistics and conv_halo.trains(x, conv):
+        return conv_halo.convolve(x, conv)
+    if choice.forward <= 0 or own.why_not(x, conv):
         return torch.convolution(x, *conv[:5], False, (0, 0), conv.groups), None
     return own.convolve(x, conv, statistics, _config(choice.forward))
 
@@ -119,7 +123,12 @@ def backward(
 
     def owns(i: int, *read: Tensor) -> bool:
         """Whether the gradient of what convolution i read is our own's, which reads these."""
-        return plan[i].backward != 0 and all(own.why_not(t, stages[i]) is None for t in read)
+        return plan[i].backward > 0 and all(own.why_not(t, stages[i]) is None for t in read)
+
+    def halos(i: int, da: Tensor, a: Tensor) -> bool:
+        """Whether the gradient of what convolution i read, past a ReLU, is ``conv_halo``'s."""
+        dense = da.is_contiguous(memory_format=torch.channels_last)
+        return plan[i].backward == _HALO and dense and conv_halo.trains(a, stages[i])
 
     def own_gradient(i: int, da: Tensor, size, end: End, out: Tensor | None = None):
         config = _config(plan[i].backward)
@@ -170,9 +179,13 @@ def backward(
         a, norm = outputs[i - 1], branch[i - 1].norm
         *of_conv, of_norm = wanted.of(i - 1)
         of_conv = wanted.before(i - 1) or any(of_conv)
-        if before and owns(i, da, a):
-            end = End(RELU, a=a, stats=stats[i - 1])
-            g, sums = own_gradient(i, da, a.shape[2:], end)
+        halo = before and halos(i, da, a)
+        if halo or (before and owns(i, da, a)):
+            if halo:
+                g, sums = conv_halo.input_gradient(da, stages[i], a, stats[i - 1])
+            else:
+                end = End(RELU, a=a, stats=stats[i - 1])
+                g, sums = own_gradient(i, da, a.shape[2:], end)
             d_before, *gradients[i - 1][2:], z = bn_act.backward_of_sums(
                 g, a, norm.weight, norm.training, stats[i - 1], sums, of_conv, of_norm,
                 any(wanted.of(i)[:2]))  # fmt: skip

@@ -57,7 +57,8 @@ def draw(name, dtype):
 
 def on_triton(choice, **options):
     """res_block with one choice for every convolution, forward and backward: 0 the library, 1 our
-    own with the configuration that is expected to be the fastest, more: that of CONFIGS."""
+    own with the configuration that is expected to be the fastest, more: that of CONFIGS; -1
+    ``conv_halo`` where it can."""
 
     def call(x, branch, shortcut, act):
         n = len(branch) + (shortcut is not None)
@@ -81,7 +82,7 @@ def assert_rule(case, choice, act="relu"):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("choice", [0, 1], ids=["library", "own"])
+@pytest.mark.parametrize("choice", [0, 1, -1], ids=["library", "own", "conv_halo"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_error_is_within_the_rule(name, choice, dtype):
     assert_rule(draw(name, dtype), choice, "relu_before_add" if "single" in name else "relu")

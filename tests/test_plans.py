@@ -8,11 +8,13 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fused_res
 from fused_res import FusedResBlock, backends, choices, cli, doctor, measured, plans, tuned, tuning
 from fused_res.measured import Row
+from fused_res.ops import conv_halo
 from fused_res.reference import ResBlock
 
 pytest.importorskip("triton")
@@ -391,3 +393,64 @@ def test_command(timed, monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out == (
         f"{nothing}on a CPU fixed rules say which convolutions of training are our own\n"
     )
+
+
+# --- convolutions of few channels in CUDA C++
+
+
+@pytest.fixture
+def halo(monkeypatch):
+    """The ops of ``conv_halo``, computed here; lists which of them ran."""
+    ran, ops = [], torch.library.Library("fused_res", "IMPL")
+
+    def statistics(x, weight, bias, tf32):
+        ran.append("forward")
+        y = F.conv2d(x, weight, bias, padding=weight.size(2) // 2)
+        mean, m2 = y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0) * y[:, 0].numel()
+        count = torch.full_like(mean, y[:, 0].numel())
+        return y.contiguous(memory_format=torch.channels_last), torch.stack((mean, m2, count))[None]
+
+    def gradient(dy, weight, a, stats, tf32):
+        ran.append("backward")
+        mean, _, center, scale, shift = (s[None, :, None, None] for s in stats)
+        g = F.conv_transpose2d(dy, weight, padding=weight.size(2) // 2)
+        g = g * ((a - center) * scale + shift > 0)
+        partial = torch.stack((g.sum((0, 2, 3)), (g * (a - mean)).sum((0, 2, 3))))[None]
+        return g.contiguous(memory_format=torch.channels_last), partial
+
+    ops.impl("conv_halo_statistics", statistics, "CPU")
+    ops.impl("conv_halo_gradient", gradient, "CPU")
+    monkeypatch.setattr(conv_halo, "trains", lambda x, conv: conv_halo.unsuited(conv) is None)
+    yield ran
+    ops._destroy()
+
+
+def test_conv_halo_runs_where_it_is_the_fastest(halo, said, timed):
+    timed(slower=lambda name: "conv_halo" not in name)
+    model, x = nn.Sequential(ResBlock(8, 8), ResBlock(8, 12, stride=2)), image(*SHAPE)
+    rows = fused_res.tune(model, x, train=True).rows
+    with_halo = [row for row in rows if "conv_halo" in row.ms]
+    # 3x3 of stride 1, forward; backward past a ReLU
+    assert len(with_halo) == 4 and all(row.ms["conv_halo"] == 1.0 for row in with_halo)
+    halo.clear()
+    plain = copy.deepcopy(model).train()
+    ours = fused(model)
+    y = plain(x)
+    exact = torch.autograd.grad(y, list(plain.parameters()), torch.ones_like(y))
+    messages = said(ours, x.clone())
+    assert why(messages) == {"tuned"} and all(own(messages))
+    assert halo == ["forward"] * 3 + ["backward"] * 2
+    for p, g in zip(ours.parameters(), exact, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-3)
+    for mine, theirs in zip(ours.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_conv_halo_that_was_measured_nearby_and_cannot_run(halo, said, timed, monkeypatch):
+    timed(slower=lambda name: "conv_halo" not in name)
+    model, x = nn.Sequential(ResBlock(8, 8)), image(*SHAPE)
+    fused_res.tune(model, x, train=True)
+    halo.clear()
+    monkeypatch.setattr(conv_halo, "trains", lambda x, conv: False)
+    messages = said(fused(model), x)
+    assert all(own(messages)) and not halo

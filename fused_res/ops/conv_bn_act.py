@@ -267,22 +267,9 @@ def _conv_halo(call: Call) -> Tensor:
 
 
 def _conv_halo_why_not(call: Call) -> str | None:
-    conv, (k, c, r, s) = call.conv, call.conv.weight.shape
     if call.shortcut is not None or call.concat:
         return "the residual is convolved or concatenated"
-    if (r, s) not in ((1, 1), (3, 3)) or conv.groups != 1:
-        return "the convolution is not a 1x1 or 3x3 of one group"
-    if tuple(conv.stride) != (1, 1) or tuple(conv.dilation) != (1, 1):
-        return "the convolution has a stride or dilation"
-    if tuple(conv.padding) != (r // 2, r // 2):
-        return "the output is not of the input's size"
-    if max(k, c) > conv_halo.MOST_CHANNELS:
-        return f"it has more than {conv_halo.MOST_CHANNELS} channels"
-    n, _, h, w = call.x.shape
-    sizes = call.x.element_size(), n, h, w, c, k, r
-    if n > 0 and not torch.ops.fused_res.conv_halo_fits(call.x.device.index, *sizes):
-        return "its weights do not fit in the device's shared memory"
-    return None
+    return conv_halo.why_not(call.x, call.conv)
 
 
 def _triton(call: Call, config=None) -> Tensor:

@@ -8,7 +8,11 @@ Each patch of the map is read once, into shared memory, where the weights are to
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from ..backends import STATUS
+from ..choices import allows_tf32
+from ..reference import ConvNorm
 from . import library
 
 # act: of reference.ACTS; tf32: whether float32 may be multiplied in TF32.
@@ -36,6 +40,53 @@ library.define(
     "int out_channels, int size) -> bool"
 )
 MOST_CHANNELS = 64
+
+
+def unsuited(conv: ConvNorm) -> str | None:
+    """Why it is not for a convolution, whatever its input; None where it is."""
+    k, c, r, s = conv.weight.shape
+    if (r, s) not in ((1, 1), (3, 3)) or conv.groups != 1:
+        return "the convolution is not a 1x1 or 3x3 of one group"
+    if tuple(conv.stride) != (1, 1) or tuple(conv.dilation) != (1, 1):
+        return "the convolution has a stride or dilation"
+    if tuple(conv.padding) != (r // 2, r // 2):
+        return "the output is not of the input's size"
+    if max(k, c) > MOST_CHANNELS:
+        return f"it has more than {MOST_CHANNELS} channels"
+    return None
+
+
+def why_not(x: Tensor, conv: ConvNorm) -> str | None:
+    """Why it cannot run a convolution of x; None where it can. Its norm is not looked at."""
+    reason = unsuited(conv)
+    if reason is not None or x.size(0) == 0:
+        return reason
+    (n, _, h, w), (k, c, r, _) = x.shape, conv.weight.shape
+    sizes = x.element_size(), n, h, w, c, k, r
+    if not torch.ops.fused_res.conv_halo_fits(x.device.index, *sizes):
+        return "its weights do not fit in the device's shared memory"
+    return None
+
+
+def trains(x: Tensor, conv: ConvNorm) -> bool:
+    """Whether it can run a convolution of x with the ends of training, forward and backward."""
+    here = x.is_cuda and STATUS["cuda"] is None and x.numel() > 0 and conv.weight.dtype == x.dtype
+    if not here or not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    turned = conv._replace(weight=conv.weight.transpose(0, 1))
+    dy = x[:, :1].expand(-1, len(conv.weight), -1, -1)
+    return why_not(x, conv) is None and why_not(dy, turned) is None
+
+
+def convolve(x: Tensor, conv: ConvNorm) -> tuple[Tensor, Tensor]:
+    """The convolution, and its statistics: ``conv_halo_statistics``."""
+    op = torch.ops.fused_res.conv_halo_statistics
+    return op(x, conv.weight, conv.bias, allows_tf32())
+
+
+def input_gradient(dy: Tensor, conv: ConvNorm, a: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``conv_halo_gradient`` returns."""
+    return torch.ops.fused_res.conv_halo_gradient(dy, conv.weight, a, stats, allows_tf32())
 
 
 def _map(x, channels: int):
