@@ -340,8 +340,13 @@ def test_what_cannot_be_taken_is_said(monkeypatch):
     ops = types.SimpleNamespace(conv_halo_fits=lambda *sizes: asked.append(sizes) or len(asked) > 1)
     monkeypatch.setattr(torch.ops, "fused_res", ops)
     why_not = IMPLEMENTATIONS["conv_halo"].why_not
-    x, conv = image(2, 16, 6, 5), stage(16, 24, 3)
+    here, conv = image(2, 16, 6, 5), stage(16, 24, 3)
+    x = types.SimpleNamespace(  # as it would be on a GPU
+        is_cuda=True, device=torch.device("cuda", 0), shape=here.shape, size=here.size,
+        element_size=here.element_size,
+    )  # fmt: skip
     for call, reason in (
+        (Call(here, conv), "not on a CUDA device"),
         (Call(x, conv._replace(stride=(2, 2))), "stride"),
         (Call(x, conv._replace(dilation=(2, 2), padding=(2, 2))), "dilation"),
         (Call(x, conv._replace(padding=(0, 0))), "not of the input's size"),
@@ -354,7 +359,7 @@ def test_what_cannot_be_taken_is_said(monkeypatch):
     ):
         assert reason in why_not(call)
     assert why_not(Call(x, conv, image(2, 24, 6, 5))) is None
-    assert asked == [(None, 4, 2, 6, 5, 16, 24, 3)] * 2
+    assert asked == [(0, 4, 2, 6, 5, 16, 24, 3)] * 2
 
 
 def test_shapes_without_a_device():

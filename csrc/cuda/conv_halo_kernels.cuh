@@ -433,6 +433,7 @@ __device__ __forceinline__ void run_halo(const HaloArgs& a) {
       if (next < a.count)
         copy_patch<T>(a, memory, memory + a.first_stage + stage * a.stage_bytes, next);
       end_copies();
+      __syncwarp();  // lanes copied more or less
     };
     if (a.stages == 2) copy_next();
     const char* pixels[kRows][Products::kPointers];
@@ -496,8 +497,9 @@ inline HaloPlan plan_halo(Kind kind, HaloConv conv, End end, int residuals,
                           const HaloDevice& device) {
   HaloPlan best{};
   const int64_t pixels = conv.images * conv.height * conv.width;
-  if (pixels == 0 || pixels >= INT32_MAX - kMostTilePixels || conv.channels > kMostHaloChannels ||
-      conv.out_channels > kMostHaloChannels)
+  const auto takes = [](int channels) { return channels > 0 && channels <= kMostHaloChannels; };
+  if (pixels == 0 || pixels >= INT32_MAX - kMostTilePixels || !takes(conv.channels) ||
+      !takes(conv.out_channels))
     return best;
   if (conv.size == 1) conv.width = (int)pixels, conv.images = conv.height = 1;
   const int bytes = element_bytes(kind), taps = conv.size * conv.size;
@@ -585,7 +587,7 @@ inline void conv_halo(Kind kind, End end, const HaloPlan& plan, const HaloCall& 
   args.out_vector = args.conv.out_channels % 4 == 0 && aligned(args.y) && aligned(args.residual);
   args.pairs = args.in_stride == 1 && args.conv.channels % 2 == 0 &&
                (uintptr_t)args.weight % 4 == 0 && args.out_stride % 2 == 0 &&
-               args.row_stride % 2 == 0 && args.column_stride % 2 == 0;
+               (args.conv.size == 1 || (args.row_stride % 2 == 0 && args.column_stride % 2 == 0));
   const auto with_end = [&](auto products, auto rows) {
     using Products = decltype(products);
     const auto kernel = end == End::affine       ? conv_halo_kernel<Products, rows, End::affine>

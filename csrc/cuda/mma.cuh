@@ -59,10 +59,10 @@ __device__ __forceinline__ void wait_copies() {
 #define FUSED_RES_MMA(name, shape)                                                            \
   __device__ __forceinline__ void name(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, \
                                        uint32_t b1) {                                         \
-    asm("mma.sync.aligned." shape                                                             \
-        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                    \
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                          \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                      \
+    asm volatile("mma.sync.aligned." shape                                                    \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"           \
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));             \
   }
 FUSED_RES_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 FUSED_RES_MMA(mma_fp16, "m16n8k16.row.col.f32.f16.f16.f32")
@@ -89,6 +89,7 @@ __device__ __forceinline__ void store_shared_of(int rank, char* p, V value) {
     asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(there), "l"(value) : "memory");
 }
 __device__ __forceinline__ void cluster_barrier() {
+  __syncwarp();  // lanes may have stored different things
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::

@@ -13,6 +13,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 namespace fused_res::cuda {
 
 using Stream = cudaStream_t;
@@ -31,13 +35,33 @@ inline void launch(const char*, void (*kernel)(Parameters...), dim3 grid, int th
   kernel<<<grid, threads, 0, stream>>>(arguments...);
 }
 
+// Lets a kernel have as much dynamic shared memory as the current device gives a block, once for
+// all launches: a limit set for each would be another thread's too.
+inline bool allow_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device, most;
+  cudaFuncAttributes attributes;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return true;
+  if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess ||
+      cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess ||
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           most - (int)attributes.sharedSizeBytes) != cudaSuccess)
+    return false;
+  allowed.insert({kernel, device});
+  return true;
+}
+
 // With shared memory that is given at the launch, of any size that the device has; blocks in
-// clusters where these are of more than one.
+// clusters where these are of more than one. Errors are the caller's to look at.
 template <class... Parameters>
 inline void launch_clusters(const char*, void (*kernel)(Parameters...), unsigned blocks,
                             int cluster, int threads, int shared_bytes, Stream stream,
                             Parameters... arguments) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (!allow_shared_memory((const void*)kernel)) return;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {(unsigned)cluster, 1, 1};
@@ -54,8 +78,7 @@ template <class... Parameters>
 inline bool launch_together(const char*, void (*kernel)(Parameters...), unsigned blocks,
                             int threads, int shared_bytes, Stream stream, Parameters... arguments) {
   void* pointers[] = {&arguments...};
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) ==
-          cudaSuccess &&
+  if (allow_shared_memory((const void*)kernel) &&
       cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), pointers, shared_bytes,
                                   stream) == cudaSuccess)
     return true;

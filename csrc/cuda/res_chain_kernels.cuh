@@ -374,6 +374,7 @@ __device__ __forceinline__ void run_chain(const ChainArgs& args) {
         else
           SYNC_BEFORE_CHUNK();
         chunks.copy(ring);
+        __syncwarp();  // lanes copied more or less
         const int count = left < step.chunk ? left : step.chunk;
         left -= count;
         const char* const weights = ring + stage * kStageBytes;

@@ -58,6 +58,8 @@ def unsuited(conv: ConvNorm) -> str | None:
 
 def why_not(x: Tensor, conv: ConvNorm) -> str | None:
     """Why it cannot run a convolution of x; None where it can. Its norm is not looked at."""
+    if not x.is_cuda:
+        return "it is not on a CUDA device"
     reason = unsuited(conv)
     if reason is not None or x.size(0) == 0:
         return reason

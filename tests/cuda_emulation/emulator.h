@@ -355,6 +355,7 @@ inline Shared<T> dynamic_shared() {
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::stop(emulator::Stop::block_barrier); }
+inline void __syncwarp() {}  // what a warp does together waits for its lanes
 
 #define SHARED(type, name, count) \
   static char name##_declaration; \
