@@ -23,9 +23,10 @@ $(VENV)/.installed: $(VENV)/.made $(SOURCES)
 	$(PY) -m pip install -q --no-build-isolation -e ".[demo]"
 	touch $@
 
+# What is installed is not built again: only what its extras name is added.
 # torchvision pins a torch of its own index and timm pins torchvision, hence --no-deps
 $(VENV)/.tests: $(VENV)/.installed
-	$(PY) -m pip install -q --no-build-isolation -e ".[test]"
+	$(PY) -m pip install -q "fused_res[test]"
 	$(PY) -m pip install -q --no-deps torchvision==0.28.0 timm==1.0.31 transformers==5.23.0
 	$(PY) -m pip install -q huggingface_hub safetensors pyyaml tokenizers regex requests typer
 	touch $@
@@ -45,7 +46,7 @@ lint: $(VENV)/.tests
 
 # The runtimes that are timed beside ours; where one does not install its rows say so.
 $(VENV)/.bench: $(VENV)/.tests
-	-$(PY) -m pip install -q --no-build-isolation -e ".[bench]"
+	-$(PY) -m pip install -q "fused_res[bench]"
 	touch $@
 
 bench: $(VENV)/.bench

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from curve_tables import LAST, SEEDS
 from machine import ROOT, environment
 from measure import reason
-from nets import fused
+from nets import cifar_resnet18, fused
 from rivals import fused_backends
 from rows import NOTHING, write_rows
 from sheets import OURS
@@ -31,8 +31,8 @@ from torch import nn
 from workloads import CL, DTYPES, FORMATS
 
 from fused_res.demo.data import Data, load
-from fused_res.demo.nets import NetResDeep, ResNet18
 from fused_res.demo.train import batches
+from fused_res.models import NetResDeep
 
 RESULTS = ROOT / "benchmarks" / "results"
 STEPS = 200
@@ -50,14 +50,14 @@ class Training:
 
 
 TRAININGS = {
-    "ResNet-18, width 16": Training(partial(ResNet18, 16)),
+    "ResNet-18, width 16": Training(partial(cifar_resnet18, 16)),
     # SGD has reached a loss of 2.1 after 200 steps at a rate of 3e-5, and 1e-4 kills every ReLU of
     # the head; Adam has reached 0.6
     "100 blocks": Training(partial(NetResDeep, 32, 100), torch.optim.Adam, {"lr": 1e-4}),
 }
 # to see that everything runs
 QUICK = {
-    "ResNet-18, width 4": Training(partial(ResNet18, 4), batch=8, images=60),
+    "ResNet-18, width 4": Training(partial(cifar_resnet18, 4), batch=8, images=60),
     "3 blocks": Training(partial(NetResDeep, 8, 3), torch.optim.Adam, {"lr": 1e-4}, 8, 60),
 }
 

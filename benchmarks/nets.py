@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from workloads import CL, FORMATS, Workload
 
 from fused_res import fuse_
-from fused_res.demo.nets import NetResDeep, ResNet18
+from fused_res.models import NetResDeep, ResNet
 from fused_res.nn.blocks import FusedForward
 from fused_res.reference import ResBlock
 
@@ -53,6 +53,11 @@ def resnet(
             parts.append(block)
             width = out
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+def cifar_resnet18(width: int, classes: int = 10) -> ResNet:
+    """``width``: channels of the first stage."""
+    return ResNet(width=width, stem="cifar", init="default", num_classes=classes)
 
 
 def chain(channels: int, count: int) -> nn.Sequential:
@@ -104,7 +109,7 @@ NETS = {
     "ResNet-18": Net(partial(resnet, "basic", (64, 128, 256, 512), (2, 2, 2, 2), 1000, True), 40.0),
     "torchvision ResNet-18": Net(partial(_torchvision, "resnet18"), 40.0),
     "torchvision ResNet-50": Net(partial(_torchvision, "resnet50"), 75.0),
-    "ResNet-18 CIFAR": Net(partial(ResNet18, 64), 40.0),
+    "ResNet-18 CIFAR": Net(partial(cifar_resnet18, 64), 40.0),
     "ResNet-20 CIFAR": Net(partial(resnet, "basic", (16, 32, 64), (3, 3, 3), 10, False), 40.0),
     "100 blocks": Net(partial(NetResDeep, 32, 100), 75.0),
     **{
@@ -114,17 +119,17 @@ NETS = {
     },
     # to see that everything runs
     "small ResNet": Net(partial(resnet, "bottleneck", (32, 64), (1, 1), 100, True)),
-    "narrow ResNet-18": Net(partial(ResNet18, 8, 100)),
-    "3 blocks": Net(partial(NetResDeep, 16, 3, 100)),
+    "narrow ResNet-18": Net(partial(cifar_resnet18, 8, 100)),
+    "3 blocks": Net(partial(NetResDeep, 16, 3, num_classes=100)),
 }
 
 
 def sequence(net: nn.Module) -> nn.Sequential:
     """The net as one row of its children, in the order in which its forward calls them."""
-    if isinstance(net, ResNet18):
+    if isinstance(net, ResNet):
         layers = (block for i in range(1, 5) for block in getattr(net, f"layer{i}"))
         stem = net.conv1, net.bn1, nn.ReLU()
-        return nn.Sequential(*stem, *layers, nn.AvgPool2d(4), nn.Flatten(), net.linear)
+        return nn.Sequential(*stem, *layers, nn.AvgPool2d(4), nn.Flatten(), net.fc)
     if isinstance(net, NetResDeep):
         stem = net.conv1, nn.ReLU(), nn.MaxPool2d(2)
         head = nn.MaxPool2d(2), nn.Flatten(), net.fc1, nn.ReLU(), net.fc2

@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from . import choices, tuned, tuning
-from .nn.blocks import is_exported
-from .patterns import Unfusable, in_words
+from .graphs import Unfusable, in_words
+from .nn.blocks import BlockPlan, child, is_exported, is_norm_act
 from .prepared import PreparedForward
-from .surgery import FuseReport, fuse_, fused_class, refuse_wrapped
+from .surgery import FuseReport, fuse_, fused_class, refuse_wrapped, unfuse_
 from .tracing import chains, convolves, function, fuse_convolutions, graph_of
 
 WARM_UPS = 3  # before a CUDA graph is captured: libraries choose algorithms and allocate
@@ -280,6 +280,20 @@ def _equal(a: Any, b: Any) -> bool:
     return True
 
 
+def _leave_to_the_graph(model: nn.Module, report: FuseReport) -> None:
+    """Gives blocks of which no more is fused than the graph of the model will fuse their own
+    forward back, so that it is seen."""
+    for name in [name for name, _ in report.partly]:
+        block = model.get_submodule(name)
+        more = isinstance(block.plan.quiet, BlockPlan) or any(
+            part.skip == "add" or is_norm_act(child(block, part.branch[0].norm))
+            for part in block.plan.usual.parts
+        )
+        if not more or not name:  # a whole model is a graph itself
+            unfuse_(block)
+            report.partly = [row for row in report.partly if row[0] != name]
+
+
 def _fuse_outside_blocks(model: OptimizedModel, inputs: list[Tensor], expected: Any) -> None:
     """Fuses the convolutions outside blocks, if a trace of the model shows all it does."""
     serving, reason = model._serving, None
@@ -403,6 +417,7 @@ def optimize_for_inference(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fuse_ found no residual block")
         report = fuse_(model)
+    _leave_to_the_graph(model, report)
     model.__class__ = _optimized_class(type(model))
     inputs = tuple(_Input(tuple(t.shape), t.dtype, t.device) for t in examples)
     serving = model._serving = _Serving(inputs, False, cuda_graph, freeze, report)

@@ -5,162 +5,27 @@ What counts is what flows where (convolution, BatchNorm, ReLU, add), not class o
 
 from __future__ import annotations
 
-import copy
 import operator
-import random
+from collections.abc import Collection
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-from .nn.blocks import NORMS, BlockPlan, Stage, bypassed_children, child, has_hooks
+from .graphs import Nodes, Tracer, Unfusable, Untraceable, in_words, trace
+from .nn.blocks import BlockPlan, Stage, bypassed_children, has_hooks, is_norm
+from .nn.parts import PartsPlan
+from .parts import parts_plan
 
-_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_CATS = {torch.cat, torch.concat, torch.concatenate}
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 
 
-class Unfusable(Exception):
-    """The module is a residual block that cannot be fused; the message says why."""
-
-
-def in_words(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
-
-
-class _Proxy(fx.Proxy):
-    def __iadd__(self, other):  # fx itself shows x += y as x + y
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-
-class Tracer(fx.Tracer):
-    """Sees convolutions, norms and whatever has no children as one call each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.autocast = torch.is_autocast_enabled("cpu")
-        self.modes_changed = False
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def create_node(self, *args, **kwargs) -> fx.Node:
-        modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
-        self.modes_changed |= modes != (True, self.autocast)
-        return super().create_node(*args, **kwargs)
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if isinstance(module, (nn.Conv2d, _NormBase)) or parametrize.is_parametrized(module):
-            return True
-        return not any(True for _ in module.children())
-
-
-def _state(block: nn.Module) -> list:
-    return [
-        (name, {k: v for k, v in m.__dict__.items() if k[0] != "_"}, {
-            k: (id(t), t._version) for k, t in (*m._buffers.items(), *m._parameters.items())
-            if t is not None
-        })
-        for name, m in block.named_modules()
-    ]  # fmt: skip
-
-
-def _does_nothing(module: nn.Module) -> bool:
-    return type(module) is nn.Identity or (type(module) is nn.Sequential and not len(module))
-
-
-def trace(
-    block: nn.Module, training: bool, tracer: Tracer | None = None, inputs: int | None = None
-) -> fx.Graph:
-    """The graph of the block's forward in one mode, traced on a copy: a forward may write state.
-
-    Args:
-        inputs: how many the forward is given, if it takes ``*inputs``.
-
-    Raises:
-        Unfusable: the forward does something that a trace does not show.
-    """
-    block = copy.deepcopy(block)
-    for m in block.modules():  # attributes, not train(): models override that (to freeze a norm)
-        m.training = training
-    tracer, before = tracer or Tracer(), _state(block)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        drawn, python_drawn = torch.get_rng_state(), random.getstate()
-        try:
-            graph = tracer.trace(block, inputs and (fx.PH,) * inputs)
-            same = torch.equal(drawn, torch.get_rng_state()) and python_drawn == random.getstate()
-        finally:
-            random.setstate(python_drawn)
-    if not same:
-        raise Unfusable("its forward draws random numbers")
-    if tracer.modes_changed:
-        raise Unfusable("its forward changes the grad or autocast mode")
-    if _state(block) != before:
-        raise Unfusable("its forward writes to the module")
-    for node in list(graph.nodes):
-        if node.op == "call_module" and _does_nothing(child(block, node.target)):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    return graph
-
-
-class Nodes:
-    """The traced nodes of a block, by what they do."""
-
-    def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
-        self.block, self.graph = block, graph
-
-    def module(self, node: fx.Node) -> nn.Module | None:
-        return child(self.block, node.target) if node.op == "call_module" else None
-
-    def is_relu(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return type(self.module(node)) is nn.ReLU
-        return node.target in _RELUS and len(node.all_input_nodes) == 1
-
-    def operands_of_add(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        if node.op not in ("call_function", "call_method") or node.target not in _ADDS:
-            return None
-        operands = (*node.args, *(node.kwargs[k] for k in ("input", "other") if k in node.kwargs))
-        extra = set(node.kwargs) - {"input", "other"}
-        if extra or len(operands) != 2 or not all(isinstance(o, fx.Node) for o in operands):
-            return None
-        return operands
-
-    def operands_of_cat(self, node: fx.Node) -> list[fx.Node] | None:
-        if node.op != "call_function" or node.target not in _CATS:
-            return None
-        values = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
-        if values.get("dim", values.get("axis", 0)) not in (1, -3):
-            return None
-        tensors = values.get("tensors")
-        return list(tensors) if isinstance(tensors, (list, tuple)) else None
-
-    def describe(self, node: fx.Node) -> str:
-        """A node in words, by the innermost child it belongs to."""
-        module = self.module(node)
-        if module is not None:
-            return f"{node.target} ({type(module).__name__})"
-        stack = node.meta.get("nn_module_stack") or {}
-        owners = [path for path in stack if path]
-        name = getattr(node.target, "__name__", str(node.target))
-        if owners:
-            path = owners[-1]
-            return f"{path} ({type(child(self.block, path)).__name__})"
-        return f"{name}()"
-
-
-def _check_child(nodes: Nodes, node: fx.Node, *expected: type) -> str:
+def _check_child(nodes: Nodes, node: fx.Node, known: bool, base: str) -> str:
     module, name = nodes.module(node), node.target
     if parametrize.is_parametrized(module):
         raise Unfusable(f"parametrization on {name}")
-    if type(module) not in expected:
-        kind = type(module).__name__
-        raise Unfusable(f"{name} is a {kind}, a subclass of {expected[0].__name__}")
+    if not known:
+        raise Unfusable(f"{name} is a {type(module).__name__}, a subclass of {base}")
     return name
 
 
@@ -191,10 +56,11 @@ def _stages(nodes: Nodes, chain: list[fx.Node], opaque: bool) -> list[Stage]:
         module = nodes.module(node)
         last = stages[-1] if stages and not before else None
         if isinstance(module, nn.Conv2d):
-            stages.append(Stage(_check_child(nodes, node, nn.Conv2d), None, before=tuple(before)))
+            name = _check_child(nodes, node, type(module) is nn.Conv2d, "Conv2d")
+            stages.append(Stage(name, None, before=tuple(before)))
             before = []
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            name = _check_child(nodes, node, *NORMS)
+            name = _check_child(nodes, node, is_norm(module), "BatchNorm2d")
             if last is None or last.norm or last.relu:
                 raise Unfusable(f"{name} does not follow a convolution")
             stages[-1] = last._replace(norm=name)
@@ -263,41 +129,53 @@ def _parse(nodes: Nodes) -> BlockPlan:
     return BlockPlan(tuple(branch), end_of_shortcut, skip, relu, bypassed)
 
 
-def looks_residual(nodes: Nodes) -> bool:
-    convolves = any(isinstance(nodes.module(n), nn.Conv2d) for n in nodes.graph.nodes)
-    joins = any(
-        n.op in ("call_function", "call_method")
-        and n.target in _ADDS | _CATS
-        and len(n.all_input_nodes) > 1
-        for n in nodes.graph.nodes
-    )
-    return convolves and joins
-
-
-def plan_of(block: nn.Module) -> BlockPlan | None:
-    """The plan of a residual block; None where the module is not one.
+def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | PartsPlan | None:
+    """The plan of a residual block, or of those parts of it that can be fused; None where the
+    module is not one.
 
     The block's forward is traced twice, in training and in eval mode, and nothing of it is changed.
 
+    Args:
+        opaque: names of children that are not looked into.
+
     Raises:
-        Unfusable: it is a residual block, but not one that can be fused.
+        Untraceable: it may be a residual block, which cannot be seen.
+        Unfusable: it is a residual block of which nothing can be fused.
     """
     try:
-        graph, in_eval = trace(block, True), trace(block, False)
+        graph, in_eval = (trace(block, mode, Tracer(opaque)) for mode in (True, False))
     except Unfusable:
         raise
     except Exception as error:
         _refuse_hooks(block)  # a weight_norm of the old kind cannot even be copied
         if sum(isinstance(m, nn.Conv2d) for m in block.modules()) < 2:
             return None
-        raise Unfusable(f"torch.fx cannot trace it: {in_words(error)}") from error
+        raise Untraceable(f"torch.fx cannot trace it: {in_words(error)}") from error
     nodes = Nodes(block, graph)
-    if not looks_residual(nodes):
+    if not nodes.look_residual():
         return None
     if str(graph) != str(in_eval):
         raise Unfusable("its forward differs between training and eval mode")
     _refuse_hooks(block)
-    return _parse(nodes)
+    nodes.split_norms()
+    try:
+        return _parse(nodes)
+    except Unfusable as reason:
+        plan = _in_parts(nodes, Nodes(block, in_eval), str(reason))
+        if plan is None:
+            raise
+        return plan
+
+
+def _in_parts(nodes: Nodes, in_eval: Nodes, reason: str) -> PartsPlan | None:
+    quieted, quiet = in_eval.without_what_is_quiet(), None
+    if quieted:
+        in_eval.split_norms()
+        try:
+            quiet = _parse(in_eval)
+        except Unfusable:
+            quiet = in_eval
+    return parts_plan(nodes, quiet, quieted, reason)
 
 
 def _refuse_hooks(block: nn.Module) -> None:

@@ -52,7 +52,9 @@ class _Block(NamedTuple):
         if own or any(map(has_hooks, block.modules())):
             return None
         kept = prepared_block(block, x)
-        return None if kept is None else _Found(kept.run, kept.tensors, kept.stamp)
+        if kept is None:
+            return None
+        return _Found(lambda x: kept.run(x, x), kept.tensors, kept.stamp)
 
 
 class _Chain(NamedTuple):

@@ -10,23 +10,28 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .nn.blocks import BlockPlan, FusedForward
+from .graphs import Unfusable, Untraceable
+from .nn.blocks import BlockPlan, FusedForward, is_norm
 from .nn.chains import FusedSequential, has_chain, unchain
+from .nn.parts import FusedParts, PartsPlan, methods
 from .ops.res_block import check_recompute
-from .patterns import Unfusable, plan_of
+from .patterns import plan_of
 
 
 @dataclass
 class FuseReport:
-    """What ``fuse_`` did. ``fused``: names of modules; ``skipped``: (name, reason). Prints as a
-    table."""
+    """What ``fuse_`` did. ``fused``: names of modules; ``partly``: (name, why not the whole) of
+    those of which only parts run fused; ``skipped``: (name, reason). Prints as a table."""
 
     fused: list[str] = field(default_factory=list)
+    partly: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
         rows = [(name, "fused", "") for name in self.fused]
+        rows += [(name, "partly", reason) for name, reason in self.partly]
         rows += [(name, "skipped", reason) for name, reason in self.skipped]
         shown = [
             ("block", "result", "reason"),
@@ -34,12 +39,14 @@ class FuseReport:
         ]
         width = max(len(name) for name, _, _ in shown)
         lines = [f"{name:<{width}}  {result:<7}  {why}".rstrip() for name, result, why in shown]
-        return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.skipped)} skipped"])
+        counts = [(self.fused, "fused"), (self.partly, "partly"), (self.skipped, "skipped")]
+        total = ", ".join(f"{len(of)} {what}" for of, what in counts if of or what != "partly")
+        return "\n".join([*lines, total])
 
 
 @functools.cache
 def fused_class(
-    original: type[nn.Module], plan: BlockPlan, recompute: str | None
+    original: type[nn.Module], plan: BlockPlan | PartsPlan, recompute: str | None
 ) -> type[nn.Module]:
     """The class of a fused block: ``original`` with its forward replaced by ``plan``."""
     body = {
@@ -50,10 +57,16 @@ def fused_class(
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_ex,
     }
-    return type(f"Fused{original.__name__}", (FusedForward, original), body)
+    in_parts = isinstance(plan, PartsPlan)
+    if in_parts:
+        body |= methods(plan)
+    mixin = FusedParts if in_parts else FusedForward
+    return type(f"Fused{original.__name__}", (mixin, original), body)
 
 
-def _rebuild(original: type[nn.Module], plan: BlockPlan, recompute: str | None) -> nn.Module:
+def _rebuild(
+    original: type[nn.Module], plan: BlockPlan | PartsPlan, recompute: str | None
+) -> nn.Module:
     cls = fused_class(original, plan, recompute)
     return cls.__new__(cls)
 
@@ -99,7 +112,9 @@ def fuse_(
     """Makes every residual block of ``model`` that can be fused run fused kernels, in place.
 
     A block is recognised by the dataflow of its forward, whatever its class and attributes are
-    called. Only its class changes (to a subclass); name, children, attributes, Parameter objects,
+    called. Where it has more in it than one operation computes (squeeze-and-excitation, drop path,
+    pre-activation, ...), the convolutions, norms, ReLUs and adds that follow each other run fused.
+    Only its class changes (to a subclass); name, children, attributes, Parameter objects,
     state_dict keys and hooks stay as they are. An ``nn.Sequential`` in which blocks with identity
     shortcuts follow each other becomes a subclass too, which runs them in one call for inference.
     Calling it again changes nothing; ``unfuse_`` reverses it.
@@ -113,7 +128,8 @@ def fuse_(
             again instead of keeping its output (half of what a bottleneck keeps).
 
     Returns:
-        FuseReport: names of the blocks fused, and (name, reason) of those that were not.
+        FuseReport: names of the blocks fused, of those fused in part, and of those that were not,
+            with the reason.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -126,8 +142,9 @@ def fuse_(
     refuse_wrapped(model)
     check_recompute(recompute)
     report = FuseReport()
-    plans: list[tuple[nn.Module, BlockPlan]] = []
+    plans: list[tuple[nn.Module, BlockPlan | PartsPlan]] = []
     filtered: list[tuple[str, str]] = []
+    opaque: set[str] = set()
     already = False
 
     def visit(module: nn.Module, name: str, seen: set[int]) -> bool:
@@ -143,22 +160,33 @@ def fuse_(
             visit(part, f"{name}.{key}" if name else key, seen)
             for key, part in module.named_children()
         ]
-        if any(inside) or not inside or type(module).forward is nn.Sequential.forward:
+        forward = type(module).forward
+        if any(inside) or not inside or forward in (nn.Sequential.forward, nn.Module.forward):
             return any(inside)
         if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
             return False
+        prefix = f"{name}." if name else ""
+        inner = {n: n[len(prefix) :] for n in opaque if n.startswith(prefix)}
         try:
             with torch.inference_mode(False):  # whose tensors torch.fx cannot trace
-                plan = plan_of(module)
+                plan = plan_of(module, inner.values())
         except Unfusable as reason:
             report.skipped.append((name, str(reason)))
-            return True
+            part = isinstance(reason, Untraceable) or not any(map(is_norm, module.modules()))
+            if part:  # of what holds it, maybe, of which other parts can be fused
+                opaque.add(name)
+            return not part
         if plan is None:
             return False
         if filter_fn is not None and not filter_fn(module, name):
             filtered.append((name, "left out by filter_fn"))
             return True
-        report.fused.append(name)
+        report.skipped = [row for row in report.skipped if row[0] not in inner]
+        if isinstance(plan, PartsPlan):
+            norms = sum(isinstance(m, _BatchNorm) for m in module.modules())
+            report.partly.append((name, f"{plan.norms} of {norms} norms; {plan.reason}"))
+        else:
+            report.fused.append(name)
         plans.append((module, plan))
         return True
 
@@ -172,7 +200,7 @@ def fuse_(
         for module in model.modules():
             if type(module) is nn.Sequential and has_chain(module):
                 module.__class__ = FusedSequential
-    if not report.fused and not already:
+    if not plans and not already:
         warnings.warn(f"fuse_ found no residual block to fuse\n{report}", stacklevel=2)
     return report
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
+from .graphs import Nodes, Tracer, trace
 from .nn.blocks import NORMS, FusedForward, child, has_hooks
 from .nn.chains import links
 from .nn.conv_norm import conv_norm_relu, plain_conv_norm
-from .patterns import Nodes, Tracer, trace
 from .surgery import FuseReport
 
 

@@ -345,7 +345,7 @@ def test_wrong_rival_in_16_bits(measuring, rivals, programs, workloads, call):
 
 
 def other_eps(net):
-    net.resblocks[0].batch_norm.eps = 1.0
+    net.resblocks[0].bn1.eps = 1.0
     return net
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import fused_res
 from fused_res import backend, backends, reference
-from fused_res.demo.nets import ResNet18
+from fused_res.models import ResNet
 from fused_res.ops.bn_act import bn_act, unpack_mask
 from fused_res.reference import ACTS, Norm
 
@@ -194,7 +194,7 @@ def test_reduce_overhead(name):
 
 def net():
     torch.manual_seed(0)
-    return ResNet18().to("cuda", memory_format=torch.channels_last)
+    return ResNet(stem="cifar", init="default").to("cuda", memory_format=torch.channels_last)
 
 
 def test_autocast_training_follows_pytorch(name):

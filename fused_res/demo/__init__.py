@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
 
     from .. import backends, doctor, fuse_
-    from . import compare, data, nets, page, train
+    from ..models import create
+    from . import compare, data, page, train
 
     start = time.perf_counter()
     threads = torch.get_num_threads()
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             (
                 f"ResNet-18, width {args.width}",
                 "CIFAR stem, four stages of two basic blocks.",
-                lambda: nets.ResNet18(args.width),
+                lambda: create("resnet18_cifar", fused=False, width=args.width, init="default"),
                 lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9),
                 args.batch,
                 args.epochs,
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             (
                 f"NetResDeep, {args.blocks} blocks",
                 f"{args.blocks} separate single-convolution blocks, 32 channels on 16x16 maps.",
-                lambda: nets.NetResDeep(n_blocks=args.blocks),
+                lambda: create("net_res_deep", fused=False, n_blocks=args.blocks),
                 lambda parameters: torch.optim.Adam(parameters, lr=4e-5),
                 max(args.batch // 2, 2),
                 args.deep_steps,

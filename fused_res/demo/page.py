@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..page import COLORS, change, document, table
 from .compare import Agreement
 from .train import Curve
-
-COLORS = {"PyTorch": "#8a8f98", "fused_res": "#0f766e"}
 
 
 class Report(NamedTuple):
@@ -27,14 +26,6 @@ class Report(NamedTuple):
     curves: tuple[Curve, Curve]
     saved: tuple[int, int]
     batch: int
-
-
-def _change(plain: float, fused: float, better: str, worse: str) -> str:
-    """``1.23x faster``, or ``within 2 %``."""
-    ratio = plain / fused
-    if abs(ratio - 1) < 0.02:
-        return "within 2 %"
-    return f"{ratio:.2f}x {better}" if ratio > 1 else f"{1 / ratio:.2f}x {worse}"
 
 
 def result_rows(report: Report) -> list[list[str]]:
@@ -56,13 +47,13 @@ def result_rows(report: Report) -> list[list[str]]:
             "step, median",
             f"{1e3 * plain.step_seconds:.0f} ms",
             f"{1e3 * fused.step_seconds:.0f} ms",
-            _change(plain.step_seconds, fused.step_seconds, "faster", "slower"),
+            change(plain.step_seconds, fused.step_seconds, "faster", "slower"),
         ],
         [
             f"saved activations, batch {report.batch}",
             f"{memory / 2**20:.1f} MiB",
             f"{fused_memory / 2**20:.1f} MiB",
-            _change(memory, fused_memory, "less", "more"),
+            change(memory, fused_memory, "less", "more"),
         ],
     ]
 
@@ -132,35 +123,13 @@ def _quantile(values: Sequence[float], part: float) -> float:
 
 
 def strip(pictures: Tensor) -> bytes:
-    """Pictures (N, 3, H, W), 0 to 1, side by side as a PNG."""
+    """Pictures (N, 3, H, W), uint8, side by side as a PNG."""
     import matplotlib.image
 
     out = io.BytesIO()
-    row = pictures.clamp(0, 1).permute(2, 0, 3, 1).flatten(1, 2)
+    row = pictures.permute(2, 0, 3, 1).flatten(1, 2)
     matplotlib.image.imsave(out, row.contiguous().numpy(), format="png")
     return out.getvalue()
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c2024; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; } h3 { margin-bottom: .3rem; }
-img { max-width: 100%; } img.strip { width: 100%; image-rendering: pixelated; border-radius: 4px; }
-table { border-collapse: collapse; margin: .5rem 0 1rem; }
-th, td { padding: .3rem .9rem; border-bottom: 1px solid #dde1e6; text-align: right; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-th { font-weight: 600; color: #5b626b; }
-.wide { overflow-x: auto; } .note { color: #5b626b; }
-"""
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
-
-    body = "\n".join(line("td", row) for row in rows)
-    head = line("th", header)
-    return f'<div class="wide"><table>\n{head}\n{body}\n</table></div>'
 
 
 def _image(png: bytes, alt: str, kind: str = "") -> str:
@@ -191,10 +160,6 @@ def page(reports: Sequence[Report], figure: bytes, pictures: Tensor, facts: Sequ
         facts: (name, value) of the versions and settings.
     """
     parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>fused_res demo</title><style>{_STYLE}</style></head><body>",
         "<h1>fused_res beside plain PyTorch</h1>",
         "<p>Two nets in plain PyTorch, their residual blocks swapped by <code>fuse_</code>, "
         "trained on handwritten digits (32x32 colour) beside the originals.</p>",
@@ -206,19 +171,18 @@ def page(reports: Sequence[Report], figure: bytes, pictures: Tensor, facts: Sequ
             f"<h2>{html.escape(report.name)}</h2>",
             f"<p>{html.escape(report.what)} {fused_line(report)}</p>",
             "<h3>Trained side by side</h3>",
-            _table(RESULT_HEADER, result_rows(report)),
+            table(RESULT_HEADER, result_rows(report)),
             "<h3>Agreement</h3>",
-            _table(AGREEMENT_HEADER, agreement_rows(report)),
+            table(AGREEMENT_HEADER, agreement_rows(report)),
         ]
         if report.skipped:
-            parts.append(_table(("skipped", "reason"), report.skipped))
+            parts.append(table(("skipped", "reason"), report.skipped))
     parts += [
         f'<p class="note">{RESULT_NOTE}</p><p class="note">Agreement. {AGREEMENT_NOTE}</p>',
         "<h2>Versions and settings</h2>",
-        _table(("", ""), facts),
-        "</body></html>",
+        table((), facts),
     ]
-    return "\n".join(parts) + "\n"
+    return document("fused_res demo", parts)
 
 
 def fused_line(report: Report) -> str:

@@ -39,6 +39,17 @@ from .watch import HOOKS
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
+def is_norm_act(module: nn.Module | None) -> bool:
+    """Whether it is timm's BatchNorm, which calls its children ``drop`` and ``act`` afterwards."""
+    cls = type(module)
+    return (cls.__module__, cls.__name__) == ("timm.layers.norm_act", "BatchNormAct2d")
+
+
+def is_norm(module: nn.Module | None) -> bool:
+    """Whether it is a BatchNorm that we know."""
+    return type(module) in NORMS or is_norm_act(module)
+
+
 class Stage(NamedTuple):
     """Children called in turn, by dotted name: ``before`` (dropout, pooling), a convolution, a
     norm."""
@@ -50,11 +61,11 @@ class Stage(NamedTuple):
 
 
 class BlockPlan(NamedTuple):
-    """A residual block in normal form.
+    """A residual block, or a part of one, in normal form.
 
     branch: what the block adds to its shortcut. ``relu`` of the last stage: before the add.
     shortcut: None for the input itself.
-    skip: ``add``, or ``concat`` of (input, branch).
+    skip: ``add``, ``concat`` of (input, branch), or ``none``.
     relu: whether a ReLU follows the add.
     bypassed: the children whose ``forward`` the fused block does not call, as they were when the
         plan was made; the block itself (name "") among them.
@@ -230,7 +241,7 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
 
 def _run_whole(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor | None:
     """``block.forward(x)`` in one op; None where it must be run stage by stage."""
-    if torch.compiler.is_compiling() or plan.skip == "concat":
+    if torch.compiler.is_compiling() or plan.skip != "add":
         return None
     stages = []
     for stage in plan.branch if plan.shortcut is None else (*plan.branch, plan.shortcut):
@@ -311,15 +322,15 @@ class _Prepared(NamedTuple):
             and stamp(self.tensors) == self.stamp
         )
 
-    def run(self, x: Tensor) -> Tensor:
-        out = x
+    def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         for step in self.steps[:-1]:
-            out = step(out, None)
-        return self.steps[-1](out, x)
+            x = step(x, None)
+        return self.steps[-1](x, residual)
 
 
-_prepared: WeakKeyDictionary[nn.Module, dict[tuple, _Prepared]] = WeakKeyDictionary()
-MOST_SIZES = 4  # of a block's inputs
+# block -> id of a plan -> sizes
+_prepared: WeakKeyDictionary[nn.Module, dict[int, dict[tuple, _Prepared]]] = WeakKeyDictionary()
+MOST_SIZES = 4  # of a block's inputs, for each of its plans
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "forward", "_conv_forward",
              "training", "eps")  # fmt: skip
 _AFFINE, _RUNNING = ("weight", "bias"), ("running_mean", "running_var")
@@ -371,36 +382,41 @@ def stamped_tensors(conv: nn.Module, bn: nn.Module | None) -> list[Tensor] | Non
     return _tensors_of([_part_of(conv, "", ()), *norm])
 
 
-def _key(x: Tensor) -> tuple:
-    return x.shape, x.stride(), x.dtype, torch.get_num_threads(), *choices.state()
+def _key(x: Tensor, residual: Tensor | None = None) -> tuple:
+    other = None if residual is None else (residual.shape, residual.stride(), residual.dtype)
+    return x.shape, x.stride(), x.dtype, other, torch.get_num_threads(), *choices.state()
 
 
 def prepared_block(block: FusedForward, x: Tensor) -> _Prepared | None:
     """What the last ``block(x)`` prepared, while it holds."""
-    kept = _prepared.get(block, {}).get(_key(x))
+    kept = _prepared.get(block, {}).get(id(block.plan), {}).get(_key(x))
     own = "forward" in block.__dict__ or not block._bypasses_safely()
     return None if own or kept is None or not kept.holds(block, block.plan) else kept
 
 
-def _run_inference(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor | None:
-    """``block.forward(x)`` with one op per convolution; None where it is not for inference."""
-    if x.dim() != 4:
+def _run_inference(
+    block: nn.Module, plan: BlockPlan, act: Act, x: Tensor, added: Tensor | None
+) -> Tensor | None:
+    """``run_block`` with one op per convolution; None where it is not for inference."""
+    if x.dim() != 4 or plan.branch[-1].conv is None:
         return None
     grads = torch.is_grad_enabled()
     fast = not grads and not torch.compiler.is_compiling() and x.is_cpu and not under_modes(x)
+    fast = fast and (added is None or not under_modes(added))
     if fast:
-        key = _key(x)
-        sizes = _prepared.get(block)
+        key = _key(x, added)
+        sizes = _prepared.get(block, {}).get(id(plan))
         kept = None if sizes is None else sizes.get(key)
         if kept is not None and kept.holds(block, plan):
-            return kept.run(x)
+            return kept.run(x, x if added is None else added)
         if kept is not None:
             sizes.clear()  # they keep what was replaced
     stages = plan.branch if plan.shortcut is None else (*plan.branch, plan.shortcut)
     norms = [None if s.norm is None else child(block, s.norm) for s in stages]
     if any(bn is not None and (bn.training or bn.running_mean is None) for bn in norms):
         return None
-    if grads and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
+    wanted = grads and (x.requires_grad or (added is not None and added.requires_grad))
+    if wanted or (grads and any(p.requires_grad for p in block.parameters())):
         return None
     if not fuses_convolutions(x, block.backend):
         return None
@@ -412,7 +428,7 @@ def _run_inference(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Te
         if conv is None:
             return None
         convs.append(conv)
-    out = residual = x
+    out, residual = x, x if added is None else added
     steps = []
 
     def run(call: Call) -> Tensor:
@@ -431,25 +447,33 @@ def _run_inference(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Te
         residual = child(block, name)(residual)
     conv, *shortcut = convs[len(plan.branch) - 1 :]
     concat = plan.skip == "concat"
-    if not shortcut and not concat and residual.shape != out_shape(out, conv):
+    if plan.skip == "none":
+        residual = None
+    elif not shortcut and not concat and residual.shape != out_shape(out, conv):
         return None  # broadcast
     y = run(Call(out, conv, residual, *(shortcut or [None]), concat, act))
     if len(steps) == len(plan.branch) and not any(stage.before for stage in stages):
         made = _prepare(block, plan, stages, steps)
         if made is not None:
-            sizes = _prepared.setdefault(block, {})
+            sizes = _prepared.setdefault(block, {}).setdefault(id(plan), {})
             while len(sizes) >= MOST_SIZES:
                 sizes.pop(next(iter(tuple(sizes))), None)
             sizes[key] = made
     return y
 
 
-def run_block(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor:
-    """``block.forward(x)``, its normalisations fused with what follows them."""
+def run_block(
+    block: nn.Module, plan: BlockPlan, x: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """A block, or a part of it, its normalisations fused with what follows them.
+
+    Args:
+        residual: what the shortcut starts from; default: ``x``.
+    """
     last = plan.branch[-1]
     act = "relu_before_add" if last.relu else "relu" if plan.relu else "none"
-    y = _run_inference(block, plan, act, x)
-    if y is None:
+    y = _run_inference(block, plan, act, x, residual)
+    if y is None and residual is None:
         y = _run_whole(block, plan, act, x)
     if y is not None:
         return y
@@ -457,12 +481,16 @@ def run_block(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor:
     for stage in plan.branch[:-1]:
         out = _normalise(block, stage, _convolve(block, stage, out))
     out = _convolve(block, last, out)
+    if plan.skip == "none":
+        return _normalise(block, last, out, act=act)
     if plan.skip == "concat":
         out = torch.cat((x, _normalise(block, last, out)), dim=1)
         return F.relu(out) if plan.relu else out
 
     shortcut = plan.shortcut
-    residual = x if shortcut is None else _convolve(block, shortcut, x)
+    residual = x if residual is None else residual
+    if shortcut is not None:
+        residual = _convolve(block, shortcut, residual)
     fits = residual.shape == out.shape and residual.dtype == out.dtype
     if last.norm is None or not fits:  # nothing to fuse the add into, or PyTorch's promotion rules
         if shortcut is not None:

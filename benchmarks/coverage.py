@@ -1,0 +1,318 @@
+"""What ``fuse_`` makes of the ResNet-like models of torchvision, timm and transformers, and whether
+they still compute the same: python benchmarks/coverage.py --write benchmarks/coverage.md
+
+Random weights, small images. Each model is compared with its fused copy in float64 (a training step
+and an eval step: outputs, gradients, statistics: the wiring) and in float32 (eval mode, with the
+kernels that run here: the error beside PyTorch's own), and its state_dict before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import fnmatch
+import json
+import platform
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from nets import torchvision_models
+from torch import Tensor, nn
+
+import fused_res
+from fused_res.nn.blocks import FusedForward, is_norm
+
+# timm's modules of nets that add a shortcut to convolutions with BatchNorm
+TIMM = (
+    "byoanet", "byobnet", "cspnet", "dla", "dpn", "hgnet", "hrnet", "inception_resnet_v2", "regnet",
+    "res2net", "resnest", "resnet", "resnetv2", "senet", "sknet", "tresnet", "vovnet",
+    "xception_aligned",
+)  # fmt: skip
+TORCHVISION = ("resnet", "resnext", "wide_resnet", "regnet")
+WIRING = 1e-9  # of float64, relatively
+FACTOR = 1.5  # of PyTorch's own error
+DRAWS = 3
+LARGE = 250e6  # parameters: with more, no gradients
+
+
+def _timm(name: str) -> Callable[[int], nn.Module]:
+    import timm
+
+    def make(size: int) -> nn.Module:
+        try:  # attention with positions is made for one size
+            return timm.create_model(name, num_classes=10, img_size=size)
+        except TypeError:
+            return timm.create_model(name, num_classes=10)
+
+    return make
+
+
+def _transformers(layer_type: str) -> Callable[[int], nn.Module]:
+    import transformers
+
+    class Output(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            config = transformers.ResNetConfig(layer_type=layer_type, num_labels=10)
+            self.model = transformers.ResNetForImageClassification(config)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x).logits
+
+    return lambda size: Output()
+
+
+def models() -> Iterator[tuple[str, str, Callable[[int], nn.Module]]]:
+    """(library, name, size -> model), of random weights."""
+    vision = torchvision_models()
+    for name in vision.list_models(module=vision):
+        if name.startswith(TORCHVISION):
+            yield "torchvision", name, lambda size, n=name: vision.get_model(n, num_classes=10)
+    import timm
+    from timm.models import _registry
+
+    for name in timm.list_models():
+        if _registry._model_to_module[name] in TIMM:
+            yield "timm", name, _timm(name)
+    for layer_type in ("basic", "bottleneck"):
+        yield "transformers", f"ResNet, {layer_type}", _transformers(layer_type)
+
+
+def _randomise(model: nn.Module) -> None:
+    """Norms as after training: no branch starts as zero or one."""
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            if m.affine:
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias, 0, 0.3)
+            nn.init.normal_(m.running_mean, 0, 0.3)
+            nn.init.uniform_(m.running_var, 0.5, 2)
+
+
+def _step(model: nn.Module, x: Tensor, train: bool, gradients: bool) -> dict[str, Tensor]:
+    model.train(train)
+    torch.manual_seed(1)  # the same masks of dropout
+    x = x.clone().requires_grad_(gradients)
+    with torch.set_grad_enabled(gradients):
+        out = model(x)
+    found = {"output": out.detach()}
+    if gradients:
+        parameters = {"x": x, **dict(model.named_parameters())}
+        dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+        grads = torch.autograd.grad(out, list(parameters.values()), dy, allow_unused=True)
+        for name, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                found[f"gradient of {name}"] = grad
+    return found | {n: b.detach().clone() for n, b in model.named_buffers()}
+
+
+def _difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest of all tensors' differences, norm over norm; gradients that are zero but for
+    rounding count in units of the largest gradient."""
+    if a.keys() != b.keys():
+        return float("inf")
+    norms = {n: t.double().norm().item() for n, t in b.items()}
+    largest = max((s for n, s in norms.items() if n.startswith("gradient")), default=0.0)
+    worst = 0.0
+    for name, t in b.items():
+        unit = norms[name]
+        if name.startswith("gradient"):
+            unit = max(unit, 1e-9 * largest)
+        if a[name].shape != t.shape or a[name].dtype != t.dtype:
+            return float("inf")
+        off = (a[name].double() - t.double()).norm().item()
+        worst = max(worst, off / unit if unit else off)
+        if off != off:
+            return float("inf")
+    return worst
+
+
+def _identity(model: nn.Module) -> list:
+    state = model.state_dict(keep_vars=True)
+    return [(name, id(t), t.shape, t.dtype) for name, t in state.items()]
+
+
+def _adds_left(model: nn.Module) -> int:
+    """Adds of fused parts' outputs that their part does not do, though nothing is between."""
+    left = 0
+    for block in model.modules():
+        plan = getattr(block, "plan", None)
+        if isinstance(block, FusedForward) and hasattr(plan, "usual"):
+            for line in plan.usual.source.splitlines():
+                left += bool(re.search(r"= \w* *\+ *_part_\d+;|_part_\d+ \+=", line))
+    return left
+
+
+def cover(make: Callable[[int], nn.Module]) -> dict:
+    """One model's row."""
+    torch.manual_seed(0)
+    for size in (64, 128, 256):  # attention and pooling may want more
+        try:
+            model = make(size)
+            _randomise(model)
+            with torch.no_grad():
+                copy.deepcopy(model).eval()(torch.randn(1, 3, size, size))
+            break
+        except (RuntimeError, AssertionError, ValueError):
+            if size == 256:
+                raise
+    parameters = sum(p.numel() for p in model.parameters())
+    ours = copy.deepcopy(model)
+    before = _identity(ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = fused_res.fuse_(ours)
+    same_state = _identity(ours) == before
+    blocks = [ours.get_submodule(n) for n in (*report.fused, *(n for n, _ in report.partly))]
+    skipped = [ours.get_submodule(n) for n, _ in report.skipped]
+    norms = [m for block in (*blocks, *skipped) for m in block.modules() if is_norm(m)]
+    in_parts = [b.plan.norms for b in blocks if hasattr(b.plan, "usual")]
+    whole = [m for b in blocks if not hasattr(b.plan, "usual") for m in b.modules() if is_norm(m)]
+    gradients = parameters < LARGE
+    theirs64, ours64 = copy.deepcopy(model).double(), copy.deepcopy(ours).double()
+    off = 0.0
+    x = torch.randn(2, 3, size, size)
+    for train in (True, False):
+        steps = [_step(m, x.double(), train, gradients) for m in (ours64, theirs64)]
+        off = max(off, _difference(*steps))
+    errors = []
+    for _ in range(DRAWS):
+        x = torch.randn(2, 3, size, size)
+        theirs64.load_state_dict(model.state_dict())
+        exact = _step(theirs64, x.double(), False, False)["output"]
+        outs = [_step(m, x, False, False)["output"].double() for m in (ours, model)]
+        mine, other = ((out - exact).norm().item() for out in outs)
+        errors.append(mine / max(other, 6e-8 * exact.norm().item()))
+    ratio = sorted(errors)[DRAWS // 2]
+    reasons = sorted({why.partition("; ")[2] or why for _, why in report.partly + report.skipped})
+    return {
+        "blocks": len(blocks) + len(skipped),
+        "whole": len(report.fused),
+        "partly": len(report.partly),
+        "skipped": len(report.skipped),
+        "norms": len(norms),
+        "fused_norms": sum(in_parts) + len(whole),
+        "adds_left": _adds_left(ours),
+        "difference": off,
+        "ratio": ratio,
+        "gradients": gradients,
+        "same_state": same_state,
+        "reasons": reasons,
+    }
+
+
+def matches(row: dict) -> bool:
+    return row["same_state"] and row["difference"] <= WIRING and row["ratio"] <= FACTOR
+
+
+def covered(row: dict) -> bool:
+    """Whether all that can be fused of its blocks is."""
+    return not row["skipped"] and row["norms"] == row["fused_norms"] and not row["adds_left"]
+
+
+def _row(library: str, name: str) -> dict:
+    torch.set_num_threads(1)
+    make = next(m for lib, n, m in models() if (lib, n) == (library, name))
+    row = {"library": library, "model": name}
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return row | cover(make)
+    except Exception as error:
+        traceback.print_exc()
+        return row | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"}
+
+
+def _why(row: dict) -> str:
+    # the numbers of blocks and channels say nothing here
+    short = dict.fromkeys(re.sub(r"\b\w+\.\d[\w.]*|\b\w*\d\b", "…", r) for r in row["reasons"])
+    return "; ".join(list(short)[:3]).replace("|", "\\|")
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: what came of it for each library, then every model."""
+    lines = ["# Coverage", ""]
+    versions = ", ".join(
+        f"{p} {version(p)}" for p in ("torch", "torchvision", "timm", "transformers")
+    )
+    lines += [
+        "What `fuse_` makes of every ResNet-like model: `python benchmarks/coverage.py --write "
+        "benchmarks/coverage.md`.",
+        f"fused_res {fused_res.__version__}, {versions}, Python {platform.python_version()}; "
+        "random weights, float64 and float32 on a CPU.",
+        "",
+        "- *blocks*: innermost modules with a convolution and an add or concatenation; *whole*: fused "
+        "as one, *in part*: the convolutions, norms, ReLUs and adds that follow each other.",
+        "- *norms*: BatchNorms in these blocks that run fused, of all.",
+        f"- *difference*: of a training and an eval step in float64, the largest of all outputs, "
+        f"gradients and statistics, norm over norm (a mismatch: over {WIRING:g}); with "
+        f"{LARGE / 1e6:.0f} million parameters and more (†) without gradients.",
+        f"- *error*: of the output in eval mode in float32, ours over PyTorch's (median of {DRAWS}; a "
+        f"mismatch: over {FACTOR}).",
+        "",
+        "| library | models | every block's parts fused | mismatches |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for library in dict.fromkeys(row["library"] for row in rows):
+        of = [r for r in rows if r["library"] == library]
+        good = [r for r in of if "error" not in r]
+        full = sum(map(covered, good))
+        wrong = sum(not matches(r) for r in good) + len(of) - len(good)
+        lines.append(f"| {library} | {len(of)} | {full} ({full / len(of):.1%}) | {wrong} |")
+    lines += [
+        "",
+        "| model | blocks | whole | in part | skipped | norms | difference | error | why not whole |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for r in rows:
+        if "error" in r:
+            lines.append(f"| {r['library']} {r['model']} | | | | | | | | {r['error']} |")
+            continue
+        mark = "" if r["gradients"] else " †"
+        cells = [
+            f"{r['library']} {r['model']}{mark}", r["blocks"], r["whole"], r["partly"], r["skipped"],
+            f"{r['fused_norms']} of {r['norms']}", f"{r['difference']:.0e}", f"{r['ratio']:.2f}",
+            _why(r),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--models", default="*", metavar="PATTERN", help="of names (default: all)")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each Nth model")
+    parser.add_argument("--processes", type=int, default=1, metavar="N")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the table, as Markdown")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the rows; done ones are kept")
+    args = parser.parse_args(argv)
+    names = [(lib, n) for lib, n, _ in models() if fnmatch.fnmatch(n, args.models)][:: args.every]
+    rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    done = {(r["library"], r["model"]): r for r in rows}
+    left = [pair for pair in names if pair not in done]
+    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
+        for row in pool.map(_row, *zip(*left, strict=True)) if left else ():
+            done[row["library"], row["model"]] = row
+            good = "error" not in row and matches(row)
+            print(json.dumps({k: row[k] for k in row if k != "reasons"}), flush=True)
+            print(f"{row['model']}: {'the same' if good else 'MISMATCH'}", flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(list(done.values())))
+    rows = [done[pair] for pair in names]
+    if args.write:
+        args.write.write_text(table(rows))
+    else:
+        print(table(rows))
+    return 0 if all("error" not in r and matches(r) for r in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

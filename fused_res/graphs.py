@@ -1,0 +1,237 @@
+"""A module's forward as a graph (``torch.fx``), and what its nodes do."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import random
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
+
+from .nn.blocks import child, is_norm_act
+
+_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+# Python's x += y, which fx itself shows as x + y
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
+            "ilshift", "irshift", "imatmul")  # fmt: skip
+_IN_PLACE = {getattr(operator, name) for name in IN_PLACE} | {operator.setitem}
+_CATS = {torch.cat, torch.concat, torch.concatenate}
+
+
+class Unfusable(Exception):
+    """The module is a residual block that cannot be fused; the message says why."""
+
+
+class Untraceable(Unfusable):
+    """What the module does cannot be seen."""
+
+
+def in_words(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+class _Proxy(fx.Proxy):
+    """Shows what is done in place."""
+
+
+def _in_place(function):
+    def method(self, other):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
+class Tracer(fx.Tracer):
+    """Sees convolutions, norms, whatever has no children, and ``opaque`` as one call each."""
+
+    def __init__(self, opaque: Collection[str] = ()) -> None:
+        super().__init__()
+        self._opaque = opaque
+        self.autocast = torch.is_autocast_enabled("cpu")
+        self.modes_changed = False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+        self.modes_changed |= modes != (True, self.autocast)
+        return super().create_node(*args, **kwargs)
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        if isinstance(module, (nn.Conv2d, _NormBase)) or parametrize.is_parametrized(module):
+            return True
+        if qualified_name in self._opaque:
+            return True
+        return not any(True for _ in module.children())
+
+
+def _state(block: nn.Module) -> list:
+    return [
+        (name, {k: v for k, v in m.__dict__.items() if k[0] != "_"}, {
+            k: (id(t), t._version) for k, t in (*m._buffers.items(), *m._parameters.items())
+            if t is not None
+        })
+        for name, m in block.named_modules()
+    ]  # fmt: skip
+
+
+def does_nothing(module: nn.Module) -> bool:
+    return type(module) is nn.Identity or (type(module) is nn.Sequential and not len(module))
+
+
+def _is_quiet(module: nn.Module | None) -> bool:
+    """Whether all that it does in eval mode is to return its input."""
+    if module is None or any(True for _ in (*module.children(), *module.parameters())):
+        return False
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return True
+    module = copy.deepcopy(module)
+    module.training = False
+    try:
+        graph = fx.Tracer().trace(module)
+    except Exception:  # whatever its forward raises
+        return False
+    nodes = list(graph.nodes)
+    return len(nodes) == 2 and nodes[1].args == (nodes[0],)
+
+
+def trace(
+    block: nn.Module, training: bool, tracer: Tracer | None = None, inputs: int | None = None
+) -> fx.Graph:
+    """The graph of the block's forward in one mode, traced on a copy: a forward may write state.
+
+    Args:
+        inputs: how many the forward is given, if it takes ``*inputs``.
+
+    Raises:
+        Untraceable: the forward does something that a trace does not show.
+    """
+    block = copy.deepcopy(block)
+    for m in block.modules():  # attributes, not train(): models override that (to freeze a norm)
+        m.training = training
+    tracer, before = tracer or Tracer(), _state(block)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        drawn, python_drawn = torch.get_rng_state(), random.getstate()
+        try:
+            graph = tracer.trace(block, inputs and (fx.PH,) * inputs)
+            same = torch.equal(drawn, torch.get_rng_state()) and python_drawn == random.getstate()
+        finally:
+            random.setstate(python_drawn)
+    if not same:
+        raise Untraceable("its forward draws random numbers")
+    if tracer.modes_changed:
+        raise Untraceable("its forward changes the grad or autocast mode")
+    if _state(block) != before:
+        raise Untraceable("its forward writes to the module")
+    for node in list(graph.nodes):
+        if node.op == "call_module" and does_nothing(child(block, node.target)):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    return graph
+
+
+class Nodes:
+    """The traced nodes of a block, by what they do."""
+
+    def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
+        self.block, self.graph = block, graph
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        return child(self.block, node.target) if node.op == "call_module" else None
+
+    def is_relu(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return type(self.module(node)) is nn.ReLU
+        return node.target in _RELUS and len(node.all_input_nodes) == 1
+
+    def operands_of_add(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        if node.op not in ("call_function", "call_method") or node.target not in _ADDS:
+            return None
+        operands = (*node.args, *(node.kwargs[k] for k in ("input", "other") if k in node.kwargs))
+        extra = set(node.kwargs) - {"input", "other"}
+        if extra or len(operands) != 2 or not all(isinstance(o, fx.Node) for o in operands):
+            return None
+        return operands
+
+    def operands_of_cat(self, node: fx.Node) -> list[fx.Node] | None:
+        if node.op != "call_function" or node.target not in _CATS:
+            return None
+        values = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
+        if values.get("dim", values.get("axis", 0)) not in (1, -3):
+            return None
+        tensors = values.get("tensors")
+        return list(tensors) if isinstance(tensors, (list, tuple)) else None
+
+    def look_residual(self) -> bool:
+        """Whether there are a convolution, and an add or concatenation of tensors."""
+        convolves = any(isinstance(self.module(n), nn.Conv2d) for n in self.graph.nodes)
+        joins = any(
+            n.op in ("call_function", "call_method")
+            and n.target in _ADDS | _CATS
+            and len(n.all_input_nodes) > 1
+            for n in self.graph.nodes
+        )
+        return convolves and joins
+
+    def describe(self, node: fx.Node) -> str:
+        """A node in words, by the innermost child it belongs to."""
+        module = self.module(node)
+        if module is not None:
+            return f"{node.target} ({type(module).__name__})"
+        stack = node.meta.get("nn_module_stack") or {}
+        owners = [path for path in stack if path]
+        name = getattr(node.target, "__name__", str(node.target))
+        if owners:
+            path = owners[-1]
+            return f"{path} ({type(child(self.block, path)).__name__})"
+        return f"{name}()"
+
+    def times_called(self, node: fx.Node) -> int:
+        """How often the module of a node is called."""
+        return sum(n.op == "call_module" and n.target == node.target for n in self.graph.nodes)
+
+    def writes(self, node: fx.Node) -> bool:
+        """Whether it may write into a tensor that is there."""
+        if node.op == "call_module":
+            return any(getattr(m, "inplace", False) for m in self.module(node).modules())
+        if node.op == "call_method":
+            return node.target.endswith("_") and not node.target.startswith("_")
+        if node.op != "call_function":
+            return False
+        name = getattr(node.target, "__name__", "")
+        named = name.endswith("_") or bool({"inplace", "out"} & node.kwargs.keys())
+        return named or node.target in _IN_PLACE
+
+    def without_what_is_quiet(self) -> tuple[str, ...]:
+        """Takes out the children that return their input in eval mode, and names them."""
+        quiet = [n for n in self.graph.nodes if _is_quiet(self.module(n))]
+        for node in quiet:
+            node.replace_all_uses_with(node.args[0])
+            self.graph.erase_node(node)
+        return tuple(dict.fromkeys(node.target for node in quiet))
+
+    def split_norms(self) -> None:
+        """Shows what timm's BatchNorms call afterwards as calls of its own."""
+        for node in list(self.graph.nodes):
+            module = self.module(node)
+            if not is_norm_act(module) or self.times_called(node) > 1:
+                continue
+            last, users = node, list(node.users)
+            for name in ("drop", "act"):
+                if not does_nothing(getattr(module, name)):
+                    with self.graph.inserting_after(last):
+                        last = self.graph.call_module(f"{node.target}.{name}", (last,))
+            for user in users:
+                user.replace_input_with(node, last)

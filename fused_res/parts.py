@@ -1,0 +1,207 @@
+"""Finds what can be fused of a block that is not one plan, and writes its forward anew."""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from .graphs import Nodes
+from .nn.blocks import BlockPlan, Bypassed, Stage, is_norm
+from .nn.parts import PartsPlan, Program
+
+_TORCH_CONSTANTS = ("inf", "nan", "device")  # as fx names them
+
+
+class _Part(NamedTuple):
+    """Nodes that become one call: [convolution,] norm [, add] [, ReLU].
+
+    x, residual: what goes in. shortcut: the nodes of ``residual``'s own convolution and norm.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    x: fx.Node
+    conv: fx.Node | None
+    norm: fx.Node
+    relu: bool
+    residual: fx.Node | None = None
+    shortcut: tuple[fx.Node, fx.Node] | None = None
+    relu_after: bool = False
+
+    def plan(self) -> BlockPlan:
+        conv = None if self.conv is None else self.conv.target
+        adds = self.residual is not None
+        stage = Stage(conv, self.norm.target, self.relu and adds)
+        shortcut = None if self.shortcut is None else Stage(*(n.target for n in self.shortcut))
+        relu = self.relu_after or (self.relu and not adds)
+        return BlockPlan((stage,), shortcut, "add" if adds else "none", relu, ())
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _calls(nodes: Nodes, node: fx.Node, known: bool) -> bool:
+    """Whether it is a call, of one tensor, of a module that is ``known`` and used once."""
+    return (
+        known
+        and len(node.args) == 1
+        and not node.kwargs
+        and not parametrize.is_parametrized(nodes.module(node))
+        and nodes.times_called(node) == 1
+    )
+
+
+def _movable(nodes: Nodes, part: _Part) -> bool:
+    """Whether all of it can run where its last node does: nothing is overwritten in between."""
+    order = list(nodes.graph.nodes)
+    first, last = (of(order.index(n) for n in part.nodes) for of in (min, max))
+    between = [n for n in order[first:last] if n not in part.nodes]
+    return not any(map(nodes.writes, between))
+
+
+def _around_norm(nodes: Nodes, norm: fx.Node) -> _Part:
+    (x,) = norm.args
+    parts = [_Part((norm,), x, None, norm, relu=False)]
+    conv = type(nodes.module(x)) is nn.Conv2d and _only_user(x) is norm
+    if conv and _calls(nodes, x, True):
+        parts.append(parts[-1]._replace(nodes=(x, norm), x=x.args[0], conv=x))
+    after = _only_user(norm)
+    if after is not None and nodes.is_relu(after):
+        parts += [p._replace(nodes=(*p.nodes, after), relu=True) for p in parts]
+    return next(p for p in reversed(parts) if _movable(nodes, p))
+
+
+def _with_add(nodes: Nodes, add: fx.Node, ends: dict[fx.Node, _Part]) -> _Part | None:
+    """A part that ends with this add, of the parts that end with its operands."""
+    operands = nodes.operands_of_add(add)
+    if operands is None or operands[0] is operands[1]:
+        return None
+    found = [ends.get(o) if _only_user(o) is add else None for o in operands]
+    if add.target in (operator.iadd, "add_") and found[0] is None:
+        return None  # what it is written into may be seen elsewhere
+    found = [None if part is None or part.residual is not None else part for part in found]
+    choices = []
+    for one, other, residual in ((*found, operands[1]), (*found[::-1], operands[0])):
+        if one is None:
+            continue
+        part = one._replace(nodes=(*one.nodes, add), residual=residual)
+        if other is not None and other.conv is not None and not other.relu:
+            both = (*other.nodes, *part.nodes)
+            shortcut = other.conv, other.norm
+            choices.append(part._replace(nodes=both, residual=other.x, shortcut=shortcut))
+        choices.append(part)
+    # the branch is the side that does more; then the shortcut's norm in the same pass
+    choices.sort(key=lambda p: (_work(nodes, p), p.shortcut is not None), reverse=True)
+    for part in choices:
+        after = _only_user(add)
+        if after is not None and nodes.is_relu(after) and not part.relu:
+            longer = part._replace(nodes=(*part.nodes, after), relu_after=True)
+            if _movable(nodes, longer):
+                return longer
+        if _movable(nodes, part):
+            return part
+    return None
+
+
+def _work(nodes: Nodes, part: _Part) -> int:
+    return 0 if part.conv is None else nodes.module(part.conv).kernel_size[0]
+
+
+def _find(nodes: Nodes) -> list[_Part]:
+    parts = [
+        _around_norm(nodes, n)
+        for n in nodes.graph.nodes
+        if n.op == "call_module" and _calls(nodes, n, is_norm(nodes.module(n)))
+    ]
+    ends = {part.nodes[-1]: part for part in parts}
+    for add in nodes.graph.nodes:
+        longer = _with_add(nodes, add, ends)
+        if longer is not None:
+            ends = {end: p for end, p in ends.items() if not set(p.nodes) <= set(longer.nodes)}
+            ends[longer.nodes[-1]] = longer
+    return list(ends.values())
+
+
+def _names(values: dict[str, object], used: set[str]) -> tuple[tuple[str, str, str], ...] | None:
+    """Globals of a program by where they are imported from; None where one cannot be."""
+    names = []
+    for name, value in values.items():
+        if name not in used:
+            continue
+        if name in _TORCH_CONSTANTS:
+            names.append((name, "torch", name))
+        elif type(value).__name__ == "module":
+            names.append((name, value.__name__, ""))
+        else:
+            path = getattr(value, "__module__", None), getattr(value, "__qualname__", "<")
+            if path[0] is None or "<" in path[1]:
+                return None
+            names.append((name, *path))
+    return tuple(names)
+
+
+def _program(nodes: Nodes, prefix: str) -> Program | None:
+    """The graph, which is changed, as a program; None where it has no part to fuse or cannot be
+    written as source."""
+    parts = _find(nodes)
+    graph = nodes.graph
+    fused: dict[fx.Node, fx.Node] = {}
+    for i, part in enumerate(parts):
+        last = part.nodes[-1]
+        inputs = part.x, *([] if part.residual is None else [part.residual])
+        with graph.inserting_before(last):
+            call = graph.call_module(f"{prefix}{i}", tuple(fused.get(n, n) for n in inputs))
+        last.replace_all_uses_with(call)
+        fused[last] = call
+    gone = {node for part in parts for node in part.nodes}
+    for node in reversed(list(graph.nodes)):
+        if node in gone:
+            graph.erase_node(node)
+    if not parts:
+        return None
+    code = graph.python_code("self")
+    found = compile(code.src, "", "exec")
+    (body,) = (c for c in found.co_consts if hasattr(c, "co_names"))
+    names = _names(code.globals, {*found.co_names, *body.co_names})
+    return None if names is None else Program(code.src, names, tuple(p.plan() for p in parts))
+
+
+def _bypassed(block: nn.Module, called: set[str]) -> tuple[Bypassed, ...]:
+    def is_called(name: str) -> bool:
+        return any(name == c or name.startswith(c + ".") for c in called)
+
+    return tuple(
+        Bypassed(name, type(module) if name else None, len(module._modules))
+        for name, module in block.named_modules()
+        if not is_called(name)
+    )
+
+
+def parts_plan(
+    nodes: Nodes, quiet: Nodes | BlockPlan | None, quieted: tuple[str, ...], reason: str
+) -> PartsPlan | None:
+    """The plan of a block in parts; None where none can be fused.
+
+    Args:
+        nodes: of its graph, which is changed.
+        quiet: without its children ``quieted``: the nodes, or the plan of the whole.
+        reason: why the block as a whole is not one plan.
+    """
+    inputs = [n for n in nodes.graph.nodes if n.op == "placeholder"]
+    if any(n.target.startswith("*") for n in inputs):
+        return None
+    while inputs and not inputs[-1].users:
+        inputs.pop()
+    usual = _program(nodes, "_part_")
+    if usual is None:
+        return None
+    if isinstance(quiet, Nodes):
+        quiet = _program(quiet, "_quiet_part_")
+    calls = {n.target for n in nodes.graph.nodes if n.op == "call_module"}
+    convs = {s.conv for part in usual.parts for s in (*part.branch, part.shortcut) if s is not None}
+    called = {n for n in calls | convs if n is not None and not n.startswith("_part_")}
+    bypassed = _bypassed(nodes.block, called - set(quieted))
+    return PartsPlan(usual, quiet, quieted, len(inputs), bypassed, reason)

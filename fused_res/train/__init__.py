@@ -1,0 +1,198 @@
+"""``fused-res train``: trains a model, fused or plain or both, from a command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..cli import CommandError, UsageError, table
+from ..tuned import processor
+from ..version import __version__
+from . import checkpoint, data, nets, report
+from . import settings as flags
+from .augment import prepare
+from .engine import Interrupted, Trainer
+from .log import Log, now
+from .place import Place, at
+from .settings import Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_arguments(parser)
+    parser.add_argument("--out", type=Path, default=Path("train-out"), metavar="DIR",
+                        help="where everything is written (default: train-out)")  # fmt: skip
+    parser.add_argument("--resume", action="store_true",
+                        help="continue from DIR/last.pt, if it is there")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true",
+                        help="begin anew where DIR holds a run")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.resume and args.overwrite:
+        raise UsageError("--resume and --overwrite must not be given together")
+    last, state = args.out / "last.pt", None
+    if args.resume and last.exists():
+        state = checkpoint.load(last)
+    elif last.exists() and not args.overwrite:
+        raise UsageError(
+            f"{last} is there: --resume continues from it, --overwrite begins anew, --out names "
+            f"another folder"
+        )
+    settings = flags.of(args, None if state is None else state["settings"], str(last))
+    threads = torch.get_num_threads()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    try:
+        with at(settings.device) as place:
+            return _train(settings, args.out, state, place)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: Place) -> int:
+    last = out / "last.pt"
+    pictures = data.load(
+        settings.data,
+        classes=settings.classes,
+        size=settings.size,
+        images=settings.images,
+        seed=settings.seed,
+    )
+    if state is not None:
+        _check_resumed(state, last, pictures, place)
+    statistics = data.statistics(pictures.train_images)
+    arguments = nets.arguments(settings, len(pictures.classes))
+    kinds = ["plain"] if settings.plain else ["fused", "plain"][: 1 + settings.compare]
+    models, about = {}, {}
+    for kind in kinds:
+        models[kind], about[kind] = nets.make(
+            settings.model, arguments, kind == "fused", settings.seed
+        )
+    some = prepare(pictures.train_images[:2], *statistics, None, None)
+    nets.check(models[kinds[0]], settings.model, some, len(pictures.classes))
+    if settings.compare:  # a user's model may draw its weights in a way of its own
+        models["plain"].load_state_dict(models["fused"].state_dict())
+    kept = {
+        "arguments": arguments,
+        "classes": list(pictures.classes),
+        "mean": statistics[0],
+        "std": statistics[1],
+        "data": pictures.fingerprint,
+    }
+    trainer = Trainer(models, pictures, settings, place, out, kept)
+    if state is not None:
+        trainer.load(state, str(last))
+        start = {"event": "resume", "time": now(), "epoch": state["epoch"]}
+    else:
+        start = {
+            "event": "start",
+            "time": now(),
+            "model": settings.model,
+            "arguments": arguments,
+            "data": {
+                "name": pictures.name,
+                "classes": list(pictures.classes),
+                "train": len(pictures.train_labels),
+                "val": len(pictures.val_labels),
+                "size": pictures.train_images.shape[-1],
+            },
+            "settings": settings.flags(),
+            "versions": {
+                "fused_res": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "device": _words(place),
+            "nets": about,
+        }
+    try:
+        with _log(out, state, place) as log:
+            if log is not None:
+                log.write(start)
+            ends = trainer.run(log)
+    except Interrupted:
+        if place.rank == 0:
+            command = "fused-res" if place.world == 1 else "torchrun ... -m fused_res"
+            print(f"saved in {last}; to go on: {command} train --out {out} --resume",
+                  file=sys.stderr)  # fmt: skip
+        return 130
+    if place.rank == 0:
+        _finish(out, ends, about)
+    return 0
+
+
+def _check_resumed(state: dict[str, Any], last: Path, pictures: data.Data, place: Place) -> None:
+    if state["data"] != pictures.fingerprint:
+        raise CommandError(
+            f"{last} was trained on other data: its fingerprint is {state['data']:.12}, that of "
+            f"--data now {pictures.fingerprint:.12}"
+        )
+    if state["processes"] != place.world:
+        raise UsageError(
+            f"{last} was trained by {state['processes']} processes, now there are {place.world}"
+        )
+
+
+@contextlib.contextmanager
+def _log(out: Path, state: dict[str, Any] | None, place: Place) -> Iterator[Log | None]:
+    """The log of the first process, cut off where ``state`` was saved; None for the others."""
+    if place.rank:
+        yield None
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    if state is None:
+        for name in ("last.pt", "best.pt", "report.html"):
+            (out / name).unlink(missing_ok=True)
+    log = Log(out, *((0, 0) if state is None else (state["log"], state["epoch"])))
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def _words(place: Place) -> str:
+    if place.device.type == "cuda":
+        name = torch.cuda.get_device_name(place.device)
+    else:
+        name = f"{processor()}, {torch.get_num_threads()} threads"
+    return name if place.world == 1 else f"{place.world} x {name}"
+
+
+def _finish(out: Path, ends: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """The summary, on stdout and as a page."""
+    records = report.read_log(out / "log.jsonl")
+    rows = []
+    for end in ends:
+        epochs = [r for r in records if r["event"] == "epoch" and r["net"] == end["net"]]
+        rows.append(
+            [
+                end["net"],
+                f"{about[end['net']]['parameters']:,}",
+                len(about[end["net"]]["fused"]),
+                f"{epochs[-1]['val_loss']:.4f}",
+                f"{end['train_accuracy']:.2%}",
+                f"{end['val_accuracy']:.2%}",
+                f"{median(r['images_per_second'] for r in epochs):.0f}",
+            ]
+        )
+        if "val_accuracy_ema" in epochs[-1]:
+            averaged = f"{epochs[-1]['val_accuracy_ema']:.2%}"
+            rows.append([f"{end['net']}, averaged", "", "", "", "", averaged, ""])
+    header = ["net", "parameters", "fused blocks", "loss", "training", "validation", "images/s"]
+    print(table(header, rows, "lrrrrrr"))
+    written = ["last.pt", "best.pt", "log.jsonl"]
+    try:
+        with checkpoint.replacing(out / "report.html") as file:
+            file.write(report.page(records).encode())
+        written.append("report.html")
+    except ImportError as error:
+        print(f"no report.html: {error}", file=sys.stderr)
+    print(f"wrote {', '.join(str(out / name) for name in written)}")

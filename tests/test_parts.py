@@ -1,0 +1,418 @@
+"""Blocks of which only parts run fused: which parts, and that they compute the same."""
+
+import copy
+import io
+import pickle
+
+import odd_blocks as odd
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from odd_blocks import Configurable, variant
+from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
+from zoo import agree, outcome, randomise, timm, torchvision
+
+import fused_res
+from fused_res import fuse_, unfuse_
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def norm_overwritten(self, x):
+    """What the first norm is of is overwritten before the add."""
+    h = self.conv1(x)
+    y = self.bn1(h)
+    other = self.bn2(self.conv2(h.relu_()))
+    return self.last(y + other * 2)
+
+
+def input_overwritten(self, x):
+    """What the convolution is of is overwritten between it and its add."""
+    h = x * 1
+    y = self.bn1(self.conv1(h))
+    h += 1
+    return self.last(y + self.bn2(self.conv2(h)).sigmoid() + h)
+
+
+def overwritten_through_a_view(self, x):
+    h = x * 1
+    y = self.bn1(self.conv1(h))
+    h[:, :2].zero_()
+    return self.last(y + self.bn2(self.conv2(h)).sigmoid())
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    "forward", [norm_overwritten, input_overwritten, overwritten_through_a_view]
+)
+def test_what_is_overwritten(forward, train):
+    theirs = randomise(variant(forward)()).train(train)
+    ours = copy.deepcopy(theirs)
+    assert len(fuse_(ours).partly) == 1
+    x = image()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the ops, as they run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+    def count(self, *words):
+        return sum(any(word in name for word in words) for name in self.names)
+
+
+def run(model, x):
+    """Its first output, of as many inputs as it takes."""
+    cls = getattr(type(model), "original", type(model))
+    out = model(x, x.flip(0)) if cls.forward is two_shortcuts else model(x)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def calls(module, x) -> Calls:
+    with Calls() as seen, torch.no_grad():
+        run(module, x)
+    return seen
+
+
+needs_kernels = pytest.mark.skipif(
+    fused_res.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
+)
+
+
+def pre_activated(self, x):
+    h = self.act(self.bn1(x))
+    return self.conv2(self.act(self.bn2(self.conv1(h)))) + x
+
+
+def multiplied_in_place(self, x):
+    h = self.bn1(self.conv1(x))
+    h *= 0.5
+    h -= x
+    return self.last(self.bn2(self.conv2(self.act(h))) + x)
+
+
+def nested(self, x):
+    """Every add's left side is the one before."""
+    h = self.bn1(self.conv1(x)) + self.bn2(self.conv2(x))
+    h += x
+    return self.last(h)
+
+
+def written_into_kept(self, x):
+    h = x * 2
+    kept = h
+    h += self.bn1(self.conv1(x))
+    return self.last(self.bn2(self.conv2(h)) * 2 + kept)
+
+
+def both_relus(self, x):
+    return self.last(self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))) + x).mul(2)
+
+
+def broadcast(self, x):
+    return self.act(self.bn1(self.conv1(x)) + self.bn2(self.conv2(x)).mean((2, 3), True)) * 2
+
+
+def two_shortcuts(self, x, shortcut=None):
+    shortcut = x if shortcut is None else shortcut
+    return self.last(self.branch(x) + shortcut)
+
+
+class Attention(nn.Module):
+    """Cannot be traced: its branches depend on data."""
+
+    def forward(self, x):
+        return x * (x.mean() if x.sum() > 0 else 2 * x.std())
+
+
+class Split(nn.Module):
+    """Slices that take turns, as in Res2Net."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, 1, 1) for _ in range(2))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(2))
+        self.conv, self.bn = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        last, out, slices = 0, [], x.chunk(2, 1)
+        for i, (conv, bn) in enumerate(zip(self.convs, self.bns, strict=True)):
+            last = F.relu(bn(conv(slices[i] + last)))
+            out.append(last)
+        return F.relu(self.bn(self.conv(torch.cat(out, 1))) + x, inplace=True) + 1
+
+
+class Grouped(nn.Module):
+    """timm's norms, with their activation inside, groups, and a projection."""
+
+    def __init__(self):
+        super().__init__()
+        norm = timm.layers.BatchNormAct2d
+        self.a, self.an = nn.Conv2d(6, 6, 3, 1, 1, groups=3), norm(6)
+        self.b, self.bn = nn.Conv2d(6, 6, 3, 1, 1, bias=False), norm(6, act_layer=nn.SiLU)
+        self.c, self.cn = nn.Conv2d(6, 8, 1), norm(8, apply_act=False)
+        self.d, self.dn = nn.Conv2d(6, 8, 1), norm(8, apply_act=False)
+        self.drop = timm.layers.DropPath(0.3)
+
+    def forward(self, x):
+        out = self.drop(self.cn(self.c(self.bn(self.b(self.an(self.a(x)))))))
+        return (out + self.dn(self.d(x))).relu()
+
+
+def seen(attention):
+    return lambda: Configurable(extra=attention())
+
+
+PARTS = {  # block; its norms, and of them run fused; a word its reason has
+    "squeeze and excite": (lambda: Configurable(extra=odd.SqueezeExcite(6)), 2, 2, "extra"),
+    "ECA": (lambda: Configurable(extra=timm.layers.EcaModule(6)), 2, 2, "extra"),
+    "drop path": (lambda: Configurable(extra=timm.layers.DropPath(0.2)), 2, 2, "DropPath"),
+    "stochastic depth": (
+        lambda: Configurable(extra=torchvision.ops.StochasticDepth(0.2, "row")), 2, 2, "Stochastic",
+    ),
+    "anti-alias": (lambda: Configurable(extra=timm.layers.BlurPool2d(6, stride=1)), 2, 2, "Blur"),
+    "GELU": (lambda: Configurable(act=nn.GELU), 2, 2, "GELU"),
+    "LeakyReLU": (lambda: Configurable(act=nn.LeakyReLU), 2, 2, "LeakyReLU"),
+    "ReLU6 at the end": (lambda: Configurable(last=nn.ReLU6), 2, 2, "not the last"),
+    "pre-activation": (variant(pre_activated), 2, 2, "pre-activation"),
+    "weight_norm": (
+        odd.changed(lambda m: parametrizations.weight_norm(m.conv1)), 2, 2, "parametrization",
+    ),
+    "one convolution twice": (odd.same_conv_twice, 2, 2, "conv1"),
+    "two adds": (variant(odd.two_adds), 2, 2, "add"),
+    "result used twice": (variant(odd.used_twice), 2, 2, ""),
+    "shortcut from inside": (variant(odd.exit_inside), 2, 2, ""),
+    "norm's output used twice": (variant(odd.norm_used_twice), 2, 2, "bn1"),
+    "scaled add": (variant(odd.scaled), 2, 2, ""),
+    "two outputs": (variant(odd.two_outputs), 2, 2, "more than one"),
+    "ReLU before the norm": (variant(odd.activation_before_norm), 2, 2, "bn1"),
+    "*= and -=": (variant(multiplied_in_place), 2, 2, ""),
+    "adds in a row": (variant(nested), 2, 2, ""),
+    "written into another": (variant(written_into_kept), 2, 2, ""),
+    "ReLU before and after": (variant(both_relus), 2, 2, ""),
+    "broadcast": (variant(broadcast), 2, 2, ""),
+    "a second input": (variant(two_shortcuts), 2, 2, "second input"),
+    "slices": (Split, 3, 3, ""),
+    "timm's norms": (Grouped, 4, 4, "SiLU"),
+    "a norm of its own kind": (
+        odd.changed(lambda m: setattr(m, "bn1", odd.OwnBatchNorm(6))), 2, 1, "OwnBatchNorm",
+    ),
+    "a part that cannot be traced": (seen(Attention), 2, 2, "Attention"),
+}  # fmt: skip
+
+
+def made(name) -> nn.Module:
+    return randomise(PARTS[name][0]())
+
+
+def once(model, x, **how):
+    return outcome(model, x, call=lambda x: run(model, x), **how)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+def image(*shape):
+    return torch.randn(*(shape or (4, 6, 9, 7)))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_is_fused(name):
+    _, norms, fused, word = PARTS[name]
+    module = made(name)
+    names = [n for n, _ in module.named_modules()]
+    parameters = list(map(id, module.parameters()))
+    keys = list(module.state_dict())
+    cls = type(module)
+    report = fuse_(nn.Sequential(module), dry_run=True)
+    assert type(module) is cls
+    assert report == fuse_(net := nn.Sequential(module))
+    ((where, reason),) = report.partly
+    assert (where, report.fused) == ("0", [])
+    assert reason.startswith(f"{fused} of {norms} norms; ") and word in reason, reason
+    assert [n for n, _ in module.named_modules()] == names
+    assert list(map(id, module.parameters())) == parameters and list(module.state_dict()) == keys
+    assert isinstance(module, cls) and type(module).__name__ == "Fused" + cls.__name__
+    assert fuse_(net).partly == []  # a second time
+    assert unfuse_(net) == ["0"] and type(module) is cls
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", PARTS)
+def test_what_runs(name):
+    _, norms, fused, _ = PARTS[name]
+    module = made(name)
+    fuse_(module)
+    seen = calls(module.train(), image())
+    assert seen.count("native_batch_norm", "_batch_norm_with_update") == norms - fused
+    assert seen.count("fused_res::bn_act") > 0
+    assert calls(module.eval(), image()).count("batch_norm") == norms - fused
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_within_the_rule(name):
+    for train in (True, False):
+        draws = []
+        for _ in range(5):
+            theirs = made(name)
+            ours, exact = copy.deepcopy(theirs), copy.deepcopy(theirs).double()
+            fuse_(ours)
+            x = image()
+            draws.append(
+                [once(m, x.to(next(m.parameters())), train=train) for m in (ours, theirs, exact)]
+            )
+        agree(*map(list, zip(*draws, strict=True)), name, largest=False)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_wiring(name):
+    """In fp64, where all is the reference: a copy, a pickle, and without the fast paths."""
+    theirs = made(name).double()
+    ours = copy.deepcopy(theirs)
+    fuse_(ours)
+    models = [ours, copy.deepcopy(ours)]
+    if "Variant" not in type(theirs).__name__ and name != "weight_norm":  # which do not pickle
+        models.append(pickle.loads(pickle.dumps(ours)))
+    x = image().double()
+    for train in (True, False):
+        expected = once(copy.deepcopy(theirs), x, train=train)
+        for model in models:
+            assert "Fused" in type(model).__name__
+            same(once(copy.deepcopy(model), x, train=train), expected)
+
+
+@needs_kernels
+def test_drop_path_is_not_there_in_eval_mode():
+    """Then the block is one plan, a kernel for each convolution."""
+    module = made("drop path")
+    fuse_(module)
+    plain = copy.deepcopy(module)
+    unfuse_(plain)
+    x = image()
+    assert calls(module.eval(), x).count("::bn_act") == 0
+    torch.testing.assert_close(module(x), plain.eval()(x), rtol=1e-5, atol=1e-5)
+    module.extra.train()  # by itself
+    assert calls(module, x).count("rand", "bernoulli") == 1
+    module.extra.eval()
+    module.extra = timm.layers.DropPath(0.9)  # replaced, and training
+    assert calls(module, x).count("rand", "bernoulli") == 1
+
+
+def test_second_input_and_none():
+    theirs = made("a second input").double()
+    ours = copy.deepcopy(theirs)
+    fuse_(ours)
+    x, other = image().double(), image().double()
+    for args, kwargs in (
+        ((x, other), {}),
+        ((x,), {}),
+        ((x, None), {}),
+        ((x,), {"shortcut": other}),
+    ):
+        torch.testing.assert_close(ours(*args, **kwargs), theirs(*args, **kwargs))
+
+
+def test_hooks_and_changes_after_fusing():
+    x = image()
+    module = made("squeeze and excite")
+    plain = copy.deepcopy(module)
+    fuse_(module)
+    seen = []
+    handle = module.bn1.register_forward_hook(lambda *a: seen.append("bn1"))
+    module.extra.register_forward_hook(lambda *a: seen.append("extra"))
+    module.extra.fc.register_forward_hook(lambda *a: seen.append("fc"))
+    module(x)
+    assert seen == ["bn1", "fc", "extra"]
+    handle.remove()
+    for model in (module, plain):
+        torch.manual_seed(3)
+        model.extra = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Tanh())
+        model.bn2 = odd.OwnBatchNorm(6)
+    torch.testing.assert_close(module(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_change_between_inferences():
+    module = made("squeeze and excite").eval()
+    plain = copy.deepcopy(module)
+    fuse_(module)
+    x = image()
+    with torch.no_grad():
+        for step in range(3):
+            torch.testing.assert_close(module(x), plain(x), rtol=1e-5, atol=1e-5)
+            for model in (module, plain):
+                model.conv1.weight.mul_(1 + step)
+                model.bn2.running_mean.add_(0.1)
+        half = x[:2]
+        torch.testing.assert_close(module(half), plain(half), rtol=1e-5, atol=1e-5)
+        module.conv2.weight.data = plain.conv2.weight.data = torch.randn(6, 6, 3, 3)
+        torch.testing.assert_close(module(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+def test_state_dict_loads_both_ways():
+    a, b = made("timm's norms"), made("timm's norms")
+    fuse_(a)
+    b.load_state_dict(a.state_dict(), strict=True)
+    buffer = io.BytesIO()
+    torch.save(b.state_dict(), buffer)
+    buffer.seek(0)
+    a.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    torch.testing.assert_close(a.eval()(x := image()), b.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", ["squeeze and excite", "pre-activation", "timm's norms", "slices"])
+def test_compiled(name, train):
+    module = made(name).train(train)
+    if name == "timm's norms":
+        module.drop.drop_prob = 0.0  # the compiler draws other numbers
+    fuse_(module)
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+    x, y = (image().requires_grad_() for _ in range(2))
+    y.data.copy_(x)
+    a, b = module(x), compiled(y)
+    torch.testing.assert_close(a, b)
+    dy = torch.randn_like(a)
+    torch.testing.assert_close(*(torch.autograd.grad(o, i, dy)[0] for o, i in ((a, x), (b, y))))
+
+
+def test_export_and_feature_extraction():
+    model = randomise(timm.create_model("seresnet18", num_classes=10)).eval()
+    plain = copy.deepcopy(model)
+    assert len(fuse_(model).partly) == 8
+    x = torch.randn(1, 3, 64, 64)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), plain(x), rtol=1e-4, atol=1e-4)
+    extract = torchvision.models.feature_extraction.create_feature_extractor
+    for name in ("layer2.1.bn2", "layer3"):
+        a, b = (extract(m, {name: "out"})(x)["out"] for m in (model, plain))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    served = fused_res.optimize_for_inference(plain, x, tune=False)
+    torch.testing.assert_close(served(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_untraceable_blocks_are_named():
+    model = nn.Sequential(variant(odd.depends_on_data)(), Configurable())
+    report = fuse_(model)
+    assert report.fused == ["1"] and [n for n, _ in report.skipped] == ["0"]
+
+
+def test_parts_keep_their_backend():
+    module = made("squeeze and excite")
+    fuse_(module)
+    with fused_res.backend("eager"):
+        assert calls(module, image()).count("fused_res::") == 0
+    module.backend = "eager"
+    assert calls(module, image()).count("fused_res::") == 0
