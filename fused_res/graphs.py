@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-from .nn.blocks import child, is_norm_act
+from .nn.blocks import child, is_norm, is_norm_act
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -70,9 +70,9 @@ class Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if isinstance(module, (nn.Conv2d, _NormBase)) or parametrize.is_parametrized(module):
+        if isinstance(module, (nn.Conv2d, _NormBase)) or is_norm(module):
             return True
-        if qualified_name in self._opaque:
+        if parametrize.is_parametrized(module) or qualified_name in self._opaque:
             return True
         return not any(True for _ in module.children())
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from .graphs import Nodes
-from .nn.blocks import BlockPlan, Bypassed, Stage, is_norm
+from .nn.blocks import BlockPlan, Bypassed, Stage, has_frozen, is_norm
 from .nn.parts import PartsPlan, Program
 
 _TORCH_CONSTANTS = ("inf", "nan", "device")  # as fx names them
@@ -204,4 +204,5 @@ def parts_plan(
     convs = {s.conv for part in usual.parts for s in (*part.branch, part.shortcut) if s is not None}
     called = {n for n in calls | convs if n is not None and not n.startswith("_part_")}
     bypassed = _bypassed(nodes.block, called - set(quieted))
-    return PartsPlan(usual, quiet, quieted, len(inputs), bypassed, reason)
+    frozen = has_frozen(nodes.block)
+    return PartsPlan(usual, quiet, quieted, len(inputs), bypassed, reason, frozen)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from .graphs import Nodes, Tracer, Unfusable, Untraceable, in_words, trace
-from .nn.blocks import BlockPlan, Stage, bypassed_children, has_hooks, is_norm
+from .nn.blocks import BlockPlan, Stage, bypassed_children, has_frozen, has_hooks, is_norm
 from .nn.parts import PartsPlan
 from .parts import parts_plan
 
@@ -59,7 +59,7 @@ def _stages(nodes: Nodes, chain: list[fx.Node], opaque: bool) -> list[Stage]:
             name = _check_child(nodes, node, type(module) is nn.Conv2d, "Conv2d")
             stages.append(Stage(name, None, before=tuple(before)))
             before = []
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) or is_norm(module):
             name = _check_child(nodes, node, is_norm(module), "BatchNorm2d")
             if last is None or last.norm or last.relu:
                 raise Unfusable(f"{name} does not follow a convolution")
@@ -85,7 +85,8 @@ def _parse(nodes: Nodes) -> BlockPlan:
     x, end = inputs[0], output.args[0]
     if not isinstance(end, fx.Node):
         raise Unfusable("its forward returns more than one tensor")
-    if any(isinstance(nodes.module(user), _NormBase) for user in x.users):
+    after = map(nodes.module, x.users)
+    if any(isinstance(module, _NormBase) or is_norm(module) for module in after):
         raise Unfusable("pre-activation order: a norm before the first convolution")
     called = [n.target for n in nodes.graph.nodes if n.op == "call_module" and not nodes.is_relu(n)]
     twice = sorted({name for name in called if called.count(name) > 1})
@@ -126,7 +127,8 @@ def _parse(nodes: Nodes) -> BlockPlan:
         raise Unfusable("it has no normalisation, which is what is fused")
     end_of_shortcut = shortcut[0] if shortcut else None
     bypassed = bypassed_children(nodes.block, branch, end_of_shortcut)
-    return BlockPlan(tuple(branch), end_of_shortcut, skip, relu, bypassed)
+    frozen = has_frozen(nodes.block)
+    return BlockPlan(tuple(branch), end_of_shortcut, skip, relu, bypassed, frozen)
 
 
 def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | PartsPlan | None:

@@ -989,3 +989,75 @@ def test_recompute_is_a_blocks_own():
     y = model(x)
     assert unfuse_(model) == ["0", "1"] and not hasattr(model[0], "recompute")
     torch.testing.assert_close(y, model(x))
+
+
+# --- norms of constants --------------------------------------------------------------------------
+
+
+def frozen_block() -> nn.Module:
+    """Of a detection backbone: torchvision's FrozenBatchNorm2d."""
+    frozen = torchvision.ops.FrozenBatchNorm2d
+    down = nn.Sequential(nn.Conv2d(6, 8, 1, 2, bias=False), frozen(8))
+    block = torchvision.models.resnet.BasicBlock(6, 8, 2, down, norm_layer=frozen)
+    for norm in (block.bn1, block.bn2, down[1]):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    return block
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_frozen_norms(train):
+    draws = []
+    for _ in range(5):
+        theirs = frozen_block()
+        ours, exact = copy.deepcopy(theirs), copy.deepcopy(theirs).double()
+        before = copy.deepcopy(theirs.state_dict())
+        assert fuse_(ours).fused == [""]
+        x = image()
+        draws.append([outcome(m, x.to(m.conv1.weight), train) for m in (ours, theirs, exact)])
+        assert all(torch.equal(t, before[n]) for n, t in ours.state_dict().items())
+    agree(*map(list, zip(*draws, strict=True)), largest=False)
+
+
+@needs_kernels
+def test_frozen_norms_run_fused_and_are_seen_to_change():
+    ours = frozen_block()
+    plain = copy.deepcopy(ours)
+    fuse_(ours)
+    calls = fused_calls(ours, x := image())  # nothing is trained by its batches: also in training
+    assert calls.fused == calls.batch_norms == 0
+    y = ours(x)
+    with FusedCalls() as calls:
+        ours(x).sum().backward()
+    assert (calls.fused, calls.backward) == (2, 2)
+    torch.testing.assert_close(y, plain(x))
+    with torch.no_grad():
+        for model in (ours, plain):
+            model.bn1.running_mean.add_(1)
+            model.bn2.weight = model.bn2.weight * 2
+        torch.testing.assert_close(ours(x), plain(x))
+
+
+def test_frozen_norms_promote():
+    """As in the block they are of: constants of float32 make float32 of anything less."""
+    ours = frozen_block()
+    plain = copy.deepcopy(ours)
+    fuse_(ours)
+    x = image()
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = ours(x), plain(x)
+    assert a.dtype == b.dtype == torch.float32 and torch.equal(a, b)
+    for model in (ours, plain):
+        model.bn2.double()
+    assert ours(x).dtype == plain(x).dtype == torch.float64
+
+
+def test_timms_frozen_norms():
+    model = randomise(timm.create_model("regnetx_002", num_classes=10))
+    frozen = timm.layers.freeze_batch_norm_2d(model)
+    plain = copy.deepcopy(frozen)
+    report = fuse_(frozen)
+    assert len(report.fused) == 13 and not report.partly and not report.skipped
+    same(frozen, plain, torch.randn(1, 3, 64, 64))

@@ -39,15 +39,40 @@ from .watch import HOOKS
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
+_FROZEN = {
+    ("torchvision.ops.misc", "FrozenBatchNorm2d"),
+    ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"),
+    ("timm.layers.norm_act", "FrozenBatchNormAct2d"),
+}
+_WITH_ACT = {("timm.layers.norm_act", name) for name in ("BatchNormAct2d", "FrozenBatchNormAct2d")}
+
+
+def _known_as(module: nn.Module | None) -> tuple[str, str]:
+    return type(module).__module__, type(module).__name__
+
+
 def is_norm_act(module: nn.Module | None) -> bool:
     """Whether it is timm's BatchNorm, which calls its children ``drop`` and ``act`` afterwards."""
-    cls = type(module)
-    return (cls.__module__, cls.__name__) == ("timm.layers.norm_act", "BatchNormAct2d")
+    return _known_as(module) in _WITH_ACT
+
+
+def is_frozen(module: nn.Module | None) -> bool:
+    """Whether it is a BatchNorm of constants: all four of its tensors are buffers."""
+    return _known_as(module) in _FROZEN
 
 
 def is_norm(module: nn.Module | None) -> bool:
     """Whether it is a BatchNorm that we know."""
-    return type(module) in NORMS or is_norm_act(module)
+    return type(module) in NORMS or is_norm_act(module) or is_frozen(module)
+
+
+def has_frozen(block: nn.Module) -> bool:
+    return any(map(is_frozen, block.modules()))
+
+
+def uses_batch(bn: nn.Module) -> bool:
+    """Whether it normalises by the statistics of its input."""
+    return not is_frozen(bn) and (bn.training or bn.running_mean is None)
 
 
 class Stage(NamedTuple):
@@ -69,6 +94,7 @@ class BlockPlan(NamedTuple):
     relu: whether a ReLU follows the add.
     bypassed: the children whose ``forward`` the fused block does not call, as they were when the
         plan was made; the block itself (name "") among them.
+    frozen: whether it has norms of constants, which promote what is not of their dtype.
     """
 
     branch: tuple[Stage, ...]
@@ -76,6 +102,7 @@ class BlockPlan(NamedTuple):
     skip: str
     relu: bool
     bypassed: tuple[Bypassed, ...]
+    frozen: bool = False
 
 
 class Bypassed(NamedTuple):
@@ -137,6 +164,8 @@ def group_of(bn: nn.Module) -> dist.ProcessGroup | None:
 
 def norm_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> Norm:
     """What ``bn.forward`` would pass to ``F.batch_norm``; counts the batch as it would."""
+    if is_frozen(bn):
+        return Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
@@ -205,24 +234,26 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
         or conv.padding_mode != "zeros"
         or _overridden(conv)
         or has_hooks(conv)
-        or bn.momentum is None  # the average depends on a count that is on the device
+        or (not is_frozen(bn) and bn.momentum is None)  # a count that is on the device
         or group_of(bn) is not None
     ):
         return None
     kernel, affine, state = conv._parameters, bn._parameters, bn._buffers
+    if is_frozen(bn):
+        affine = state = {"num_batches_tracked": None, **state}
     if not (kernel.keys() >= _WEIGHTS and affine.keys() >= _WEIGHTS and state.keys() >= _STATE):
         return None  # some are plain attributes, or gone
     for size in (conv.stride, conv.padding, conv.dilation):
         if type(size) is not tuple or len(size) != 2:
             return None
-    training = bn.training or state["running_mean"] is None
+    training = uses_batch(bn)
     norm = Norm(
         state["running_mean"],
         state["running_var"],
         affine["weight"],
         affine["bias"],
         training,
-        bn.momentum,
+        0.0 if is_frozen(bn) else bn.momentum,
         bn.eps,
     )
     counter = state["num_batches_tracked"] if training else None
@@ -339,8 +370,10 @@ _AFFINE, _RUNNING = ("weight", "bias"), ("running_mean", "running_var")
 def _part_of(module: nn.Module, path: str, running: tuple[str, ...]) -> _Part | None:
     """None where it has plain attributes for parameters, say."""
     own = module.__dict__
-    parameters, buffers = own["_parameters"], own["_buffers"]
-    if not (parameters.keys() >= set(_AFFINE) and buffers.keys() >= set(running)):
+    parameters, buffers, affine = own["_parameters"], own["_buffers"], _AFFINE
+    if is_frozen(module):
+        affine, running = (), _AFFINE + running
+    if not (parameters.keys() >= set(affine) and buffers.keys() >= set(running)):
         return None
     settings = tuple(map(own.get, _SETTINGS))
     if any(callable(value) for value in settings):
@@ -349,7 +382,7 @@ def _part_of(module: nn.Module, path: str, running: tuple[str, ...]) -> _Part | 
         tuple(path.split(".")),
         type(module),
         settings,
-        tuple((name, parameters[name]) for name in _AFFINE),
+        tuple((name, parameters[name]) for name in affine),
         tuple((name, buffers[name]) for name in running),
     )
 
@@ -413,7 +446,7 @@ def _run_inference(
             sizes.clear()  # they keep what was replaced
     stages = plan.branch if plan.shortcut is None else (*plan.branch, plan.shortcut)
     norms = [None if s.norm is None else child(block, s.norm) for s in stages]
-    if any(bn is not None and (bn.training or bn.running_mean is None) for bn in norms):
+    if any(bn is not None and uses_batch(bn) for bn in norms):
         return None
     wanted = grads and (x.requires_grad or (added is not None and added.requires_grad))
     if wanted or (grads and any(p.requires_grad for p in block.parameters())):
@@ -510,9 +543,16 @@ class FusedForward:
 
     def forward(self, *args, **kwargs):
         plain = len(args) != 1 or kwargs or isinstance(args[0], torch.fx.Proxy)
-        if plain or is_exported() or not self._bypasses_safely():
+        if plain or is_exported() or not self._bypasses_safely() or self._promotes(args[0]):
             return super().forward(*args, **kwargs)
         return run_block(self, self.plan, args[0])
+
+    def _promotes(self, x: Tensor) -> bool:
+        """Whether norms of constants may turn what they are given into another dtype."""
+        return self.plan.frozen and (
+            torch.is_autocast_enabled(x.device.type)
+            or any(m.weight.dtype != x.dtype for m in self.modules() if is_frozen(m))
+        )
 
     def _bypasses_safely(self) -> bool:
         """Whether the children that are not called are still what they were when fused."""

@@ -28,6 +28,7 @@ from .blocks import (
     conv_norm_of,
     has_hooks,
     stamped_tensors,
+    uses_batch,
 )
 from .watch import Watch
 
@@ -67,7 +68,7 @@ def linked(block: nn.Module) -> Linked | None:
     for stage in block.plan.branch:
         module = child(block, stage.conv)
         bn = None if stage.norm is None else child(block, stage.norm)
-        if bn is not None and (bn.training or bn.running_mean is None):
+        if bn is not None and uses_batch(bn):
             return None
         conv = conv_norm_of(module, bn)
         found = None if conv is None else stamped_tensors(module, bn)

@@ -38,7 +38,7 @@ class PartsPlan(NamedTuple):
     quiet: what it runs while ``quieted`` are in eval mode; None: as ever.
     quieted: the children that return their input in eval mode (dropout, drop path), by dotted name.
     inputs: how many tensors its forward takes first; given anything else, its own forward runs.
-    bypassed: as in a ``BlockPlan``.
+    bypassed, frozen: as in a ``BlockPlan``.
     reason: why the block as a whole is not one plan.
     """
 
@@ -48,6 +48,7 @@ class PartsPlan(NamedTuple):
     inputs: int
     bypassed: tuple[Bypassed, ...]
     reason: str
+    frozen: bool
 
     @property
     def norms(self) -> int:
@@ -98,7 +99,7 @@ class FusedParts(FusedForward):
         plan = self.plan
         plain = kwargs or len(args) < plan.inputs
         plain = plain or not all(isinstance(x, Tensor) for x in args[: plan.inputs])
-        if plain or is_exported() or not self._bypasses_safely():
+        if plain or is_exported() or not self._bypasses_safely() or self._promotes(args[0]):
             return super(FusedForward, self).forward(*args, **kwargs)
         if plan.quiet is not None and not any(child(self, n).training for n in plan.quieted):
             return self._quiet(*args)
