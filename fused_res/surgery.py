@@ -23,11 +23,13 @@ from .patterns import plan_of
 @dataclass
 class FuseReport:
     """What ``fuse_`` did. ``fused``: names of modules; ``partly``: (name, why not the whole) of
-    those of which only parts run fused; ``skipped``: (name, reason). Prints as a table."""
+    those of which only parts run fused; ``skipped``: (name, reason); ``advice``: sentences on what
+    would make it faster. Prints as a table."""
 
     fused: list[str] = field(default_factory=list)
     partly: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         rows = [(name, "fused", "") for name in self.fused]
@@ -41,7 +43,7 @@ class FuseReport:
         lines = [f"{name:<{width}}  {result:<7}  {why}".rstrip() for name, result, why in shown]
         counts = [(self.fused, "fused"), (self.partly, "partly"), (self.skipped, "skipped")]
         total = ", ".join(f"{len(of)} {what}" for of, what in counts if of or what != "partly")
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, total, *self.advice])
 
 
 @functools.cache
@@ -100,6 +102,19 @@ def refuse_wrapped(model: nn.Module, caller: str = "fuse_") -> None:
                 f"model must not be wrapped, but {where} is a {kind}: call {caller}(model) first "
                 f"and wrap the result, or {caller}(model.module)"
             )
+
+
+CHANNELS_LAST = (
+    "advice: the weights are in NCHW order; model.to(memory_format=torch.channels_last), and inputs "
+    "in it, are faster"
+)
+
+
+def _is_channels_last(model: nn.Module) -> bool:
+    """Whether its convolutions are, of those that can tell."""
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    telling = [w for w in weights if w.size(1) > 1 and w[0, 0].numel() > 1]
+    return all(w.is_contiguous(memory_format=torch.channels_last) for w in telling)
 
 
 def fuse_(
@@ -194,6 +209,8 @@ def fuse_(
     if strict and report.skipped:
         raise ValueError(f"strict=True, but blocks were skipped; nothing was changed:\n{report}")
     report.skipped += filtered
+    if plans and not _is_channels_last(model):
+        report.advice.append(CHANNELS_LAST)
     if not dry_run:
         for module, plan in plans:
             module.__class__ = fused_class(type(module), plan, recompute)

@@ -595,6 +595,16 @@ def test_report_prints_a_table():
     assert lines[4] == "1 fused, 1 partly, 1 skipped"
 
 
+def test_advice_on_the_layout():
+    model = net()
+    (advice,) = fuse_(model, dry_run=True).advice
+    assert "model.to(memory_format=torch.channels_last)" in advice
+    model.to(memory_format=torch.channels_last)
+    report = fuse_(model)
+    assert report.fused and report.advice == [] and "channels_last" not in str(report)
+    assert fuse_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())).advice == []
+
+
 @pytest.mark.filterwarnings("default:fuse_ found no residual block")
 @pytest.mark.parametrize(
     "model", [nn.Linear(2, 2), Configurable(norm=OwnBatchNorm)], ids=["none", "skipped"]
