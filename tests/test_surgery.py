@@ -983,6 +983,18 @@ def test_export_and_trace():
     torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_torchscript():
+    """Gets PyTorch's own ops: what is scripted is the block as it was."""
+    in_parts = nn.Sequential(nn.Conv2d(3, 6, 1), Configurable(act=nn.GELU))
+    for model in (torchvision.models.resnet18(num_classes=5), in_parts):
+        model = randomise(model).eval()
+        expected = model(x := torch.randn(2, 3, 33, 33))
+        fuse_(model)
+        scripted = torch.jit.script(model)
+        torch.testing.assert_close(scripted(x), expected, rtol=1e-4, atol=1e-4)
+        assert scripted.state_dict().keys() == model.state_dict().keys()
+
+
 def test_recompute_is_a_blocks_own():
     model = nn.Sequential(
         fused_res.reference.ResBlock(8, 8), fused_res.reference.ResBlock(8, 16, 2)

@@ -533,6 +533,16 @@ def run_block(
     return _normalise(block, last, out, residual, shortcut, act)
 
 
+def plain_twin(module: nn.Module) -> nn.Module:
+    """What TorchScript, which reads source, gets instead: the same module, of the class in front of
+    which ours was put."""
+    ours = (FusedForward, type(module))
+    cls = next(c for c in type(module).__mro__ if not issubclass(c, ours))
+    plain = cls.__new__(cls)
+    plain.__dict__ = dict(module.__dict__)
+    return plain
+
+
 class FusedForward:
     """Mixin in front of a block's own class: runs ``plan`` where that does the same as its
     forward."""
@@ -546,6 +556,9 @@ class FusedForward:
         if plain or is_exported() or not self._bypasses_safely() or self._promotes(args[0]):
             return super().forward(*args, **kwargs)
         return run_block(self, self.plan, args[0])
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return plain_twin(self)
 
     def _promotes(self, x: Tensor) -> bool:
         """Whether norms of constants may turn what they are given into another dtype."""

@@ -27,6 +27,7 @@ from .blocks import (
     child,
     conv_norm_of,
     has_hooks,
+    plain_twin,
     stamped_tensors,
     uses_batch,
 )
@@ -187,6 +188,9 @@ class FusedSequential(nn.Sequential):
                 self._kept.pop(next(iter(tuple(self._kept)), None), None)
             self._kept[key] = _Kept(blocks, watch, tensors, before, steps)
         return x
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return plain_twin(self)
 
     def _apply(self, fn, recurse=True):
         self.__dict__.pop("_kept", None)
