@@ -21,10 +21,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 from nets import torchvision_models
@@ -32,7 +34,8 @@ from torch import Tensor, nn
 
 import fused_res
 from fused_res import env
-from fused_res.nn.blocks import FusedForward, is_norm
+from fused_res.nn.blocks import is_norm
+from fused_res.nn.parts import PartsPlan
 
 # timm's modules of nets that add a shortcut to convolutions with BatchNorm
 TIMM = (
@@ -44,6 +47,7 @@ TORCHVISION = ("resnet", "resnext", "wide_resnet", "regnet")
 WIRING = 1e-9  # of float64, relatively
 FACTOR = 1.5  # of PyTorch's own error
 DRAWS = 3, 15  # images in pairs; the more where the few, of ten numbers each, say too much
+T = TypeVar("T")
 LARGE = 250e6  # parameters: with more, no gradients
 
 
@@ -144,15 +148,40 @@ def _identity(model: nn.Module) -> list:
     return [(name, id(t), t.shape, t.dtype) for name, t in state.items()]
 
 
-def _adds_left(model: nn.Module) -> int:
-    """Adds of fused parts' outputs that their part does not do, though nothing is between."""
-    left = 0
-    for block in model.modules():
-        plan = getattr(block, "plan", None)
-        if isinstance(block, FusedForward) and hasattr(plan, "usual"):
-            for line in plan.usual.source.splitlines():
-                left += bool(re.search(r"= \w* *\+ *_part_\d+;|_part_\d+ \+=", line))
-    return left
+def _norms_of(block: nn.Module) -> int:
+    """How many norms of a fused block run fused."""
+    if isinstance(block.plan, PartsPlan):
+        return block.plan.norms
+    return sum(map(is_norm, block.modules()))
+
+
+def _adds_left(block: nn.Module) -> int:
+    """Adds of parts' outputs that their part does not do, though nothing is between."""
+    if not isinstance(block.plan, PartsPlan):
+        return 0
+    lines = block.plan.usual.source.splitlines()
+    return sum(bool(re.search(r"= \w* *\+ *_part_\d+;|_part_\d+ \+=", line)) for line in lines)
+
+
+def _fuse(model: nn.Module) -> fused_res.FuseReport:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of those in which nothing is
+        return fused_res.fuse_(model)
+
+
+def _both(model: nn.Module, run: Callable[[nn.Module], T]) -> tuple[T, T]:
+    """What comes of the model fused, and as it is."""
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    made = []
+    for fused in (True, False):
+        if fused:
+            _fuse(model)
+        made.append(run(model))
+        fused_res.unfuse_(model)
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+    return tuple(made)
 
 
 def cover(make: Callable[[int], nn.Module]) -> dict:
@@ -168,34 +197,34 @@ def cover(make: Callable[[int], nn.Module]) -> dict:
         except (RuntimeError, AssertionError, ValueError):
             if size == 256:
                 raise
-    parameters = sum(p.numel() for p in model.parameters())
-    ours = copy.deepcopy(model)
-    before = _identity(ours)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        report = fused_res.fuse_(ours)
-    same_state = _identity(ours) == before
-    blocks = [ours.get_submodule(n) for n in (*report.fused, *(n for n, _ in report.partly))]
-    skipped = [ours.get_submodule(n) for n, _ in report.skipped]
-    norms = [m for block in (*blocks, *skipped) for m in block.modules() if is_norm(m)]
-    in_parts = [b.plan.norms for b in blocks if hasattr(b.plan, "usual")]
-    whole = [m for b in blocks if not hasattr(b.plan, "usual") for m in b.modules() if is_norm(m)]
-    gradients = parameters < LARGE
-    theirs64, ours64 = copy.deepcopy(model).double(), copy.deepcopy(ours).double()
-    off = 0.0
-    x = torch.randn(2, 3, size, size)
-    for train in (True, False):
-        steps = [_step(m, x.double(), train, gradients) for m in (ours64, theirs64)]
-        off = max(off, _difference(*steps))
-    errors, fast = [], [m.to(memory_format=torch.channels_last) for m in (ours, model)]
+    gradients = sum(p.numel() for p in model.parameters()) < LARGE
+    before = _identity(model)
+    report = _fuse(model)
+    same_state = _identity(model) == before
+    blocks = [model.get_submodule(n) for n in (*report.fused, *(n for n, _ in report.partly))]
+    skipped = [model.get_submodule(n) for n, _ in report.skipped]
+    norms = sum(is_norm(m) for block in (*blocks, *skipped) for m in block.modules())
+    fused_norms, adds_left = sum(map(_norms_of, blocks)), sum(map(_adds_left, blocks))
+    fused_res.unfuse_(model)
+    exact = copy.deepcopy(model).double()
+    x = torch.randn(2, 3, size, size).double()
+    off = max(
+        _difference(*_both(exact, partial(_step, x=x, train=train, gradients=gradients)))
+        for train in (True, False)
+    )
+    model.to(memory_format=torch.channels_last)
+    errors: list[float] = []
+
+    def outputs(net: nn.Module) -> list[Tensor]:
+        return [_step(net, x.to(next(net.parameters())), False, False)["output"] for x in images]
+
     for draws in DRAWS:
-        while len(errors) < draws:
-            x = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
-            theirs64.load_state_dict(model.state_dict())
-            exact = _step(theirs64, x.double(), False, False)["output"]
-            outs = [_step(m, x, False, False)["output"].double() for m in fast]
-            mine, other = ((out - exact).norm().item() for out in outs)
-            errors.append(mine / max(other, 6e-8 * exact.norm().item()))
+        images = [torch.randn(2, 3, size, size) for _ in range(draws - len(errors))]
+        images = [x.contiguous(memory_format=torch.channels_last) for x in images]
+        for mine, other, right in zip(*_both(model, outputs), outputs(exact), strict=True):
+            least = 6e-8 * right.norm().item()
+            mine, other = ((y.double() - right).norm().item() for y in (mine, other))
+            errors.append(mine / max(other, least))
         if median(errors) <= FACTOR:
             break
     reasons = sorted({why.partition("; ")[2] or why for _, why in report.partly + report.skipped})
@@ -204,9 +233,9 @@ def cover(make: Callable[[int], nn.Module]) -> dict:
         "whole": len(report.fused),
         "partly": len(report.partly),
         "skipped": len(report.skipped),
-        "norms": len(norms),
-        "fused_norms": sum(in_parts) + len(whole),
-        "adds_left": _adds_left(ours),
+        "norms": norms,
+        "fused_norms": fused_norms,
+        "adds_left": adds_left,
         "difference": off,
         "ratio": median(errors),
         "gradients": gradients,
