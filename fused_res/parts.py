@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from operator import attrgetter
 from typing import NamedTuple
 
 from torch import fx, nn
@@ -143,6 +144,14 @@ def _names(values: dict[str, object], used: set[str]) -> tuple[tuple[str, str, s
     return tuple(names)
 
 
+def _is_on(block: nn.Module, path: str) -> bool:
+    try:
+        attrgetter(path)(block)
+    except AttributeError:
+        return False
+    return True
+
+
 def _program(nodes: Nodes, prefix: str) -> Program | None:
     """The graph, which is changed, as a program; None where it has no part to fuse or cannot be
     written as source."""
@@ -160,8 +169,8 @@ def _program(nodes: Nodes, prefix: str) -> Program | None:
     for node in reversed(list(graph.nodes)):
         if node in gone:
             graph.erase_node(node)
-    if not parts:
-        return None
+    if not parts or not all(_is_on(nodes.block, n.target) for n in graph.find_nodes(op="get_attr")):
+        return None  # fx keeps tensors that the forward makes in its copy of the block
     code = graph.python_code("self")
     found = compile(code.src, "", "exec")
     (body,) = (c for c in found.co_consts if hasattr(c, "co_names"))

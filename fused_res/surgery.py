@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .graphs import Unfusable, Untraceable
@@ -105,8 +105,8 @@ def refuse_wrapped(model: nn.Module, caller: str = "fuse_") -> None:
 
 
 CHANNELS_LAST = (
-    "advice: the weights are in NCHW order; model.to(memory_format=torch.channels_last), and inputs "
-    "in it, are faster"
+    "advice: the weights are in NCHW order; model.to(memory_format=torch.channels_last) and inputs "
+    "in it are faster"
 )
 
 
@@ -159,7 +159,7 @@ def fuse_(
     report = FuseReport()
     plans: list[tuple[nn.Module, BlockPlan | PartsPlan]] = []
     filtered: list[tuple[str, str]] = []
-    opaque: set[str] = set()
+    opaque: dict[str, bool] = {}  # of skipped ones, whether they may be no blocks
     already = False
 
     def visit(module: nn.Module, name: str, seen: set[int]) -> bool:
@@ -180,6 +180,9 @@ def fuse_(
             return any(inside)
         if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
             return False
+        if isinstance(module, fx.GraphModule):  # which writes its forward onto its class
+            report.skipped.append((name, "a torch.fx graph: fuse_ before it is traced"))
+            return False
         prefix = f"{name}." if name else ""
         inner = {n: n[len(prefix) :] for n in opaque if n.startswith(prefix)}
         try:
@@ -187,16 +190,15 @@ def fuse_(
                 plan = plan_of(module, inner.values())
         except Unfusable as reason:
             report.skipped.append((name, str(reason)))
-            part = isinstance(reason, Untraceable) or not any(map(is_norm, module.modules()))
-            if part:  # of what holds it, maybe, of which other parts can be fused
-                opaque.add(name)
-            return not part
+            normless = not any(map(is_norm, module.modules()))
+            opaque[name] = normless or isinstance(reason, Untraceable)
+            return False  # what it is in may be a block, of which other parts can be fused
         if plan is None:
             return False
         if filter_fn is not None and not filter_fn(module, name):
             filtered.append((name, "left out by filter_fn"))
             return True
-        report.skipped = [row for row in report.skipped if row[0] not in inner]
+        report.skipped = [row for row in report.skipped if not (row[0] in inner and opaque[row[0]])]
         if isinstance(plan, PartsPlan):
             norms = sum(isinstance(m, _BatchNorm) for m in module.modules())
             report.partly.append((name, f"{plan.norms} of {norms} norms; {plan.reason}"))

@@ -361,6 +361,41 @@ def test_weights_change_between_inferences():
         torch.testing.assert_close(module(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", PARTS)
+def test_again_and_again(name):
+    """What was prepared for one input serves the next."""
+    ours = made(name).eval()
+    plain = copy.deepcopy(ours)
+    fuse_(ours)
+    with torch.no_grad():
+        for size in (9, 9, 8, 9, 9):
+            x = image(2, 6, size, size)
+            torch.testing.assert_close(run(ours, x), run(plain, x), rtol=1e-5, atol=1e-5)
+
+
+def test_every_convolution_there_is():
+    """Strided, grouped and dilated ones, for which other kernels are prepared."""
+
+    class Mixed(nn.Module):
+        def __init__(self, **how):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(16, 16, 3, padding="same"), nn.BatchNorm2d(16)
+            self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, **how), nn.BatchNorm2d(16)
+
+        def forward(self, x):
+            h = F.silu(self.bn1(self.conv1(x))) + x
+            return F.relu(self.bn2(self.conv2(h))).sigmoid()
+
+    for how in ({}, {"stride": 2}, {"groups": 16}, {"groups": 2, "padding": 1}, {"dilation": 2}):
+        ours = randomise(Mixed(**how)).eval()
+        plain = copy.deepcopy(ours)
+        assert len(fuse_(ours).partly) == 1
+        with torch.no_grad():
+            for _ in range(3):
+                x = image(2, 16, 14, 14).contiguous(memory_format=torch.channels_last)
+                torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
 def test_state_dict_loads_both_ways():
     a, b = made("timm's norms"), made("timm's norms")
     fuse_(a)
@@ -401,6 +436,41 @@ def test_export_and_feature_extraction():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     served = fused_res.optimize_for_inference(plain, x, tune=False)
     torch.testing.assert_close(served(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_graphs_are_left_alone():
+    """torch.fx writes a graph's forward onto its class whenever it is compiled again."""
+    graph = torch.fx.symbolic_trace(Configurable(act=nn.GELU))
+    holds = nn.Sequential(graph, Configurable())
+    report = fuse_(holds)
+    assert report.fused == ["1"] and [n for n, _ in report.skipped] == ["0"]
+    graph.recompile()
+    holds(image())
+
+
+def test_tensors_made_by_the_forward():
+    """fx keeps them on its copy of the block, which is not the block."""
+
+    def offset(self, x):
+        return self.last(self.branch(x) + x + torch.tensor([0.5]))
+
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.conv, self.bn = (
+                variant(offset)(),
+                nn.Conv2d(6, 6, 1),
+                nn.BatchNorm2d(6),
+            )
+
+        def forward(self, x):
+            return F.silu(self.bn(self.conv(self.inner(x))) + x)
+
+    model, x = Holds(), image()
+    plain = copy.deepcopy(model)
+    report = fuse_(model)
+    assert [n for n, _ in report.partly] == [""] and [n for n, _ in report.skipped] == ["inner"]
+    torch.testing.assert_close(model(x), plain(x))
 
 
 def test_untraceable_blocks_are_named():

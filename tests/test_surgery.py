@@ -990,7 +990,9 @@ def test_torchscript():
         model = randomise(model).eval()
         expected = model(x := torch.randn(2, 3, 33, 33))
         fuse_(model)
-        scripted = torch.jit.script(model)
+        with pytest.warns(UserWarning, match="deepcopy"):  # it writes into what it is given
+            scripted = torch.jit.script(copy.deepcopy(model))
+        assert fuse_(copy.deepcopy(model)).partly == []  # still fused
         torch.testing.assert_close(scripted(x), expected, rtol=1e-4, atol=1e-4)
         assert scripted.state_dict().keys() == model.state_dict().keys()
 

@@ -8,6 +8,7 @@ are nothing but convolutions and BatchNorms, else with one op per normalisation.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -441,7 +442,7 @@ def _run_inference(
         sizes = _prepared.get(block, {}).get(id(plan))
         kept = None if sizes is None else sizes.get(key)
         if kept is not None and kept.holds(block, plan):
-            return kept.run(x, x if added is None else added)
+            return kept.run(x, x if added is None and plan.skip != "none" else added)
         if kept is not None:
             sizes.clear()  # they keep what was replaced
     stages = plan.branch if plan.shortcut is None else (*plan.branch, plan.shortcut)
@@ -536,6 +537,11 @@ def run_block(
 def plain_twin(module: nn.Module) -> nn.Module:
     """What TorchScript, which reads source, gets instead: the same module, of the class in front of
     which ours was put."""
+    warnings.warn(
+        "torch.jit.script puts PyTorch's own blocks into the model in place of the fused ones: "
+        "script a copy.deepcopy of it, or fuse_ it again",
+        stacklevel=2,
+    )
     ours = (FusedForward, type(module))
     cls = next(c for c in type(module).__mro__ if not issubclass(c, ours))
     plain = cls.__new__(cls)
