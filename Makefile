@@ -1,6 +1,7 @@
 # Every target works from a fresh clone: it makes a virtual environment in .venv and installs into it.
 #   make run    the demo        make test     all tests     make bench   CPU benchmarks
 #   make lint   style checks    make wheel    dist/*.whl    make sanitize  ASan + UBSan
+#   make docs   the documentation, as a site in build/site
 #   make kernels-report   what the compilers make of the GPU kernels
 #   make gpu    build, test and time on the GPU that is there, with the Python that has its torch:
 #               make gpu GPU_PY=python3; without a GPU a dry run
@@ -11,7 +12,7 @@ TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 
-.PHONY: run test lint bench wheel sanitize kernels-report gpu clean
+.PHONY: run test lint bench wheel sanitize docs coverage kernels-report gpu clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +57,13 @@ bench: $(VENV)/.bench
 
 wheel: $(VENV)/.made
 	$(PY) -m pip wheel . --no-deps -w dist
+
+docs: $(VENV)/.tests
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# Every ResNet-like model of torchvision, timm and transformers: an hour of one core.
+coverage: $(VENV)/.tests
+	$(PY) benchmarks/coverage.py --write benchmarks/coverage.md
 
 kernels-report: $(VENV)/.tests
 	$(PY) benchmarks/kernels_report.py --write benchmarks/kernels.md

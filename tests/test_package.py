@@ -181,6 +181,8 @@ COMMANDS = {
     "fused-res doctor": "test_cli.py",
     "fused-res check": "test_cli.py",
     "fused-res demo": ".ci/run",
+    "fused-res train": "test_train.py",
+    "fused-res evaluate train-out/best.pt": "test_train.py",
     "fused-res tune my_model.py:net --shape 1x3x224x224": "test_tuning.py",
     "fused-res tune --train my_model.py:net --shape 64x3x224x224": "test_plans.py",
 }
