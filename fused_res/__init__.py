@@ -7,7 +7,7 @@
 ``fused_res.reference`` is the same in plain PyTorch; ``fused_res.ops`` holds the ops by themselves.
 """
 
-from . import reference
+from . import models, reference
 from .backends import BackendUnavailable, backend, empty_cache
 from .inference import OptimizedModel, optimize_for_inference
 from .nn import FusedResBlock
@@ -28,6 +28,7 @@ __all__ = [
     "backend",
     "empty_cache",
     "fuse_",
+    "models",
     "optimize_for_inference",
     "reference",
     "tune",
