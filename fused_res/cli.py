@@ -16,6 +16,8 @@ COMMANDS = {
     "doctor": ("fused_res.doctor", "say what is installed, what runs where, and why"),
     "check": ("fused_res.check", "test every available backend against float64"),
     "tune": ("fused_res.tuning", "measure which kernels run a model's inference fastest here"),
+    "train": ("fused_res.train", "train a model, fused, plain or both"),
+    "evaluate": ("fused_res.train.evaluate", "say how good a trained model is"),
     "demo": ("fused_res.demo", "train two plain PyTorch nets beside their fused twins"),
 }
 

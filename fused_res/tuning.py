@@ -13,6 +13,7 @@ import contextlib
 import copy
 import importlib
 import importlib.util
+import inspect
 import logging
 import re
 import time
@@ -369,27 +370,44 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
 
 
-def _model(name: str) -> nn.Module:
-    """The model that a command line names."""
+def named_model(name: str, num_classes: int | None = None, **arguments: object) -> nn.Module:
+    """The model that a command line names.
+
+    Args:
+        name: torchvision:NAME, timm:NAME, package.module:NAME or file.py:NAME.
+        num_classes: handed to what makes the model, if it has that parameter.
+        **arguments: handed to what makes the model.
+
+    Raises:
+        UsageError: there is none, or it cannot be made so.
+    """
     source, _, attribute = name.rpartition(":")
     if not source or not attribute:
         raise UsageError(
             f"MODEL {name!r} must be torchvision:NAME, timm:NAME, package.module:NAME or "
             f"file.py:NAME"
         )
+    zoo = source in ("torchvision", "timm")
     try:
         if source == "torchvision":
-            return importlib.import_module("torchvision.models").get_model(attribute)
-        if source == "timm":
-            return importlib.import_module("timm").create_model(attribute)
-        if source.endswith(".py"):
+            make = partial(importlib.import_module("torchvision.models").get_model, attribute)
+        elif source == "timm":
+            make = partial(importlib.import_module("timm").create_model, attribute)
+        elif source.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(source).stem, source)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
+            make = getattr(module, attribute)
         else:
-            module = importlib.import_module(source)
-        found = getattr(module, attribute)
-        model = found if isinstance(found, nn.Module) else found()
+            make = getattr(importlib.import_module(source), attribute)
+        if isinstance(make, nn.Module):
+            if arguments:
+                raise TypeError(f"it is made already, and takes no {', '.join(arguments)}")
+            model = make
+        else:
+            if num_classes and (zoo or "num_classes" in inspect.signature(make).parameters):
+                arguments["num_classes"] = num_classes
+            model = make(**arguments)
     except Exception as error:
         raise UsageError(f"MODEL {name!r}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
@@ -463,7 +481,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("MODEL and --shape must be given, or --list or --clear")
     from .inference import optimize_for_inference
 
-    model = _model(args.model)
+    model = named_model(args.model)
     reason = f"{args.dtype} runs in one way here"
     try:
         model = model.to(args.device, DTYPES[args.dtype])

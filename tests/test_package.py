@@ -41,9 +41,8 @@ def build_wheel(folder, **environ):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    # one architecture: `make wheel` builds them all
-    environ = {"TORCH_CUDA_ARCH_LIST": "9.0a"} if NVCC else {}
-    return build_wheel(tmp_path_factory.mktemp("wheel"), **environ)
+    # the CUDA library takes minutes, and was built when this checkout was installed
+    return build_wheel(tmp_path_factory.mktemp("wheel"), FUSED_RES_BUILD_CUDA="0")
 
 
 def test_wheel_serves_every_python_and_holds_only_the_package(built):

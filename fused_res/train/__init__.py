@@ -90,39 +90,18 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: P
     trainer = Trainer(models, pictures, settings, place, out, kept)
     if state is not None:
         trainer.load(state, str(last))
-        start = {"event": "resume", "time": now(), "epoch": state["epoch"]}
-    else:
-        start = {
-            "event": "start",
-            "time": now(),
-            "model": settings.model,
-            "arguments": arguments,
-            "data": {
-                "name": pictures.name,
-                "classes": list(pictures.classes),
-                "train": len(pictures.train_labels),
-                "val": len(pictures.val_labels),
-                "size": pictures.train_images.shape[-1],
-            },
-            "settings": settings.flags(),
-            "versions": {
-                "fused_res": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "device": _words(place),
-            "nets": about,
-        }
     try:
         with _log(out, state, place) as log:
-            if log is not None:
-                log.write(start)
+            if log is not None and log.size == 0:
+                log.write(_start(settings, arguments, pictures, place, about))
+            if log is not None and state is not None:
+                log.write({"event": "resume", "time": now(), "epoch": state["epoch"]})
             ends = trainer.run(log)
     except Interrupted:
         if place.rank == 0:
             command = "fused-res" if place.world == 1 else "torchrun ... -m fused_res"
-            print(f"saved in {last}; to go on: {command} train --out {out} --resume",
-                  file=sys.stderr)  # fmt: skip
+            message = f"saved in {last}; to go on: {command} train --out {out} --resume"
+            print(message, file=sys.stderr)
         return 130
     if place.rank == 0:
         _finish(out, ends, about)
@@ -158,12 +137,39 @@ def _log(out: Path, state: dict[str, Any] | None, place: Place) -> Iterator[Log 
         log.close()
 
 
-def _words(place: Place) -> str:
+def _start(
+    settings: Settings,
+    arguments: dict[str, Any],
+    pictures: data.Data,
+    place: Place,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """The first record of a log."""
     if place.device.type == "cuda":
-        name = torch.cuda.get_device_name(place.device)
+        device = torch.cuda.get_device_name(place.device)
     else:
-        name = f"{processor()}, {torch.get_num_threads()} threads"
-    return name if place.world == 1 else f"{place.world} x {name}"
+        device = f"{processor()}, {torch.get_num_threads()} threads"
+    return {
+        "event": "start",
+        "time": now(),
+        "model": settings.model,
+        "arguments": arguments,
+        "data": {
+            "name": pictures.name,
+            "classes": list(pictures.classes),
+            "train": len(pictures.train_labels),
+            "val": len(pictures.val_labels),
+            "size": pictures.train_images.shape[-1],
+        },
+        "settings": settings.flags(),
+        "versions": {
+            "fused_res": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "device": device if place.world == 1 else f"{place.world} x {device}",
+        "nets": about,
+    }
 
 
 def _finish(out: Path, ends: list[dict[str, Any]], about: dict[str, Any]) -> None:
@@ -171,28 +177,31 @@ def _finish(out: Path, ends: list[dict[str, Any]], about: dict[str, Any]) -> Non
     records = report.read_log(out / "log.jsonl")
     rows = []
     for end in ends:
-        epochs = [r for r in records if r["event"] == "epoch" and r["net"] == end["net"]]
+        net = end["net"]
+        speeds = [r["images_per_second"] for r in records
+                  if r["event"] == "epoch" and r["net"] == net]  # fmt: skip
         rows.append(
             [
-                end["net"],
-                f"{about[end['net']]['parameters']:,}",
-                len(about[end["net"]]["fused"]),
-                f"{epochs[-1]['val_loss']:.4f}",
+                net,
+                f"{about[net]['parameters']:,}",
+                len(about[net]["fused"]),
+                f"{end['val_loss']:.4f}",
                 f"{end['train_accuracy']:.2%}",
                 f"{end['val_accuracy']:.2%}",
-                f"{median(r['images_per_second'] for r in epochs):.0f}",
+                f"{median(speeds):.0f}" if speeds else "-",
             ]
         )
-        if "val_accuracy_ema" in epochs[-1]:
-            averaged = f"{epochs[-1]['val_accuracy_ema']:.2%}"
-            rows.append([f"{end['net']}, averaged", "", "", "", "", averaged, ""])
+        if "val_accuracy_ema" in end:
+            rows.append([f"{net}, averaged", "", "", "", "", f"{end['val_accuracy_ema']:.2%}", ""])
     header = ["net", "parameters", "fused blocks", "loss", "training", "validation", "images/s"]
     print(table(header, rows, "lrrrrrr"))
     written = ["last.pt", "best.pt", "log.jsonl"]
     try:
-        with checkpoint.replacing(out / "report.html") as file:
-            file.write(report.page(records).encode())
-        written.append("report.html")
+        page = report.page(records)
     except ImportError as error:
         print(f"no report.html: {error}", file=sys.stderr)
+    else:
+        with checkpoint.replacing(out / "report.html") as file:
+            file.write(page.encode())
+        written.append("report.html")
     print(f"wrote {', '.join(str(out / name) for name in written)}")
