@@ -1,0 +1,106 @@
+"""``fused-res evaluate``: how good the net in a checkpoint is."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..cli import UsageError, table
+from . import checkpoint, data, nets
+from .engine import accuracy, evaluate
+from .place import at
+from .settings import Settings, number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="of fused-res train")
+    parser.add_argument("--data", help="default: what it was trained on")
+    parser.add_argument("--plain", action="store_true",
+                        help="in plain PyTorch, the plain net if both were trained")  # fmt: skip
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction,
+                        help="the average of the weights; default: if it is there")  # fmt: skip
+    parser.add_argument("--batch-size", type=number(int, 1), metavar="N",
+                        help="default: that of the training")  # fmt: skip
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                        help="auto: a GPU")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    state = checkpoint.load(args.checkpoint)
+    settings = state["settings"]
+    if args.batch_size is not None:
+        settings = dataclasses.replace(settings, batch_size=args.batch_size)
+    pictures = data.load(
+        settings.data if args.data is None else args.data,
+        classes=state["classes"],
+        size=settings.size,
+        images=settings.images if args.data is None else None,
+        seed=settings.seed,
+    )
+    model, name = _model(args, settings, state)
+    parts = {
+        "validation": (pictures.val_images, pictures.val_labels),
+        "training": (pictures.train_images, pictures.train_labels),
+    }
+    found: dict[str, Any] = {"checkpoint": str(args.checkpoint), "net": name}
+    with at(args.device) as place:
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        model.to(place.device, memory_format=layout)
+        for part, (images, labels) in parts.items():
+            images, labels = images.to(place.device), labels.to(place.device)
+            loss, confusion = evaluate(
+                model, images, labels, (state["mean"], state["std"]), len(state["classes"]),
+                settings, place,
+            )  # fmt: skip
+            counts = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist(), strict=True)
+            each = [right / images if images else None for right, images in counts]
+            found[part] = {
+                "images": len(labels),
+                "loss": loss,
+                "accuracy": accuracy(confusion),
+                "classes": dict(zip(state["classes"], each, strict=True)),
+                "confusion": confusion.tolist(),
+            }
+    print(json.dumps(found, indent=2) if args.json else _text(found))
+    return 0
+
+
+def _model(
+    args: argparse.Namespace, settings: Settings, state: dict[str, Any]
+) -> tuple[nn.Module, str]:
+    """The model with the weights that the command line asks for, and their name."""
+    wanted = "plain" if args.plain else "fused"
+    name = wanted if wanted in state["nets"] else next(iter(state["nets"]), wanted)
+    where = f"{args.checkpoint}: nets.{name}"
+    net = state["nets"].get(name)
+    if not isinstance(net, dict) or "model" not in net:
+        raise checkpoint.CheckpointError(f"{where}.model is missing")
+    model, _ = nets.make(settings.model, state["arguments"], not args.plain, settings.seed)
+    average = net.get("average")
+    if args.ema and average is None:
+        raise UsageError(f"--ema: {args.checkpoint} was trained without")
+    if average is None or args.ema is False:
+        checkpoint.load_weights(model, net["model"], f"{where}.model")
+        return model, name
+    averaged = AveragedModel(model, use_buffers=True)
+    checkpoint.load_weights(averaged, average, f"{where}.average")
+    return averaged.module, f"{name}, averaged"
+
+
+def _text(found: dict[str, Any]) -> str:
+    parts = [key for key, value in found.items() if isinstance(value, dict)]
+    rows = [["all", *(f"{found[part]['accuracy']:.2%}" for part in parts)]]
+    for name in found[parts[0]]["classes"]:
+        each = (found[part]["classes"][name] for part in parts)
+        rows.append([name, *("-" if right is None else f"{right:.2%}" for right in each)])
+    counts = ", ".join(f"{found[part]['images']} images of {part}" for part in parts)
+    accuracies = table(["class", *parts], rows, "lrr")
+    return f"{found['checkpoint']}, {found['net']}: accuracy on {counts}\n{accuracies}"
