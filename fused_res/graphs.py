@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 import random
-from collections.abc import Collection
+import sys
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,11 @@ IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "ia
             "ilshift", "irshift", "imatmul")  # fmt: skip
 _IN_PLACE = {getattr(operator, name) for name in IN_PLACE} | {operator.setitem}
 _CATS = {torch.cat, torch.concat, torch.concatenate}
+
+
+# those of others may write into their input
+_KNOWN_MODULES = ("torch.nn.modules.", "timm.layers.", "torchvision.ops.")
+_KNOWN_FUNCTIONS = ("torch", "_operator", "builtins", "math")
 
 
 class Unfusable(Exception):
@@ -55,6 +62,8 @@ for _name in IN_PLACE:
 class Tracer(fx.Tracer):
     """Sees convolutions, norms, whatever has no children, and ``opaque`` as one call each."""
 
+    proxy_buffer_attributes = True  # what a forward reads of a buffer is read in every call
+
     def __init__(self, opaque: Collection[str] = ()) -> None:
         super().__init__()
         self._opaque = opaque
@@ -77,9 +86,28 @@ class Tracer(fx.Tracer):
         return not any(True for _ in module.children())
 
 
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def _is_kept(name: str) -> bool:
+    """Whether an attribute is PyTorch's: fx keeps constants on what it traces."""
+    return name in _OF_EVERY_MODULE or name.startswith("_tensor_constant")
+
+
+def _value(of: object) -> object:
+    """What differs when it was written to."""
+    if isinstance(of, dict):
+        return [(k, _value(v)) for k, v in of.items()]
+    if isinstance(of, (list, tuple)):
+        return [_value(v) for v in of]
+    if isinstance(of, set):
+        return set(map(id, of))
+    return of if isinstance(of, (int, float, complex, str, bytes)) else id(of)
+
+
 def _state(block: nn.Module) -> list:
     return [
-        (name, {k: v for k, v in m.__dict__.items() if k[0] != "_"}, {
+        (name, {k: _value(v) for k, v in m.__dict__.items() if not _is_kept(k)}, {
             k: (id(t), t._version) for k, t in (*m._buffers.items(), *m._parameters.items())
             if t is not None
         })
@@ -87,24 +115,62 @@ def _state(block: nn.Module) -> list:
     ]  # fmt: skip
 
 
+def _drawn() -> tuple:
+    """The states of the generators of random numbers."""
+    numpy = sys.modules.get("numpy.random")
+    return torch.get_rng_state().tolist(), random.getstate(), numpy and str(numpy.get_state())
+
+
+@contextlib.contextmanager
+def _seen(tracer: Tracer) -> Iterator[None]:
+    """Has the tracer told of regions that a graph does not show."""
+    kinds = torch.autocast, torch.enable_grad, torch.autograd.graph.saved_tensors_hooks
+    originals = [kind.__enter__ for kind in kinds]
+
+    def telling(original: Callable) -> Callable:
+        def enter(self):
+            tracer.modes_changed = True
+            return original(self)
+
+        return enter
+
+    for kind, original in zip(kinds, originals, strict=True):
+        kind.__enter__ = telling(original)
+    try:
+        yield
+    finally:
+        for kind, original in zip(kinds, originals, strict=True):
+            kind.__enter__ = original
+
+
+def _asks_for_tensors(module: nn.Module, tracer: Tracer, name: str = "") -> bool:
+    """Whether a forward asks if something is a tensor, which what traces it is not."""
+    if name and tracer.is_leaf_module(module, name):
+        return False
+    names = set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ()))
+    if "is_tensor" in names or {"isinstance", "Tensor"} <= names:
+        return True
+    return any(
+        _asks_for_tensors(part, tracer, f"{name}.{key}" if name else key)
+        for key, part in module.named_children()
+    )
+
+
 def does_nothing(module: nn.Module) -> bool:
     return type(module) is nn.Identity or (type(module) is nn.Sequential and not len(module))
 
 
+_QUIET = {("torch.nn.modules.dropout", name) for name in nn.modules.dropout.__all__} | {
+    ("timm.layers.drop", "DropPath"),
+    ("timm.layers.drop", "DropBlock2d"),
+    ("torchvision.ops.stochastic_depth", "StochasticDepth"),
+    ("torchvision.ops.drop_block", "DropBlock2d"),
+}
+
+
 def _is_quiet(module: nn.Module | None) -> bool:
     """Whether all that it does in eval mode is to return its input."""
-    if module is None or any(True for _ in (*module.children(), *module.parameters())):
-        return False
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return True
-    module = copy.deepcopy(module)
-    module.training = False
-    try:
-        graph = fx.Tracer().trace(module)
-    except Exception:  # whatever its forward raises
-        return False
-    nodes = list(graph.nodes)
-    return len(nodes) == 2 and nodes[1].args == (nodes[0],)
+    return (type(module).__module__, type(module).__name__) in _QUIET
 
 
 def trace(
@@ -122,18 +188,25 @@ def trace(
     for m in block.modules():  # attributes, not train(): models override that (to freeze a norm)
         m.training = training
     tracer, before = tracer or Tracer(), _state(block)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        drawn, python_drawn = torch.get_rng_state(), random.getstate()
+    if _asks_for_tensors(block, tracer):
+        raise Untraceable("its forward asks whether something is a tensor")
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _seen(tracer):
+        drawn, numpy = _drawn(), sys.modules.get("numpy.random")
+        numbers = numpy and numpy.get_state()
         try:
             graph = tracer.trace(block, inputs and (fx.PH,) * inputs)
-            same = torch.equal(drawn, torch.get_rng_state()) and python_drawn == random.getstate()
+            same = drawn == _drawn()
         finally:
-            random.setstate(python_drawn)
+            random.setstate(drawn[1])
+            if numpy:
+                numpy.set_state(numbers)
     if not same:
         raise Untraceable("its forward draws random numbers")
     if tracer.modes_changed:
-        raise Untraceable("its forward changes the grad or autocast mode")
-    if _state(block) != before:
+        raise Untraceable("its forward changes the grad or autocast mode, or uses checkpoints")
+    nodes = Nodes(block, graph)
+    into = {n for node in graph.nodes if nodes.writes(node) for n in node.all_input_nodes[:1]}
+    if _state(block) != before or any(n.op == "get_attr" for n in into):
         raise Untraceable("its forward writes to the module")
     for node in list(graph.nodes):
         if node.op == "call_module" and does_nothing(child(block, node.target)):
@@ -205,14 +278,21 @@ class Nodes:
     def writes(self, node: fx.Node) -> bool:
         """Whether it may write into a tensor that is there."""
         if node.op == "call_module":
-            return any(getattr(m, "inplace", False) for m in self.module(node).modules())
+            modules = list(self.module(node).modules())
+            known = all(type(m).__module__.startswith(_KNOWN_MODULES) for m in modules)
+            return not known or any(getattr(m, "inplace", False) for m in modules)
         if node.op == "call_method":
-            return node.target.endswith("_") and not node.target.startswith("_")
+            bare = node.target.strip("_")
+            dunder = node.target.startswith("__")
+            return bare in (*IN_PLACE, "setitem") if dunder else node.target.endswith("_")
         if node.op != "call_function":
             return False
-        name = getattr(node.target, "__name__", "")
-        named = name.endswith("_") or bool({"inplace", "out"} & node.kwargs.keys())
-        return named or node.target in _IN_PLACE
+        if not (getattr(node.target, "__module__", None) or "").startswith(_KNOWN_FUNCTIONS):
+            return True
+        relu_in_place = self.is_relu(node) and node.args[1:] == (True,)
+        named = getattr(node.target, "__name__", "").endswith("_") or relu_in_place
+        given = any(node.kwargs.get(name) not in (None, False) for name in ("inplace", "out"))
+        return named or given or node.target in _IN_PLACE
 
     def without_what_is_quiet(self) -> tuple[str, ...]:
         """Takes out the children that return their input in eval mode, and names them."""

@@ -152,17 +152,27 @@ def _is_on(block: nn.Module, path: str) -> bool:
     return True
 
 
-def _program(nodes: Nodes, prefix: str) -> Program | None:
+class _Written(NamedTuple):
+    """A program, and the names of the children that it calls and that its parts do not call."""
+
+    program: Program
+    calls: set[str]
+    folded: set[str]
+
+
+def _program(nodes: Nodes, prefix: str) -> _Written | None:
     """The graph, which is changed, as a program; None where it has no part to fuse or cannot be
     written as source."""
     parts = _find(nodes)
     graph = nodes.graph
     fused: dict[fx.Node, fx.Node] = {}
+    fused_names = []
     for i, part in enumerate(parts):
         last = part.nodes[-1]
         inputs = part.x, *([] if part.residual is None else [part.residual])
         with graph.inserting_before(last):
             call = graph.call_module(f"{prefix}{i}", tuple(fused.get(n, n) for n in inputs))
+        fused_names.append(call.target)
         last.replace_all_uses_with(call)
         fused[last] = call
     gone = {node for part in parts for node in part.nodes}
@@ -175,7 +185,12 @@ def _program(nodes: Nodes, prefix: str) -> Program | None:
     found = compile(code.src, "", "exec")
     (body,) = (c for c in found.co_consts if hasattr(c, "co_names"))
     names = _names(code.globals, {*found.co_names, *body.co_names})
-    return None if names is None else Program(code.src, names, tuple(p.plan() for p in parts))
+    if names is None:
+        return None
+    convs = {n.target for p in parts for n in (p.conv, *(p.shortcut or ())[:1]) if n is not None}
+    folded = {n.target for n in gone if n.op == "call_module"} - convs
+    calls = {n.target for n in graph.find_nodes(op="call_module")} - set(fused_names) | convs
+    return _Written(Program(code.src, names, tuple(p.plan() for p in parts)), calls, folded)
 
 
 def _bypassed(block: nn.Module, called: set[str]) -> tuple[Bypassed, ...]:
@@ -207,11 +222,14 @@ def parts_plan(
     usual = _program(nodes, "_part_")
     if usual is None:
         return None
+    folded = usual.folded | set(quieted)
     if isinstance(quiet, Nodes):
         quiet = _program(quiet, "_quiet_part_")
-    calls = {n.target for n in nodes.graph.nodes if n.op == "call_module"}
-    convs = {s.conv for part in usual.parts for s in (*part.branch, part.shortcut) if s is not None}
-    called = {n for n in calls | convs if n is not None and not n.startswith("_part_")}
-    bypassed = _bypassed(nodes.block, called - set(quieted))
+        folded |= set() if quiet is None else quiet.folded
+        quiet = quiet and quiet.program
+    elif quiet is not None:
+        folded |= {child.name for child in quiet.bypassed}
+    bypassed = _bypassed(nodes.block, usual.calls - folded)
     frozen = has_frozen(nodes.block)
-    return PartsPlan(usual, quiet, quieted, len(inputs), bypassed, reason, frozen)
+    calls = tuple(sorted(usual.calls))
+    return PartsPlan(usual.program, quiet, quieted, len(inputs), calls, bypassed, reason, frozen)

@@ -61,7 +61,7 @@ def fused_class(
     }
     in_parts = isinstance(plan, PartsPlan)
     if in_parts:
-        body |= methods(plan)
+        body |= methods(plan, original)
     mixin = FusedParts if in_parts else FusedForward
     return type(f"Fused{original.__name__}", (mixin, original), body)
 
@@ -104,6 +104,7 @@ def refuse_wrapped(model: nn.Module, caller: str = "fuse_") -> None:
             )
 
 
+ATTRIBUTES = ("plan", "backend", "recompute", "original", "_usual", "_quiet")  # a fused block's
 CHANNELS_LAST = (
     "advice: the weights are in NCHW order; model.to(memory_format=torch.channels_last) and inputs "
     "in it are faster"
@@ -182,6 +183,10 @@ def fuse_(
             return False
         if isinstance(module, fx.GraphModule):  # which writes its forward onto its class
             report.skipped.append((name, "a torch.fx graph: fuse_ before it is traced"))
+            return False
+        own = [attribute for attribute in ATTRIBUTES if hasattr(module, attribute)]
+        if own:
+            report.skipped.append((name, f"it has an attribute {own[0]!r} of its own"))
             return False
         prefix = f"{name}." if name else ""
         inner = {n: n[len(prefix) :] for n in opaque if n.startswith(prefix)}

@@ -4,11 +4,13 @@ import copy
 import io
 import pickle
 
+import numpy
 import odd_blocks as odd
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from odd_blocks import Configurable, variant
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -471,6 +473,213 @@ def test_tensors_made_by_the_forward():
     report = fuse_(model)
     assert [n for n, _ in report.partly] == [""] and [n for n, _ in report.skipped] == ["inner"]
     torch.testing.assert_close(model(x), plain(x))
+
+
+# --- forwards that do, or are asked to do, more than their dataflow ------------------------------
+
+
+def excited(self, x):
+    h = self.branch(x)
+    return h * h.mean((2, 3), True).sigmoid()
+
+
+def test_a_relu_called_in_two_places():
+    """One of them is folded into a part: hooks on it and another in its place count for both."""
+
+    def forward(self, x):
+        h = self.act(self.bn1(self.conv1(x)))
+        return self.act(excited(self, h) + x)
+
+    ours = randomise(variant(forward)())
+    plain = copy.deepcopy(ours)
+    fuse_(ours)
+    seen, x = [], image()
+    handle = ours.act.register_forward_hook(lambda *a: seen.append(1))
+    ours(x)
+    handle.remove()
+    assert len(seen) == 3
+    for model in (ours, plain):
+        model.act = nn.GELU()
+    torch.testing.assert_close(ours(x), plain(x))
+
+
+@pytest.mark.parametrize("extra", [nn.Dropout(0.2), timm.layers.DropPath(0.2)])
+def test_what_only_eval_mode_folds(extra):
+    ours = randomise(Configurable(extra=extra)).eval()
+    plain = copy.deepcopy(ours)
+    fuse_(ours)
+    seen, x = [], image()
+    handle = ours.last.register_forward_hook(lambda *a: seen.append(1))
+    ours(x)
+    handle.remove()
+    assert seen == [1]
+    for model in (ours, plain):
+        model.last = nn.GELU()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x))
+
+
+def test_a_second_input_that_is_not_used():
+    def forward(self, x, other=None):
+        return self.last(self.branch(x) + x)
+
+    ours = randomise(variant(forward)())
+    ours.extra = nn.Dropout(0.1)
+    plain = copy.deepcopy(ours.eval())
+    fuse_(ours)
+    x = image()
+    with torch.no_grad():
+        for other in (image(), "a word"):
+            torch.testing.assert_close(ours(x, other), plain(x, other))
+
+
+class Tap(nn.Module):
+    def forward(self, x):
+        self.value = x.mean()
+        return x
+
+
+class AlwaysDropout(nn.Dropout):
+    def forward(self, x):
+        return F.dropout(x, self.p, True)
+
+
+def test_what_returns_its_input_and_does_more():
+    ours = randomise(Configurable(extra=AlwaysDropout(0.5))).eval()
+    fuse_(ours)
+    x = image()
+    assert not torch.equal(ours(x), ours(x))
+    ours = randomise(Configurable(extra=Tap())).eval()
+    fuse_(ours)
+    ours(x)
+    assert isinstance(ours.extra.value, torch.Tensor)
+
+
+class Writes(nn.Module):
+    """A leaf of its own that writes into its input."""
+
+    def forward(self, x):
+        return x.mul_(F.relu6(x + 3) / 6)
+
+
+def through_a_writer(self, x):
+    shortcut = self.bn1(self.conv1(x))
+    return self.last(self.bn2(self.conv2(self.extra(x))) + shortcut).sigmoid()
+
+
+def asks_for_a_tensor(self, x):
+    y = x if isinstance(x, torch.Tensor) else x * 2
+    return self.last(self.branch(x) + y).sigmoid()
+
+
+def without_autocast(self, x):
+    h = self.act(self.bn1(self.conv1(x)))
+    with torch.autocast("cpu", enabled=False):
+        h = self.bn2(self.conv2(h.float()))
+    return self.last(h + x).sigmoid()
+
+
+def checkpointed(self, x):
+    part = torch.utils.checkpoint.checkpoint
+    return self.last(part(self.branch, x, use_reentrant=False) + x).sigmoid()
+
+
+def by_a_buffer(self, x):
+    return self.last(self.branch(x) * self.bn1.running_var[0].item() + x)
+
+
+def of_another_shape(self, x):
+    pooled = self.bn2(self.conv2(F.adaptive_avg_pool2d(x, 1)))
+    return self.last(self.bn1(self.conv1(x)) + pooled).sigmoid()
+
+
+def plus_a_number(self, x):
+    return self.last(self.bn1(self.conv1(x)) + x.shape[0]) + self.bn2(self.conv2(x)).sigmoid()
+
+
+MORE = [
+    through_a_writer, asks_for_a_tensor, without_autocast, checkpointed, by_a_buffer,
+    of_another_shape, plus_a_number,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", MORE, ids=lambda f: f.__name__)
+def test_the_same_as_before(forward):
+    ours = randomise(variant(forward, extra=Writes())()).eval()
+    plain = copy.deepcopy(ours)
+    fuse_(ours)
+    for model in (ours, plain):
+        model.bn1.running_var.mul_(1.5)
+    for autocast in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for size in (9, 9, 8):
+                x = image(2, 6, size, size)
+                torch.testing.assert_close(
+                    ours(x.clone()), plain(x.clone()), rtol=0.02 if autocast else 1e-5, atol=0.02
+                )
+
+
+def test_checkpoints_inside_are_kept():
+    ours = variant(checkpointed)()
+    (row,) = fuse_(ours).skipped
+    assert "checkpoints" in row[1]
+
+
+def test_side_effects_of_the_forward():
+    def keeps(self, x):
+        h = self.branch(x)
+        self.kept.append(h)
+        self._last = h
+        return self.last(h + x).sigmoid()
+
+    def draws(self, x):
+        if self.training and numpy.random.rand() < 0.5:
+            return x
+        return self.last(self.branch(x) + x)
+
+    ours = variant(keeps)()
+    ours.kept = []
+    assert fuse_(ours).skipped and ours.kept == []
+    ours(x := image())
+    assert len(ours.kept) == 1 and ours._last is ours.kept[0]
+    numpy.random.seed(3)
+    expected = [int(n) for n in numpy.random.randint(1 << 30, size=4)]
+    numpy.random.seed(3)
+    ours = variant(draws)()
+    assert fuse_(ours).skipped
+    assert [int(n) for n in numpy.random.randint(1 << 30, size=4)] == expected
+    assert sum(ours(x) is x for _ in range(40)) > 5
+
+
+def test_a_fused_model_is_traced():
+    ours = randomise(variant(lambda self, x: self.last(excited(self, x) + x))()).eval()
+    assert fuse_(ours).partly
+    x = image()
+    torch.testing.assert_close(torch.fx.symbolic_trace(ours)(x), ours(x))
+
+
+def test_children_taken_away():
+    def optional(self, x):
+        h = self.bn1(self.conv1(x))
+        h = h if self.extra is None else h * self.extra(h).sigmoid()
+        return self.last(h if self.bn2 is None else self.bn2(self.conv2(h)) + x)
+
+    for names in (("extra",), ("extra", "bn2")):
+        ours = randomise(variant(optional, extra=nn.Conv2d(6, 6, 1))())
+        plain = copy.deepcopy(ours)
+        assert fuse_(ours).partly
+        for name in names:
+            setattr(ours, name, None)
+            setattr(plain, name, None)
+        torch.testing.assert_close(ours(x := image()), plain(x))
+
+
+def test_an_attribute_of_our_name():
+    ours = Configurable()
+    ours.backend = "its own"
+    ((_, reason),) = fuse_(ours).skipped
+    assert "'backend'" in reason and ours.backend == "its own"
+    ours(image())
 
 
 def test_untraceable_blocks_are_named():

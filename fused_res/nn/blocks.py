@@ -130,6 +130,15 @@ def _stands_for(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind or (type(module) in NORMS and kind in NORMS)
 
 
+def present(module: nn.Module, path: str) -> nn.Module | None:
+    """A child that may have been taken away."""
+    for name in path.split(".") if path else ():
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    return module
+
+
 def child(module: nn.Module, path: str) -> nn.Module:
     if path in module._modules:
         return module._modules[path]
@@ -434,6 +443,8 @@ def _run_inference(
     """``run_block`` with one op per convolution; None where it is not for inference."""
     if x.dim() != 4 or plan.branch[-1].conv is None:
         return None
+    if added is not None and not isinstance(added, Tensor):
+        return None
     grads = torch.is_grad_enabled()
     fast = not grads and not torch.compiler.is_compiling() and x.is_cpu and not under_modes(x)
     fast = fast and (added is None or not under_modes(added))
@@ -483,8 +494,10 @@ def _run_inference(
     concat = plan.skip == "concat"
     if plan.skip == "none":
         residual = None
-    elif not shortcut and not concat and residual.shape != out_shape(out, conv):
-        return None  # broadcast
+    elif not concat:
+        shape = out_shape(residual, shortcut[0]) if shortcut else residual.shape
+        if shape != out_shape(out, conv):
+            return None  # broadcast
     y = run(Call(out, conv, residual, *(shortcut or [None]), concat, act))
     if len(steps) == len(plan.branch) and not any(stage.before for stage in stages):
         made = _prepare(block, plan, stages, steps)
@@ -525,7 +538,8 @@ def run_block(
     residual = x if residual is None else residual
     if shortcut is not None:
         residual = _convolve(block, shortcut, residual)
-    fits = residual.shape == out.shape and residual.dtype == out.dtype
+    fits = isinstance(residual, Tensor) and residual.shape == out.shape
+    fits = fits and residual.dtype == out.dtype
     if last.norm is None or not fits:  # nothing to fuse the add into, or PyTorch's promotion rules
         if shortcut is not None:
             residual = _normalise(block, shortcut, residual)
@@ -578,8 +592,8 @@ class FusedForward:
         if not torch.compiler.is_compiling() and _has_any_global_hook():
             return False
         for name, kind, children in self.plan.bypassed:
-            module = child(self, name)
-            if len(module._modules) != children:
+            module = present(self, name)
+            if module is None or len(module._modules) != children:
                 return False
             if kind is not None and (not _stands_for(module, kind) or has_hooks(module)):
                 return False  # replaced or hooked since

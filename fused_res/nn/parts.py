@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .blocks import BlockPlan, Bypassed, FusedForward, child, is_exported, run_block
+from .blocks import BlockPlan, Bypassed, FusedForward, child, is_exported, present, run_block
 
 
 class Program(NamedTuple):
@@ -38,7 +38,8 @@ class PartsPlan(NamedTuple):
     quiet: what it runs while ``quieted`` are in eval mode; None: as ever.
     quieted: the children that return their input in eval mode (dropout, drop path), by dotted name.
     inputs: how many tensors its forward takes first; given anything else, its own forward runs.
-    bypassed, frozen: as in a ``BlockPlan``.
+    calls: the children that are called, by dotted name.
+    bypassed, frozen: as in a ``BlockPlan``; also what is called in one place and not in another.
     reason: why the block as a whole is not one plan.
     """
 
@@ -46,6 +47,7 @@ class PartsPlan(NamedTuple):
     quiet: Program | BlockPlan | None
     quieted: tuple[str, ...]
     inputs: int
+    calls: tuple[str, ...]
     bypassed: tuple[Bypassed, ...]
     reason: str
     frozen: bool
@@ -77,15 +79,20 @@ def _function(source: str, names: tuple[tuple[str, str, str], ...]) -> Callable[
     return known["forward"]
 
 
-def methods(plan: PartsPlan) -> dict[str, Callable]:
-    """What a class of blocks with this plan has beside its forward."""
-    found = {"_usual": _function(*plan.usual[:2])}
+def methods(plan: PartsPlan, original: type[nn.Module]) -> dict[str, Callable]:
+    """What a class of blocks with this plan has; its forward has the original's signature."""
+
+    @functools.wraps(original.forward)
+    def forward(self, *args, **kwargs):
+        return FusedParts.forward(self, *args, **kwargs)
+
+    found = {"forward": forward, "_usual": _function(*plan.usual[:2])}
     found |= {f"_part_{i}": _part(part) for i, part in enumerate(plan.usual.parts)}
     if isinstance(plan.quiet, Program):
         found["_quiet"] = _function(*plan.quiet[:2])
         found |= {f"_quiet_part_{i}": _part(part) for i, part in enumerate(plan.quiet.parts)}
     elif plan.quiet is not None:
-        found["_quiet"] = _part(plan.quiet)
+        found["_quiet"] = lambda block, x, *_: run_block(block, plan.quiet, x)
     return found
 
 
@@ -94,6 +101,10 @@ class FusedParts(FusedForward):
     forward."""
 
     plan: PartsPlan
+
+    def _bypasses_safely(self) -> bool:
+        there = all(present(self, name) is not None for name in self.plan.calls)
+        return there and super()._bypasses_safely()
 
     def forward(self, *args, **kwargs):
         plan = self.plan
