@@ -13,6 +13,7 @@ from .graphs import Nodes
 from .nn.blocks import BlockPlan, Bypassed, Stage, has_frozen, is_norm
 from .nn.parts import PartsPlan, Program
 
+IN_PLACE_ADDS = (operator.iadd, "add_")
 _TORCH_CONSTANTS = ("inf", "nan", "device")  # as fx names them
 
 
@@ -60,7 +61,26 @@ def _movable(nodes: Nodes, part: _Part) -> bool:
     order = list(nodes.graph.nodes)
     first, last = (of(order.index(n) for n in part.nodes) for of in (min, max))
     between = [n for n in order[first:last] if n not in part.nodes]
-    return not any(map(nodes.writes, between))
+    return not any(nodes.writes(n) and not _into_its_own(nodes, n) for n in between)
+
+
+def _into_its_own(nodes: Nodes, node: fx.Node) -> bool:
+    """Whether what it writes into is a tensor that nothing else has: a layer's result."""
+    into = node.all_input_nodes[0] if node.all_input_nodes else None
+    if into is None or _only_user(into) is not node:
+        return False
+    module = nodes.module(into)
+    return type(module) in (nn.Conv2d, nn.Linear) or is_norm(module)
+
+
+def _is_new(nodes: Nodes, node: fx.Node, ends: dict[fx.Node, _Part]) -> bool:
+    """Whether a node that is used once is a tensor that nothing else has: a sum or a part."""
+    operands = nodes.operands_of_add(node)
+    if node in ends or operands is None:
+        return node in ends
+    if node.target not in IN_PLACE_ADDS:
+        return True
+    return _only_user(operands[0]) is node and _is_new(nodes, operands[0], ends)
 
 
 def _around_norm(nodes: Nodes, norm: fx.Node) -> _Part:
@@ -81,7 +101,8 @@ def _with_add(nodes: Nodes, add: fx.Node, ends: dict[fx.Node, _Part]) -> _Part |
     if operands is None or operands[0] is operands[1]:
         return None
     found = [ends.get(o) if _only_user(o) is add else None for o in operands]
-    if add.target in (operator.iadd, "add_") and found[0] is None:
+    new = _only_user(operands[0]) is add and _is_new(nodes, operands[0], ends)
+    if add.target in IN_PLACE_ADDS and not new:
         return None  # what it is written into may be seen elsewhere
     found = [None if part is None or part.residual is not None else part for part in found]
     choices = []

@@ -45,7 +45,7 @@ def variant(forward, **parts):
     def make():
         module = type("Variant", (Configurable,), {"forward": forward})()
         for name, part in parts.items():
-            setattr(module, name, part() if isinstance(part, type) else part)
+            setattr(module, name, part if isinstance(part, nn.Module) else part())
         return module
 
     return make

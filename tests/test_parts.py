@@ -117,6 +117,22 @@ def written_into_kept(self, x):
     return self.last(self.bn2(self.conv2(h)) * 2 + kept)
 
 
+def many_branches(self, x):
+    """As in MobileOne: each branch is added to the sum of those before, in place."""
+    h = self.bn1(x) + self.bn2(self.conv1(x))
+    h += self.bn3(self.conv2(x))
+    h += self.bn4(x)
+    return self.last(h).sigmoid()
+
+
+def inner_relu_in_place(self, x):
+    """What a ReLU overwrites between a shortcut and its add is its own."""
+    h = self.bn1(self.conv1(x))
+    shortcut = self.bn2(self.conv2(x))
+    gate = self.extra(self.conv3(h.mean((2, 3), True))).sigmoid()
+    return self.last(h * gate + shortcut)
+
+
 def both_relus(self, x):
     return self.last(self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))) + x).mul(2)
 
@@ -201,6 +217,16 @@ PARTS = {  # block; its norms, and of them run fused; a word its reason has
     "*= and -=": (variant(multiplied_in_place), 2, 2, ""),
     "adds in a row": (variant(nested), 2, 2, ""),
     "written into another": (variant(written_into_kept), 2, 2, ""),
+    "many branches": (
+        variant(many_branches, **dict.fromkeys(("bn3", "bn4"), lambda: nn.BatchNorm2d(6))), 4, 4, "",
+    ),
+    "a ReLU in place within": (
+        variant(
+            inner_relu_in_place,
+            conv3=lambda: nn.Conv2d(6, 6, 1),
+            extra=lambda: nn.ReLU(inplace=True),
+        ), 2, 2, "",
+    ),
     "ReLU before and after": (variant(both_relus), 2, 2, ""),
     "broadcast": (variant(broadcast), 2, 2, ""),
     "a second input": (variant(two_shortcuts), 2, 2, "second input"),
@@ -473,6 +499,13 @@ def test_tensors_made_by_the_forward():
     report = fuse_(model)
     assert [n for n, _ in report.partly] == [""] and [n for n, _ in report.skipped] == ["inner"]
     torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("name", ["many branches", "a ReLU in place within"])
+def test_every_add_is_fused(name):
+    module = made(name)
+    fuse_(module)
+    assert " + " not in module.plan.usual.source and "+=" not in module.plan.usual.source
 
 
 # --- forwards that do, or are asked to do, more than their dataflow ------------------------------
