@@ -1,6 +1,6 @@
 """A pytest plugin for other projects' tests: the nets that timm and torchvision make are fused.
 
-    PYTHONPATH=tests python -m pytest -p fused_everywhere -k resnet .../timm/tests/test_models.py
+PYTHONPATH=tests python -m pytest -p fused_everywhere -k resnet .../timm/tests/test_models.py
 """
 
 import functools

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import numpy
 import odd_blocks as odd
@@ -218,7 +219,8 @@ PARTS = {  # block; its norms, and of them run fused; a word its reason has
     "adds in a row": (variant(nested), 2, 2, ""),
     "written into another": (variant(written_into_kept), 2, 2, ""),
     "many branches": (
-        variant(many_branches, **dict.fromkeys(("bn3", "bn4"), lambda: nn.BatchNorm2d(6))), 4, 4, "",
+        variant(many_branches, **dict.fromkeys(("bn3", "bn4"), partial(nn.BatchNorm2d, 6))),
+        4, 4, "",
     ),
     "a ReLU in place within": (
         variant(
