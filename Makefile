@@ -63,7 +63,7 @@ docs: $(VENV)/.tests
 
 # Every ResNet-like model of torchvision, timm and transformers: an hour of one core.
 coverage: $(VENV)/.tests
-	$(PY) benchmarks/coverage.py --write benchmarks/coverage.md
+	$(PY) benchmarks/coverage_table.py --write benchmarks/coverage.md
 
 kernels-report: $(VENV)/.tests
 	$(PY) benchmarks/kernels_report.py --write benchmarks/kernels.md
