@@ -157,15 +157,17 @@ def _norms_of(block: nn.Module) -> int:
     return sum(map(is_norm, block.modules()))
 
 
-_ADD = re.compile(r"= [a-z_]\w* \+ _part_\d+;|_part_\d+ \+=? [a-z_]")
+_ADD = re.compile(r"= [a-z_]\w* \+ (_part_\d+)$|(_part_\d+) \+=? [a-z_]", flags=re.M)
 
 
 def _adds_left(block: nn.Module) -> int:
-    """Adds of parts' outputs that their part does not do, though nothing is between."""
+    """Adds of parts' outputs, used once, that their part does not do, though nothing is between."""
     if not isinstance(block.plan, PartsPlan):
         return 0
-    lines = block.plan.usual.source.splitlines()
-    return sum(map(bool, map(_ADD.search, lines)))
+    source = re.sub(r";.*", "", block.plan.usual.source)  # what lets go of tensors
+    names = [a or b for a, b in _ADD.findall(source)]
+    uses = [len(re.findall(rf"(?<!self\.)\b{name}\b", source)) for name in names]
+    return sum(count == 2 for count in uses)  # where it is made, and here
 
 
 def _fuse(model: nn.Module) -> fused_res.FuseReport:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from .graphs import Unfusable, Untraceable
 from .nn.blocks import BlockPlan, FusedForward, is_norm
@@ -179,6 +180,8 @@ def fuse_(
         forward = type(module).forward
         if any(inside) or not inside or forward in (nn.Sequential.forward, nn.Module.forward):
             return any(inside)
+        if isinstance(module, nn.Conv2d) or parametrize.is_parametrized(module):
+            return False  # one layer, whatever its weight is made of
         if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
             return False
         if isinstance(module, fx.GraphModule):  # which writes its forward onto its class
