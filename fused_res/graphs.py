@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
+import pickle
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -118,7 +119,8 @@ def _state(block: nn.Module) -> list:
 def _drawn() -> tuple:
     """The states of the generators of random numbers."""
     numpy = sys.modules.get("numpy.random")
-    return torch.get_rng_state().tolist(), random.getstate(), numpy and str(numpy.get_state())
+    drawn = numpy and pickle.dumps(numpy.get_state())
+    return torch.get_rng_state().tolist(), random.getstate(), drawn
 
 
 @contextlib.contextmanager

@@ -64,23 +64,20 @@ def _movable(nodes: Nodes, part: _Part) -> bool:
     return not any(nodes.writes(n) and not _into_its_own(nodes, n) for n in between)
 
 
-def _into_its_own(nodes: Nodes, node: fx.Node) -> bool:
-    """Whether what it writes into is a tensor that nothing else has: a layer's result."""
-    into = node.all_input_nodes[0] if node.all_input_nodes else None
-    if into is None or _only_user(into) is not node:
-        return False
-    module = nodes.module(into)
-    return type(module) in (nn.Conv2d, nn.Linear) or is_norm(module)
-
-
-def _is_new(nodes: Nodes, node: fx.Node, ends: dict[fx.Node, _Part]) -> bool:
-    """Whether a node that is used once is a tensor that nothing else has: a sum or a part."""
-    operands = nodes.operands_of_add(node)
-    if node in ends or operands is None:
-        return node in ends
-    if node.target not in IN_PLACE_ADDS:
+def _is_own(nodes: Nodes, node: fx.Node) -> bool:
+    """Whether its result, where it is used once, is a tensor that nothing else has."""
+    module = nodes.module(node)
+    if type(module) in (nn.Conv2d, nn.Linear) or is_norm(module):
         return True
-    return _only_user(operands[0]) is node and _is_new(nodes, operands[0], ends)
+    if nodes.operands_of_add(node) is None and not nodes.is_relu(node):
+        return False
+    return not nodes.writes(node) or _into_its_own(nodes, node)
+
+
+def _into_its_own(nodes: Nodes, node: fx.Node) -> bool:
+    """Whether what it writes into is such a tensor."""
+    into = node.all_input_nodes[:1]
+    return bool(into) and _only_user(into[0]) is node and _is_own(nodes, into[0])
 
 
 def _around_norm(nodes: Nodes, norm: fx.Node) -> _Part:
@@ -101,8 +98,7 @@ def _with_add(nodes: Nodes, add: fx.Node, ends: dict[fx.Node, _Part]) -> _Part |
     if operands is None or operands[0] is operands[1]:
         return None
     found = [ends.get(o) if _only_user(o) is add else None for o in operands]
-    new = _only_user(operands[0]) is add and _is_new(nodes, operands[0], ends)
-    if add.target in IN_PLACE_ADDS and not new:
+    if add.target in IN_PLACE_ADDS and not _into_its_own(nodes, add):
         return None  # what it is written into may be seen elsewhere
     found = [None if part is None or part.residual is not None else part for part in found]
     choices = []

@@ -112,6 +112,15 @@ CHANNELS_LAST = (
 )
 
 
+def _refuse_classes(block: nn.Module) -> None:
+    """A fused block's class is a subclass with attributes of its own."""
+    if isinstance(block, fx.GraphModule):  # which writes its forward onto its class
+        raise Unfusable("a torch.fx graph: fuse_ before it is traced")
+    own = [attribute for attribute in ATTRIBUTES if hasattr(block, attribute)]
+    if own:
+        raise Unfusable(f"it has an attribute {own[0]!r} of its own")
+
+
 def _is_channels_last(model: nn.Module) -> bool:
     """Whether its convolutions are, of those that can tell."""
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
@@ -184,18 +193,13 @@ def fuse_(
             return False  # one layer, whatever its weight is made of
         if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
             return False
-        if isinstance(module, fx.GraphModule):  # which writes its forward onto its class
-            report.skipped.append((name, "a torch.fx graph: fuse_ before it is traced"))
-            return False
-        own = [attribute for attribute in ATTRIBUTES if hasattr(module, attribute)]
-        if own:
-            report.skipped.append((name, f"it has an attribute {own[0]!r} of its own"))
-            return False
         prefix = f"{name}." if name else ""
         inner = {n: n[len(prefix) :] for n in opaque if n.startswith(prefix)}
         try:
             with torch.inference_mode(False):  # whose tensors torch.fx cannot trace
                 plan = plan_of(module, inner.values())
+            if plan is not None:
+                _refuse_classes(module)
         except Unfusable as reason:
             report.skipped.append((name, str(reason)))
             normless = not any(map(is_norm, module.modules()))

@@ -496,3 +496,22 @@ def test_saved_tensors_may_lose_their_strides(shape):
             y = bn_act(leaves[0], torch.zeros(8), torch.ones(8), *leaves[1:], True, backend="cpu")
         grads.append(torch.autograd.grad(y.square().sum(), leaves))
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("channels", [64, 256])
+def test_auto_leaves_a_bare_norm_of_many_channels_to_pytorch(channels):
+    """In training in channels_last, where nothing follows it: there the kernel was not faster."""
+    last = torch.channels_last
+    x = torch.randn(4, channels, 7, 7).contiguous(memory_format=last).requires_grad_()
+    weight, bias = torch.rand(channels).requires_grad_(), torch.rand(channels).requires_grad_()
+
+    def is_ours(t, **how):
+        y = bn_act(t, None, None, weight, bias, training=True, **how)
+        return "BnAct" in y.grad_fn.name()
+
+    assert is_ours(x, act="none") == (channels == 64)
+    assert is_ours(x) and is_ours(x, act="none", residual=torch.ones_like(x))
+    assert is_ours(x.detach().contiguous(), act="none")
+    assert is_ours(x, act="none", backend="cpu")
+    with backend("cpu"):
+        assert is_ours(x, act="none")

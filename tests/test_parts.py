@@ -126,6 +126,15 @@ def many_branches(self, x):
     return self.last(h).sigmoid()
 
 
+def the_last_first(self, x):
+    """The branch that is added last is computed before sums are written into."""
+    first = self.bn1(self.conv1(x))
+    h = self.bn2(self.conv2(x)) + self.bn3(x)
+    h += self.bn4(x)
+    h += first
+    return self.last(h).sigmoid()
+
+
 def inner_relu_in_place(self, x):
     """What a ReLU overwrites between a shortcut and its add is its own."""
     h = self.bn1(self.conv1(x))
@@ -220,6 +229,10 @@ PARTS = {  # block; its norms, and of them run fused; a word its reason has
     "written into another": (variant(written_into_kept), 2, 2, ""),
     "many branches": (
         variant(many_branches, **dict.fromkeys(("bn3", "bn4"), partial(nn.BatchNorm2d, 6))),
+        4, 4, "",
+    ),
+    "the last first": (
+        variant(the_last_first, **dict.fromkeys(("bn3", "bn4"), partial(nn.BatchNorm2d, 6))),
         4, 4, "",
     ),
     "a ReLU in place within": (
@@ -503,7 +516,7 @@ def test_tensors_made_by_the_forward():
     torch.testing.assert_close(model(x), plain(x))
 
 
-@pytest.mark.parametrize("name", ["many branches", "a ReLU in place within"])
+@pytest.mark.parametrize("name", ["many branches", "the last first", "a ReLU in place within"])
 def test_every_add_is_fused(name):
     module = made(name)
     fuse_(module)
@@ -710,6 +723,10 @@ def test_children_taken_away():
 
 
 def test_an_attribute_of_our_name():
+    plain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+    holds = type("Holds", (nn.Module,), {"forward": lambda self, x: self.inner(x)})()
+    holds.inner, holds.backend = plain, "of no interest"
+    assert fuse_(holds).skipped == []
     ours = Configurable()
     ours.backend = "its own"
     ((_, reason),) = fuse_(ours).skipped

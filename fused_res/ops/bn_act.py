@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import DTYPES, choose
+from ..backends import DTYPES, choose, named
 from ..reference import ACTS, Act, Norm
 from . import library
 
@@ -443,9 +443,29 @@ def _wants_grad(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad
 
 
+# In training on a CPU, forward and backward in channels_last, of a BatchNorm that nothing follows:
+# 0.80 to 1.08 times as fast as PyTorch's with 256 and 512 channels, 1.05 to 1.36 with 32 and 64.
+BARE_CHANNELS = 128
+
+
+def _is_better_bare(x: Tensor, norm: Norm) -> bool:
+    """Whether ``auto`` leaves a BatchNorm that nothing follows to PyTorch."""
+    return (
+        norm.training
+        and x.is_cpu
+        and x.dim() == 4
+        and x.size(1) > BARE_CHANNELS
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+    )
+
+
 def _run(x, norm, residual, residual_norm, act, backend):
     _, _, weight, bias, _, _, _ = norm
+    auto = (named() if backend is None else backend) == "auto"
     backend = choose("bn_act", backend, x, residual, weight, bias)
+    if auto and act == "none" and residual is None and _is_better_bare(x, norm):
+        backend = "eager"
     if backend == "eager" or x.numel() == 0:
         _check(x, norm, residual, residual_norm, act)
         return reference.bn_act(x, norm, residual, residual_norm, act)
