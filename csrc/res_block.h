@@ -90,13 +90,19 @@ struct BlockStage {
   }
 };
 
+// What is added to a branch: the input, a convolution of it with its BatchNorm, or nothing.
+enum class Shortcut : int64_t { identity, projection, none };
+
 template <class Library>
 struct ResBlock {
   std::vector<BlockStage> branch;
   std::optional<BlockStage> shortcut;
+  bool adds;
 
   ResBlock(const std::vector<OptTensor>& parameters, const Tensors& running,
-           const Integers& integers, const std::vector<double>& numbers, bool has_shortcut) {
+           const Integers& integers, const std::vector<double>& numbers, Shortcut kind)
+      : adds(kind != Shortcut::none) {
+    const bool has_shortcut = kind == Shortcut::projection;
     const size_t stages = numbers.size() / 2;
     STD_TORCH_CHECK(stages > (size_t)has_shortcut && numbers.size() == 2 * stages &&
                         running.size() == 2 * stages &&
@@ -123,7 +129,7 @@ struct ResBlock {
     std::array<int64_t, 3> out = {x.size(1), x.size(2), x.size(3)}, to_add = out;
     for (const BlockStage& s : branch)
       if (!s.takes(x, out)) return false;
-    return (!shortcut || shortcut->takes(x, to_add)) && out == to_add;
+    return (!shortcut || shortcut->takes(x, to_add)) && (!adds || out == to_add);
   }
 
   // y; and if `save`: the convolutions' outputs, those of the shortcut last (the last of the branch
@@ -138,7 +144,7 @@ struct ResBlock {
       const Tensor& a = outputs.back();
       const bool last = i + 1 == branch.size();
       OptTensor residual;
-      if (last) residual = shortcut ? Library::convolve(*shortcut, x) : x;
+      if (last && adds) residual = shortcut ? Library::convolve(*shortcut, x) : x;
       const bool second = last && shortcut;
       const BlockStage& r = second ? *shortcut : s;
       auto [y, mask, stats] = Library::bn_act_fwd(
@@ -160,7 +166,7 @@ struct ResBlock {
   }
 
   // The gradients that `needs` names, in its order: bit 0 is x's, which may come in two to be
-  // added, by way of the branch and of the shortcut (empty where that is dy itself); then of each
+  // added, by way of the branch and of what is added (empty where that is dy itself); then of each
   // stage the convolution's weight, its bias, and the BatchNorm's weight and bias, which are one
   // bit.
   //
@@ -208,7 +214,8 @@ struct ResBlock {
       const BlockStage& s = branch[i];
       const bool last = i + 1 == n, second = last && shortcut;
       const auto of_conv = conv_wants(i, before(i));
-      const bool of_residual = second ? any(conv_wants(n, wants_x)) : last && wants_x && act == 1;
+      const bool of_residual =
+          second ? any(conv_wants(n, wants_x)) : last && adds && wants_x && act == 1;
       const bool of_norms = wants(i, kNorm) || (second && wants(n, kNorm));
       if (!any(of_conv) && !of_residual && !of_norms) break;
       // what the convolution read, and the mask of the ReLU before it
@@ -234,14 +241,14 @@ struct ResBlock {
         d_residual = convolve_backward(n, *shortcut, d_residual, x, conv_wants(n, wants_x));
       if (!any(of_conv)) break;
       if (!again) find_input();
-      added = i == 0 && wants_x && Library::adds(s, dx, x, d_residual);
+      added = i == 0 && adds && wants_x && Library::adds(s, dx, x, d_residual);
       g = convolve_backward(i, s, dx, input[0], of_conv, added ? OptTensor(d_residual) : none,
                             later);
       mask = input[1];
     }
     Tensors result;
     if (wants_x) result.push_back(g);
-    if (wants_x && !added)
+    if (wants_x && adds && !added)
       result.push_back(shortcut || act == 1 ? d_residual : torch::stable::new_empty(x, {0}));
     for (const OptTensor& t : gradients)
       if (t) result.push_back(*t);
@@ -254,9 +261,9 @@ struct ResBlock {
 template <class Library>
 Tensors res_block_fwd(const Tensor& x, const std::vector<OptTensor>& parameters,
                       const Tensors& running, const Tensors& counters, const Integers& integers,
-                      const std::vector<double>& numbers, bool shortcut, int64_t act, bool save,
+                      const std::vector<double>& numbers, int64_t shortcut, int64_t act, bool save,
                       bool recompute) {
-  const ResBlock<Library> block(parameters, running, integers, numbers, shortcut);
+  const ResBlock<Library> block(parameters, running, integers, numbers, (Shortcut)shortcut);
   for (const Tensor& t : counters)
     if (t.scalar_type() != ScalarType::Long || t.numel() != 1 || !same_device(t, x)) return {};
   if (!block.takes(x)) return {};
@@ -266,12 +273,12 @@ Tensors res_block_fwd(const Tensor& x, const std::vector<OptTensor>& parameters,
 }
 template <class Library>
 Tensors res_block_bwd(const Tensor& dy, const Tensor& x, const std::vector<OptTensor>& parameters,
-                      const Tensors& saved, const Integers& integers, bool shortcut, int64_t act,
+                      const Tensors& saved, const Integers& integers, int64_t shortcut, int64_t act,
                       bool recompute, int64_t needs) {
   const std::vector<double> numbers(integers.size() / BlockStage::kIntegers * 2);
   const Tensors running(numbers.size(), x);  // not used
   const typename Library::Guard guard(x);
-  return ResBlock<Library>(parameters, running, integers, numbers, shortcut)
+  return ResBlock<Library>(parameters, running, integers, numbers, (Shortcut)shortcut)
       .backward(dy, x, saved, act, recompute, needs);
 }
 

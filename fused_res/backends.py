@@ -165,6 +165,11 @@ def named() -> str:
     return _override or settings.backend
 
 
+def is_auto(backend: str | None) -> bool:
+    """Whether nobody named one, in the call or outside it."""
+    return (named() if backend is None else backend) == "auto"
+
+
 def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot run ``op`` on such tensors; None where it can."""
     if backend == "eager":

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import backends, choices, measured, tuned
 from .measured import Row
-from .reference import ConvNorm
+from .reference import ConvNorm, Shortcut
 
 OP = "training_convolution"
 # What kernels/res_block.py takes: or OWN + 1 + i, our own in Triton's i-th configuration.
@@ -53,8 +53,11 @@ class Call(NamedTuple):
 
 
 class Block(NamedTuple):
-    """All that a plan depends on. stages: of each the weight's shape, the convolution's numbers and
-    whether its BatchNorm trains."""
+    """All that a plan depends on.
+
+    stages: of each the weight's shape, the convolution's numbers and whether its BatchNorm trains.
+    shortcut: whether its last is the shortcut's. add: whether anything is added to the branch.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -62,10 +65,11 @@ class Block(NamedTuple):
     channels_last: bool
     stages: tuple[tuple, ...]
     shortcut: bool
+    add: bool
     tf32: bool
 
 
-def block_of(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None) -> Block:
+def block_of(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut) -> Block:
     return Block(
         x.device,
         x.dtype,
@@ -73,9 +77,10 @@ def block_of(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None) -> Bl
         x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else False,
         tuple(
             (tuple(c.weight.shape), *map(tuple, c[2:5]), c.groups, c.norm.training)
-            for c in (branch if shortcut is None else [*branch, shortcut])
+            for c in ([*branch, shortcut] if shortcut else branch)
         ),
-        shortcut is not None,
+        bool(shortcut),
+        shortcut is not False,
         x.dtype is torch.float32 and choices.allows_tf32(),
     )
 
@@ -94,7 +99,7 @@ def calls(block: Block) -> list[Call]:
         elif i > 0:
             end = RELU if block.stages[i - 1][-1] else FROZEN_RELU
         else:
-            end = "" if block.shortcut else ADD
+            end = ADD if block.add and not block.shortcut else ""
         conv = shape, block.channels_last, weight, stride, padding, dilation, groups, block.tf32
         found.append(Call(*of_block, *conv, False, STATISTICS if training else FROZEN))
         found.append(Call(*of_block, *conv, True, end))
@@ -201,7 +206,7 @@ def _record(block: Block, x: Tensor) -> list[int]:
 
 
 def plan(
-    x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None, backend: str | None
+    x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, backend: str | None
 ) -> list[int]:
     """What runs each stage's convolution, the shortcut's last: forward, backward, forward, ...
 
@@ -212,8 +217,7 @@ def plan(
     block = block_of(x, branch, shortcut)
     if _recorded is not None:
         return _record(block, x)
-    named = (backends.named() if backend is None else backend) != "auto"
-    return list(_plan(block, named, choices.state()[0]))
+    return list(_plan(block, not backends.is_auto(backend), choices.state()[0]))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -133,6 +133,10 @@ class ConvNorm(NamedTuple):
     norm: Norm | None
 
 
+# What is added to a branch: a stage from its input; None: the input; False: nothing.
+Shortcut = ConvNorm | Literal[False] | None
+
+
 def conv_bn_act(
     x: Tensor,
     conv: ConvNorm,
@@ -174,7 +178,7 @@ def conv_bn_act(
 def res_block(
     x: Tensor,
     branch: list[ConvNorm],
-    shortcut: ConvNorm | None = None,
+    shortcut: Shortcut = None,
     act: Act = "relu",
     bn_act: Callable[..., Tensor] = bn_act,
 ) -> Tensor:
@@ -183,7 +187,7 @@ def res_block(
     Args:
         x: (N, C, H, W).
         branch: stages; a ReLU follows each but the last.
-        shortcut: a stage from ``x`` to what is added; None: ``x`` itself.
+        shortcut: a stage from ``x`` to what is added; None: ``x`` itself; False: nothing is added.
         act: ``relu`` after the add, ``relu_before_add``, or ``none``.
         bn_act: what to run in its place.
     """
@@ -194,8 +198,9 @@ def res_block(
     z = x
     for stage in branch[:-1]:
         z = bn_act(convolve(stage, z), stage.norm)
-    residual = x if shortcut is None else convolve(shortcut, x)
-    norm = None if shortcut is None else shortcut.norm
+    residual, norm = None if shortcut is False else x, None
+    if shortcut:
+        residual, norm = convolve(shortcut, x), shortcut.norm
     return bn_act(convolve(branch[-1], z), branch[-1].norm, residual, norm, act)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_res.ops import conv_halo
-from fused_res.reference import ACTS, ConvNorm
+from fused_res.reference import ACTS, ConvNorm, Shortcut
 
 from . import bn_act
 from . import training_convolution as own
@@ -47,8 +47,8 @@ def _convolve(x: Tensor, conv: ConvNorm, choice: Choice, statistics: bool):
 
 
 def forward(
-    x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None, act: int, save: bool,
-    recompute: bool, plan: list[Choice],
+    x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, act: int, save: bool, recompute: bool,
+    plan: list[Choice],
 ) -> list[Tensor]:  # fmt: skip
     """``res_block_fwd`` of ``fused_res/ops/res_block.py``; of norms with running statistics, which
     are updated."""
@@ -57,12 +57,12 @@ def forward(
         last = i + 1 == len(branch)
         a, partial = _convolve(z, stage, choice, stage.norm.training)
         residual, second, partial2 = None, (None,) * 4 + (False, 0.0, 1.0), None
-        if last:
+        if last and shortcut is None:
             residual = x
-        if last and shortcut is not None:
+        joined = last and bool(shortcut)
+        if joined:
             residual, partial2 = _convolve(x, shortcut, plan[-1], shortcut.norm.training)
             second = _norm(shortcut)
-        joined = last and shortcut is not None
         z, mask, stats = bn_act.forward(
             a, *_norm(stage), residual, joined, *second, act if last else _RELU, save and last,
             partial, partial2,
@@ -107,14 +107,14 @@ def _library_backward(dy, x, conv: ConvNorm, wanted: tuple[bool, bool, bool]):
 
 
 def backward(
-    dy: Tensor, x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None, saved: list[Tensor],
+    dy: Tensor, x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, saved: list[Tensor],
     act: int, recompute: bool, needs: int, plan: list[Choice],
 ) -> list[Tensor]:  # fmt: skip
     """``res_block_bwd`` of ``fused_res/ops/res_block.py``, with one gradient of x: the sum."""
     n, wanted = len(branch), _Wanted(needs)
-    stages = branch if shortcut is None else [*branch, shortcut]
+    stages = [*branch, shortcut] if shortcut else branch
     outputs, stats, mask = saved[: n - recompute], saved[-n - 1 : -1], saved[-1]
-    a_shortcut = None if shortcut is None else saved[n - recompute]
+    a_shortcut = saved[n - recompute] if shortcut else None
     gradients = [[None] * 4 for _ in stages]
 
     def inside(i: int) -> tuple[Tensor, Tensor | None]:
@@ -147,14 +147,15 @@ def backward(
         outputs = [*outputs, a]
     a = outputs[-1]
     dy = bn_act._like(dy, a)
-    of_shortcut = shortcut is not None and (wanted.x or any(wanted.of(n)[:2]))
+    of_shortcut = bool(shortcut) and (wanted.x or any(wanted.of(n)[:2]))
     # an own convolution of x's gradient adds what passes the block by, to every pixel
-    adds = shortcut is None and wanted.x and owns(0, outputs[0])
+    past = shortcut is None and wanted.x
+    adds = past and owns(0, outputs[0])
     adds = adds and bn_act.Geometry.of(a).channels_last and max(branch[0].stride) == 1
-    passes = shortcut is None and wanted.x and act == _RELU and not adds
+    passes = past and act == _RELU and not adds
     of_branch = wanted.before(n - 1) or any(wanted.of(n - 1)[:2])
-    of_norms = wanted.of(n - 1)[2] or (shortcut is not None and wanted.of(n)[2])
-    norm, second = branch[-1].norm, None if shortcut is None else shortcut.norm
+    of_norms = wanted.of(n - 1)[2] or (bool(shortcut) and wanted.of(n)[2])
+    norm, second = branch[-1].norm, shortcut.norm if shortcut else None
     da, *gradients[n - 1][2:], d_residual, dweight, dbias = bn_act.backward(
         dy, a, norm.weight, norm.training, a_shortcut, second is not None,
         None if second is None else second.weight, second is not None and second.training,
@@ -207,7 +208,7 @@ def backward(
             dz = of_library(n, d_residual, x, wanted.x)
             if wanted.x:
                 dx += dz
-    elif wanted.x and not adds:
+    elif past and not adds:
         dx += d_residual if act == _RELU else dy
     results = [dx] if wanted.x else []
     for i, found in enumerate(gradients):

@@ -5,13 +5,15 @@ import torch
 from fused_res import Norm, reference
 from fused_res.reference import ConvNorm
 
-# Of each convolution of the branch, and of the shortcut's or None: kernel size and stride; more
-# where they are not the usual ones: channels, padding, dilation. Sizes are one number or a pair.
+# Of each convolution of the branch, and of the shortcut's (None: the input is added, False: nothing
+# is): kernel size and stride; more where they are not the usual ones: channels, padding, dilation. Sizes are one number or a pair.
 PLANS = {
     "single": ([(3, 1)], None),
     "basic": ([(3, 1), (3, 1)], None),
     "bottleneck": ([(1, 1), (3, 1), (1, 1)], None),
     "projection": ([(3, 2), (3, 1)], (1, 2)),
+    "one convolution, nothing added": ([(3, 1)], False),
+    "nothing added": ([(3, 2), (1, 1, 20)], False),
 }
 
 
@@ -54,7 +56,7 @@ class Case:
         for conv in convs:
             self.branch.append(stage(c_in, *conv))
             c_in = len(self.branch[-1].weight)
-        self.shortcut = None if shortcut is None else stage(c, *shortcut)
+        self.shortcut = stage(c, *shortcut) if shortcut else shortcut
         self.x = exact(n, c, h, w)
         like = reference.res_block(self.x, *self.stages(torch.float64)[0])
         self.dy = torch.randn_like(like).to(dtype).double()

@@ -26,6 +26,7 @@ BLOCKS = {
         (4, 256, 28, 28), ([(1, 1, 128), (3, 2, 128), (1, 1, 512)], (1, 2, 512))),
     "single of a small map": ((64, 32, 16, 16), ([(3, 1)], None)),
     "odd": ((5, 13, 15, 17), ([(3, 2, 11), (3, 1, 7)], (1, 2, 7))),
+    "nothing added": ((8, 64, 28, 28), ([(1, 1, 32), (3, 2, 48)], False)),
 }  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def on_triton(choice, **options):
     ``conv_halo`` where it can."""
 
     def call(x, branch, shortcut, act):
-        n = len(branch) + (shortcut is not None)
+        n = len(branch) + bool(shortcut)
         with mock.patch.object(fused_res.plans, "plan", lambda *_: [choice] * 2 * n):
             y = res_block(x, branch, shortcut, act, backend="triton", **options)
         assert type(y.grad_fn).__name__ == "_ResBlockBackward"

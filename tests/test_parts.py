@@ -305,6 +305,30 @@ def test_what_runs(name):
     assert calls(module.eval(), image()).count("batch_norm") == norms - fused
 
 
+def nodes_behind(y):
+    """Names of the autograd nodes."""
+    found, seen = [y.grad_fn], set()
+    for node in found:
+        if node is not None and node not in seen:
+            seen.add(node)
+            found += [before for before, _ in node.next_functions]
+    return [node.name() for node in seen]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kind", "calls"), [("SE", 1), ("SiLU", 2)], ids=["SE: the branch", "SiLU: all but the add"]
+)
+def test_a_part_of_several_stages_trains_in_one_call(kind, calls):
+    """The convolutions too, which on a CPU may then be our own."""
+    options = {"attn_layer": "se"} if kind == "SE" else {"act_layer": nn.SiLU}
+    model = timm.models.resnet.BasicBlock(32, 32, **options).to(memory_format=torch.channels_last)
+    fuse_(model)
+    x = torch.randn(8, 32, 12, 12).contiguous(memory_format=torch.channels_last)
+    names = nodes_behind(model(x))
+    assert sum("_ResBlock" in name for name in names) == calls
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_within_the_rule(name):
     for train in (True, False):

@@ -183,7 +183,7 @@ def test_opcheck(plan):
         torch.library.opcheck(forward, arguments, test_utils=utils)
     y, *saved = forward(x, parameters, running, counters, *rest, True, False)
     integers, _, shortcut, act = rest
-    for needs in (1, 2**13 - 1 if shortcut else 2 ** (1 + 3 * (len(running) // 2)) - 1, 0b1000):
+    for needs in (1, 2 ** (1 + 3 * (len(running) // 2)) - 1, 0b1000):
         needs &= ~sum(2 << 3 * i + 1 for i in range(4))  # these convolutions have no bias
         torch.library.opcheck(
             torch.ops.fused_res.res_block_bwd.default,

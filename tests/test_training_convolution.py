@@ -56,6 +56,8 @@ BLOCKS = {
         [stage(24, 32, 3), stage(32, 32, 3)], stage(24, 32, 1), (40, 24, 9, 10)),
     "weights too large for our gradient": lambda: (
         [stage(192, 176, 3, shift=12), stage(176, 192, 3, shift=15)], None, (4, 192, 17, 18)),
+    "nothing added": lambda: ([stage(32, 40, 3), stage(40, 24, 3)], False, (9, 32, 12, 11)),
+    "one convolution, nothing added": lambda: ([stage(40, 32, 3)], False, (25, 40, 11, 12)),
     "padding takes away and gives back": lambda: (
         [stage(32, 32, 3, 0), stage(32, 32, 3, 2)], None, (6, 32, 11, 12)),
 }  # fmt: skip
@@ -66,8 +68,8 @@ def image(*shape):
 
 
 def cast(s, dtype):
-    if s is None:
-        return None
+    if not s:
+        return s
     norm = Norm(*(t.to(dtype, copy=True) if isinstance(t, torch.Tensor) else t for t in s.norm))
     bias = None if s.bias is None else s.bias.to(dtype, copy=True)
     return s._replace(weight=s.weight.to(dtype, copy=True), bias=bias, norm=norm)

@@ -84,6 +84,9 @@ BLOCKS = {
     "odd identity": ((2, 13, 5, 4), ([(3, 1)], None)),
     "many pixels": ((4, 16, 13, 11), ([(3, 1), (1, 1)], None)),
     "many channels": ((2, 16, 4, 5), ([(1, 1, 208), (1, 1)], None)),
+    "nothing added": ((2, 32, 6, 5), ([(1, 1, 16), (3, 1, 32)], False)),
+    "nothing added, odd channels": ((3, 13, 7, 6), ([(3, 2, 11), (3, 1, 9)], False)),
+    "one convolution, nothing added": ((2, 16, 8, 6), ([(3, 2, 32)], False)),
 }
 
 
@@ -142,7 +145,7 @@ def on_triton(plan="own", **options):
     make = PLANS.get(plan, lambda n: [plan] * 2 * n)
 
     def call(x, branch, shortcut, act):
-        n = len(branch) + (shortcut is not None)
+        n = len(branch) + bool(shortcut)
         with mock.patch.object(fused_res.plans, "plan", lambda *_: make(n)):
             y = res_block(x, branch, shortcut, act, backend="triton", **options)
         assert type(y.grad_fn).__name__ == "_ResBlockBackward"

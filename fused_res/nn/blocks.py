@@ -282,7 +282,7 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
 
 def _run_whole(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor | None:
     """``block.forward(x)`` in one op; None where it must be run stage by stage."""
-    if torch.compiler.is_compiling() or plan.skip != "add":
+    if torch.compiler.is_compiling() or plan.skip == "concat":
         return None
     stages = []
     for stage in plan.branch if plan.shortcut is None else (*plan.branch, plan.shortcut):
@@ -292,7 +292,9 @@ def _run_whole(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor
         stages.append(found)
     if not all(stage.relu for stage in plan.branch[:-1]):
         return None
-    shortcut = None if plan.shortcut is None else stages[-1][0]
+    shortcut = None if plan.skip == "add" else False
+    if plan.shortcut is not None:
+        shortcut = stages[-1][0]
     branch = [stage for stage, _ in stages[: len(plan.branch)]]
     counters = [counter for _, counter in stages if counter is not None]
     return whole(x, branch, shortcut, act, block.backend, counters, block.recompute)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import DTYPES, choose, named
+from ..backends import DTYPES, choose, is_auto
 from ..reference import ACTS, Act, Norm
 from . import library
 
@@ -462,9 +462,9 @@ def _is_better_bare(x: Tensor, norm: Norm) -> bool:
 
 def _run(x, norm, residual, residual_norm, act, backend):
     _, _, weight, bias, _, _, _ = norm
-    auto = (named() if backend is None else backend) == "auto"
+    may_choose = is_auto(backend)
     backend = choose("bn_act", backend, x, residual, weight, bias)
-    if auto and act == "none" and residual is None and _is_better_bare(x, norm):
+    if may_choose and act == "none" and residual is None and _is_better_bare(x, norm):
         backend = "eager"
     if backend == "eager" or x.numel() == 0:
         _check(x, norm, residual, residual_norm, act)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import plans, reference
-from ..backends import choose
-from ..reference import ACTS, Act, ConvNorm, Norm
+from ..backends import choose, is_auto
+from ..reference import ACTS, Act, ConvNorm, Norm, Shortcut
 from . import library
 from .bn_act import bn_act_norms, is_nchw, laid_out
 
@@ -28,22 +28,24 @@ from .bn_act import bn_act_norms, is_nchw, laid_out
 # weight and bias. running: mean and variance. counters: num_batches_tracked of each BatchNorm that
 # trains, or none. integers: the convolution's stride, padding and dilation (2 each) and groups;
 # whether the BatchNorm trains. numbers: momentum and eps.
+# shortcut: what is added to the branch, IDENTITY, PROJECTION (the last stage) or NOTHING.
 # act: of the end; a ReLU follows each stage before.
 # Returns y and, if `save`, what backward needs: the convolutions' outputs (but the branch's last if
 # `recompute`), the stats of each bn_act and the last one's mask. Or nothing: the stages do not take
 # x, or not as they are, and nothing was done.
 _FWD = (
     "(Tensor x, Tensor?[] parameters, Tensor(a!)[] running, Tensor(b!)[] counters, int[] integers, "
-    "float[] numbers, bool shortcut, int act, bool save, bool recompute) -> Tensor[]"
+    "float[] numbers, int shortcut, int act, bool save, bool recompute) -> Tensor[]"
 )
 # needs: bit 0 for x, then three for each stage: the convolution's weight, its bias, the BatchNorm.
 # Returns the gradients asked for in that order. x's are two where they are still to be added; the
 # second is empty where it is dy itself.
 _BWD = (
-    "(Tensor dy, Tensor x, Tensor?[] parameters, Tensor[] saved, int[] integers, bool shortcut, "
+    "(Tensor dy, Tensor x, Tensor?[] parameters, Tensor[] saved, int[] integers, int shortcut, "
     "int act, bool recompute, int needs) -> Tensor[]"
 )
 PARAMETERS, INTEGERS = 4, 8
+IDENTITY, PROJECTION, NOTHING = range(3)
 MOST_STAGES = 20  # bits of needs
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 # Elements of x up to which one call is worth it on a CPU where the library's convolutions run. One
@@ -78,7 +80,8 @@ def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, 
         return torch.convolution(x, weight, bias, n[:2], n[2:4], n[4:6], False, (0, 0), n[6])
 
     outputs, kept, z = [], [], x
-    branch = len(numbers) // 2 - shortcut
+    projects = shortcut == PROJECTION
+    branch = len(numbers) // 2 - projects
     for stage in range(branch):
         outputs.append(convolve(stage, z))
         last = stage + 1 == branch
@@ -86,10 +89,10 @@ def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, 
             outputs[-1], None, None, None, None, True, 0.0, 1.0, None, False, None, None, None,
             None, False, 0.0, 1.0, act if last else ACTS.index("relu"), save,
         )  # fmt: skip
-        kept.append(torch.cat((stats, stats[:2])) if last and shortcut else stats)
+        kept.append(torch.cat((stats, stats[:2])) if last and projects else stats)
     if recompute:
         outputs.pop()
-    if shortcut:
+    if projects:
         outputs.append(convolve(branch, x))
     return [z, *outputs, *kept, mask] if save else [z]
 
@@ -100,8 +103,8 @@ def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, plan=
     gradients = []
     if needs & 1:
         gradients.append(torch.empty_like(x))
-        if plan is None:
-            passes = not shortcut and act != ACTS.index("relu")
+        if plan is None and shortcut != NOTHING:
+            passes = shortcut == IDENTITY and act != ACTS.index("relu")
             gradients.append(x.new_empty(0) if passes else torch.empty_like(x))
     for stage in range(len(parameters) // PARAMETERS):
         weight, bias, *norm = parameters[PARAMETERS * stage : PARAMETERS * (stage + 1)]
@@ -116,13 +119,13 @@ def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, 
     from ..kernels import res_block as kernels
 
     call = _Call(running, counters, integers, numbers, shortcut, act, recompute, plan)
-    branch, projection = _stages(call, parameters)
-    if not _takes(x, branch, projection):
+    stages = _stages(call, parameters)
+    if not _takes(x, *stages):
         return []
     if counters:
         torch._foreach_add_(counters, 1)
     choices = [*map(kernels.Choice, plan[::2], plan[1::2])]
-    return kernels.forward(x, branch, projection, act, save, recompute, choices)
+    return kernels.forward(x, *stages, act, save, recompute, choices)
 
 
 @torch.library.impl(library, "res_block_bwd_triton", "CompositeExplicitAutograd")
@@ -137,7 +140,7 @@ def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, plan)
         dy, x, *_stages(call, parameters), saved, act, recompute, needs, choices)  # fmt: skip
 
 
-def _takes(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None) -> bool:
+def _takes(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut) -> bool:
     """Whether x can go through, as in ``csrc/res_block.h``."""
     if x.dim() != 4 or x.numel() == 0:
         return False
@@ -172,6 +175,8 @@ def _takes(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None) -> bool
         image = after(image, stage)
         if image is None:
             return False
+    if shortcut is False:
+        return True
     return image == (tuple(x.shape[1:]) if shortcut is None else after(x.shape[1:], shortcut))
 
 
@@ -182,14 +187,15 @@ class _Call(NamedTuple):
     counters: list[Tensor]
     integers: list[int]
     numbers: list[float]
-    shortcut: bool
+    shortcut: int
     act: int
     recompute: bool
     plan: list[int] | None  # None: the library's in C++ decides
 
 
 def _flatten(branch, shortcut, act, counters, recompute, plan) -> tuple[_Call, list[Tensor | None]]:
-    call = _Call([], counters, [], [], shortcut is not None, ACTS.index(act), recompute, plan)
+    kind = PROJECTION if shortcut else NOTHING if shortcut is False else IDENTITY
+    call = _Call([], counters, [], [], kind, ACTS.index(act), recompute, plan)
     parameters = []
     for conv_weight, conv_bias, stride, padding, dilation, groups, norm in (
         (*branch, shortcut) if shortcut else branch
@@ -202,7 +208,7 @@ def _flatten(branch, shortcut, act, counters, recompute, plan) -> tuple[_Call, l
     return call, parameters
 
 
-def _stages(call: _Call, parameters) -> tuple[list[ConvNorm], ConvNorm | None]:
+def _stages(call: _Call, parameters) -> tuple[list[ConvNorm], Shortcut]:
     """The other way round."""
     stages = []
     for i in range(len(call.numbers) // 2):
@@ -213,7 +219,9 @@ def _stages(call: _Call, parameters) -> tuple[list[ConvNorm], ConvNorm | None]:
         stages.append(
             ConvNorm(conv_weight, conv_bias, sizes[:2], sizes[2:4], sizes[4:], groups, norm)
         )
-    return (stages[:-1], stages[-1]) if call.shortcut else (stages, None)
+    if call.shortcut == PROJECTION:
+        return stages[:-1], stages[-1]
+    return stages, None if call.shortcut == IDENTITY else False
 
 
 def _run(x, parameters, call, save) -> list[Tensor]:
@@ -317,8 +325,14 @@ def _convolves(x: Tensor, branch: list[ConvNorm]) -> bool:
     return 2 * _training_convolutions(x.shape, sizes) > len(branch)
 
 
-def _whole_in(x: Tensor, branch: list[ConvNorm], backend: str | None, recompute) -> str | None:
+def _whole_in(
+    x: Tensor, branch: list[ConvNorm], backend: str | None, recompute, is_bare: bool
+) -> str | None:
     """The backend that runs a block in one call here; None where it is run stage by stage.
+
+    Args:
+        is_bare: it is one convolution and a BatchNorm that nothing follows, which may be faster in
+            PyTorch (``bn_act``).
 
     Raises:
         BackendUnavailable: a backend was named and cannot run bn_act.
@@ -334,8 +348,9 @@ def _whole_in(x: Tensor, branch: list[ConvNorm], backend: str | None, recompute)
     name = choose("bn_act", backend, x)
     if name == "eager":
         return None
-    small = recompute is not None or x.numel() <= MOST_ELEMENTS or name != "cpu"
-    return name if small or _convolves(x, branch) else None
+    small = recompute is not None or x.numel() <= MOST_ELEMENTS
+    pays = name != "cpu" or (small and not (is_bare and is_auto(backend)))
+    return name if pays or _convolves(x, branch) else None
 
 
 def _autocast(x: Tensor, branch, shortcut, dtype: torch.dtype):
@@ -345,13 +360,13 @@ def _autocast(x: Tensor, branch, shortcut, dtype: torch.dtype):
         bias = None if stage.bias is None else stage.bias.to(dtype)
         return stage._replace(weight=stage.weight.to(dtype), bias=bias)
 
-    return x.to(dtype), [*map(narrowed, branch)], None if shortcut is None else narrowed(shortcut)
+    return x.to(dtype), [*map(narrowed, branch)], narrowed(shortcut) if shortcut else shortcut
 
 
 def res_block(
     x: Tensor,
     branch: list[ConvNorm],
-    shortcut: ConvNorm | None = None,
+    shortcut: Shortcut = None,
     act: Act = "relu",
     backend: str | None = None,
     recompute: str | None = None,
@@ -361,7 +376,8 @@ def res_block(
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64, NCHW or channels_last.
         branch: its stages, one or more; a ReLU follows each but the last.
-        shortcut: a convolution and BatchNorm of ``x`` to add; None: ``x`` itself.
+        shortcut: a convolution and BatchNorm of ``x`` to add; None: ``x`` itself; False: nothing is
+            added.
         act: ``relu`` (after the add), ``relu_before_add``, or ``none``.
         backend: auto, cpu, cuda, triton or eager; default: what ``fused_res.backend`` or
             ``FUSED_RES_BACKEND`` says.
@@ -397,7 +413,8 @@ def check_recompute(recompute: str | None) -> str | None:
 def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor | None:
     """``res_block`` in one call, which adds one to ``counters`` too: one of each BatchNorm that
     trains, or none. None where it must be run stage by stage, and nothing is done."""
-    name = _whole_in(x, branch, backend, recompute)
+    is_bare = shortcut is False and act == "none" and len(branch) == 1
+    name = _whole_in(x, branch, backend, recompute, is_bare)
     if name is None:
         return None
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
