@@ -18,9 +18,10 @@ _TORCH_CONSTANTS = ("inf", "nan", "device")  # as fx names them
 
 
 class _Part(NamedTuple):
-    """Nodes that become one call: [convolution,] norm [, add] [, ReLU].
+    """Nodes that become one call: {convolution, norm, ReLU,} [convolution,] norm [, add] [, ReLU].
 
     x, residual: what goes in. shortcut: the nodes of ``residual``'s own convolution and norm.
+    before: convolutions and norms of the stages before.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -31,14 +32,26 @@ class _Part(NamedTuple):
     residual: fx.Node | None = None
     shortcut: tuple[fx.Node, fx.Node] | None = None
     relu_after: bool = False
+    before: tuple[tuple[fx.Node, fx.Node], ...] = ()
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        same = self.residual is self.x and self.shortcut is None
+        return (self.x,) if self.residual is None or same else (self.x, self.residual)
+
+    @property
+    def convs(self) -> set[str]:
+        pairs = *self.before, (self.conv, self.norm), self.shortcut or (None, None)
+        return {conv.target for conv, _ in pairs if conv is not None}
 
     def plan(self) -> BlockPlan:
         conv = None if self.conv is None else self.conv.target
         adds = self.residual is not None
-        stage = Stage(conv, self.norm.target, self.relu and adds)
+        stages = [Stage(c.target, n.target, True) for c, n in self.before]
+        stages.append(Stage(conv, self.norm.target, self.relu and adds))
         shortcut = None if self.shortcut is None else Stage(*(n.target for n in self.shortcut))
         relu = self.relu_after or (self.relu and not adds)
-        return BlockPlan((stage,), shortcut, "add" if adds else "none", relu, ())
+        return BlockPlan(tuple(stages), shortcut, "add" if adds else "none", relu, ())
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -140,7 +153,26 @@ def _find(nodes: Nodes) -> list[_Part]:
         if longer is not None:
             ends = {end: p for end, p in ends.items() if not set(p.nodes) <= set(longer.nodes)}
             ends[longer.nodes[-1]] = longer
+    for part in list(ends.values()):  # from the first to the last
+        _join(nodes, part, ends)
     return list(ends.values())
+
+
+def _join(nodes: Nodes, part: _Part, ends: dict[fx.Node, _Part]) -> None:
+    """Makes one of a part and of that whose ReLU its convolution is of."""
+    before = ends.get(part.x)
+    if before is None or part.conv is None or before.conv is None or before.residual is not None:
+        return
+    if not before.relu or _only_user(part.x) is not part.conv:
+        return
+    longer = part._replace(
+        nodes=(*before.nodes, *part.nodes),
+        x=before.x,
+        before=(*before.before, (before.conv, before.norm)),
+    )
+    if _movable(nodes, longer):
+        del ends[part.x]
+        ends[part.nodes[-1]] = longer
 
 
 def _names(values: dict[str, object], used: set[str]) -> tuple[tuple[str, str, str], ...] | None:
@@ -186,9 +218,8 @@ def _program(nodes: Nodes, prefix: str) -> _Written | None:
     fused_names = []
     for i, part in enumerate(parts):
         last = part.nodes[-1]
-        inputs = part.x, *([] if part.residual is None else [part.residual])
         with graph.inserting_before(last):
-            call = graph.call_module(f"{prefix}{i}", tuple(fused.get(n, n) for n in inputs))
+            call = graph.call_module(f"{prefix}{i}", tuple(fused.get(n, n) for n in part.inputs))
         fused_names.append(call.target)
         last.replace_all_uses_with(call)
         fused[last] = call
@@ -204,7 +235,7 @@ def _program(nodes: Nodes, prefix: str) -> _Written | None:
     names = _names(code.globals, {*found.co_names, *body.co_names})
     if names is None:
         return None
-    convs = {n.target for p in parts for n in (p.conv, *(p.shortcut or ())[:1]) if n is not None}
+    convs = set().union(*(part.convs for part in parts))
     folded = {n.target for n in gone if n.op == "call_module"} - convs
     calls = {n.target for n in graph.find_nodes(op="call_module")} - set(fused_names) | convs
     return _Written(Program(code.src, names, tuple(p.plan() for p in parts)), calls, folded)

@@ -55,7 +55,7 @@ class PartsPlan(NamedTuple):
     @property
     def norms(self) -> int:
         """How many of its BatchNorms run fused."""
-        return sum(1 if part.shortcut is None else 2 for part in self.usual.parts)
+        return sum(len(p.branch) + (p.shortcut is not None) for p in self.usual.parts)
 
 
 def _part(plan: BlockPlan) -> Callable[..., Tensor]:
