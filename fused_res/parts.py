@@ -36,8 +36,7 @@ class _Part(NamedTuple):
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
-        same = self.residual is self.x and self.shortcut is None
-        return (self.x,) if self.residual is None or same else (self.x, self.residual)
+        return (self.x,) if self.residual in (None, self.x) else (self.x, self.residual)
 
     @property
     def convs(self) -> set[str]:

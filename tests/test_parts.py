@@ -317,16 +317,23 @@ def nodes_behind(y):
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("kind", "calls"), [("SE", 1), ("SiLU", 1)], ids=["SE: the branch", "SiLU: all but the add"]
+    ("make", "convolutions"),
+    [
+        (lambda: timm.models.resnet.BasicBlock(32, 32, attn_layer="se"), 2),  # those of SE
+        (lambda: timm.models.resnet.BasicBlock(32, 32, act_layer=nn.SiLU), 1),  # that with the add
+        (lambda: timm.models.resnet.Bottleneck(32, 8, attn_layer="eca"), 1),  # that of ECA
+        (lambda: timm.models.byobnet.RepVggBlock(32, 32), 0),  # both and their sum are one call
+    ],
+    ids=["SE", "SiLU", "ECA bottleneck", "RepVGG"],
 )
-def test_a_part_of_several_stages_trains_in_one_call(kind, calls):
-    """The convolutions too, which on a CPU may then be our own."""
-    options = {"attn_layer": "se"} if kind == "SE" else {"act_layer": nn.SiLU}
-    model = timm.models.resnet.BasicBlock(32, 32, **options).to(memory_format=torch.channels_last)
+def test_a_part_trains_in_one_call(make, convolutions):
+    """Stages that follow each other, with their convolutions, which may then be our own."""
+    model = make().to(memory_format=torch.channels_last)
     fuse_(model)
     x = torch.randn(8, 32, 12, 12).contiguous(memory_format=torch.channels_last)
     names = nodes_behind(model(x))
-    assert sum("_ResBlock" in name for name in names) == calls
+    assert sum("_ResBlock" in name for name in names) == 1
+    assert sum("Convolution" in name for name in names) == convolutions
 
 
 @pytest.mark.parametrize("name", PARTS)
