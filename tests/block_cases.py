@@ -6,7 +6,8 @@ from fused_res import Norm, reference
 from fused_res.reference import ConvNorm
 
 # Of each convolution of the branch, and of the shortcut's (None: the input is added, False: nothing
-# is): kernel size and stride; more where they are not the usual ones: channels, padding, dilation. Sizes are one number or a pair.
+# is): kernel size and stride; more where they are not the usual ones: channels, padding, dilation.
+# Sizes are one number or a pair.
 PLANS = {
     "single": ([(3, 1)], None),
     "basic": ([(3, 1), (3, 1)], None),
