@@ -205,9 +205,7 @@ def _record(block: Block, x: Tensor) -> list[int]:
     return [LIBRARY] * (2 * len(block.stages))
 
 
-def plan(
-    x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, backend: str | None
-) -> list[int]:
+def plan(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, backend: str | None) -> list[int]:
     """What runs each stage's convolution, the shortcut's last: forward, backward, forward, ...
 
     Args:
