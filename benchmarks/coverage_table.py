@@ -299,8 +299,8 @@ def table(rows: list[dict]) -> str:
         "fused as one, *in part*: the convolutions, norms, ReLUs and adds that follow each other.",
         "- *norms*: BatchNorms in these blocks that run fused, of all. A block without any has "
         "nothing to fuse.",
-        f"- *difference*: of a training and an eval step in float64 on the CPU kernels, the largest of all outputs, "
-        f"gradients and statistics, norm over norm (a mismatch: over {WIRING:g}); with "
+        "- *difference*: of a training and an eval step in float64 on the CPU kernels, the largest "
+        f"of all outputs, gradients and statistics, norm over norm (a mismatch: over {WIRING:g}); with "
         f"{LARGE / 1e6:.0f} million parameters and more (†) without gradients.",
         f"- *error*: of the output in eval mode in float32, ours over PyTorch's: the median of "
         f"{DRAWS[0]} pairs of images or, where that is over {FACTOR}, of {DRAWS[1]} (a mismatch: "
