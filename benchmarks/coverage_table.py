@@ -300,8 +300,8 @@ def table(rows: list[dict]) -> str:
         "- *norms*: BatchNorms in these blocks that run fused, of all. A block without any has "
         "nothing to fuse.",
         "- *difference*: of a training and an eval step in float64 on the CPU kernels, the largest "
-        f"of all outputs, gradients and statistics, norm over norm (a mismatch: over {WIRING:g}); with "
-        f"{LARGE / 1e6:.0f} million parameters and more (†) without gradients.",
+        "of all outputs, gradients and statistics, norm over norm (a mismatch: over "
+        f"{WIRING:g}); with {LARGE / 1e6:.0f} million parameters and more (†) without gradients.",
         f"- *error*: of the output in eval mode in float32, ours over PyTorch's: the median of "
         f"{DRAWS[0]} pairs of images or, where that is over {FACTOR}, of {DRAWS[1]} (a mismatch: "
         f"over {FACTOR}).",
