@@ -28,10 +28,10 @@ HAS_GPU = torch.cuda.is_available()
 LIMITS = {"build": 120, "tests": 130, "sanitizer": 50, "peaks": 20, "ops": 45, "blocks": 45,
           "nets": 50, "inference": 45, "chains": 20, "plots": 15}  # fmt: skip
 SUITES = ("peaks", "ops", "blocks", "nets", "inference", "chains", "inference-all", "convs",
-          "training-convs", "autotune")  # fmt: skip
+          "training-convs", "parts", "autotune")  # fmt: skip
 # run only when named: they take minutes
 NAMED = {"autotune": 500, "inference-all": 500, "convs": 500, "training-convs": 500,
-         "curves": 500}  # fmt: skip
+         "parts": 300, "curves": 500}  # fmt: skip
 # a suite begins nothing that would end later than this before its limit
 MARGIN = 12
 

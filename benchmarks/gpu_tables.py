@@ -210,6 +210,8 @@ INTRO = {
     "measured copy bandwidth reached.",
     "blocks": "A whole block ({rival}, channels_last): speed-up over PyTorch, and what is saved "
     "for backward, PyTorch's → ours.",
+    "parts": "A block that `fuse_` runs in parts ({rival}, channels_last): speed-up over PyTorch, "
+    "and what is saved for backward, PyTorch's → ours.",
     "nets": "Whole nets under bfloat16 autocast ({rival}, channels_last), training with the "
     "optimizer's step: images a second and peak memory above the parameters, eager "
     "channels_last → ours, and the speed-up.",
@@ -227,7 +229,7 @@ CONVS = {
     "PyTorch's and passes over memory of Triton's, and Triton's own in its fastest configuration.",
 }
 INTRO["inference-all"] = INTRO["inference"]
-TABLES = {"ops": _ops, "blocks": _blocks, "nets": _nets, "inference": _inference,
+TABLES = {"ops": _ops, "blocks": _blocks, "parts": _blocks, "nets": _nets, "inference": _inference,
           "chains": _inference, "inference-all": _inference, "autotune": _autotune}  # fmt: skip
 
 

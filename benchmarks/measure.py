@@ -23,6 +23,7 @@ from torch import Tensor
 from workloads import Workload, ideal_bytes
 
 HALVES = (torch.bfloat16, torch.float16)
+UNCOUNTED = ("nets", "parts")  # suites of which no bytes are counted
 
 
 class Deadline:
@@ -210,7 +211,7 @@ class Measurement:
 
     def _time(self, built: dict[str, Program], least_ms: float, memory: bool) -> None:
         for direction in self.workload.directions:
-            if self.workload.suite != "nets" and direction not in self.copy:
+            if self.workload.suite not in UNCOUNTED and direction not in self.copy:
                 megabytes = 16 if least_ms < 10 else 1024 if self.cuda else 256
                 self.copy[direction] = copy_gbps(self.device, megabytes)
             if self.workload.inference and self.peak_tflops is None:
@@ -223,7 +224,7 @@ class Measurement:
             settle = self.workload.inference  # there are runtimes with threads of their own
             timed = rotate(calls, self.rounds, self.device, least_ms, settle)
             self.timed[direction].update(timed)
-        if memory and self.workload.suite == "blocks" and self.workload.training:
+        if memory and self.workload.suite in ("blocks", "parts") and self.workload.training:
             self.saved = {
                 label: program.saved_bytes()
                 for label, program in built.items()
@@ -309,7 +310,7 @@ class Measurement:
         if self.workload.suite == "nets":
             fields["images_per_s"] = 1e3 * self.workload.shape[0] / median
             fields["peak_mib"] = self.peak[label]
-        else:
+        elif self.workload.suite not in UNCOUNTED:
             inference = self.workload.inference
             if inference:
                 size = roofline.moved_bytes(self.workload)

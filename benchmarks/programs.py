@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from graphs import Graphed, outputs
+from parted import Parted
 from torch import Tensor, nn
 from workloads import FORMATS, STEP, Workload
 
@@ -101,6 +102,11 @@ class TensorProgram(Program):
         return sum(s.nbytes() for pointer, s in storages.items() if pointer not in own)
 
 
+def plain_block(workload: Workload) -> type[nn.Module]:
+    """PyTorch's."""
+    return reference.ResBlock if workload.extra is None else Parted
+
+
 def values(workload: Workload, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
     """Random inputs, and for a block its parameters under their names.
 
@@ -122,7 +128,7 @@ def values(workload: Workload, device: str = "cpu", seed: int = 0) -> dict[str, 
         )
     else:
         args, kwargs = workload.block_arguments()
-        block = reference.ResBlock(*args, **kwargs)
+        block = plain_block(workload)(*args, **kwargs)
         for name, p in block.named_parameters():
             if p.dim() == 4:  # He et al., 2015
                 out[name] = normal(*p.shape) * (2 / p[0].numel()) ** 0.5
@@ -147,7 +153,7 @@ def _relu_inputs(workload: Workload, v: dict[str, Tensor]) -> list[Tensor]:
             program = op_program(partial(reference.bn_act, act="none"), workload, v)
             seen.append(program.forward())
         else:
-            program = block_program(reference.ResBlock, workload, v)
+            program = block_program(plain_block(workload), workload, v)
             program.module.relu.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
             program.forward()
     return seen
@@ -208,7 +214,7 @@ def block_program(
     module = factory(*args, **kwargs, device=v["x"].device, dtype=v["bn1.weight"].dtype)
     module.load_state_dict({k: t for k, t in v.items() if k not in ("x", "dy")}, strict=False)
     for part in module.modules():
-        if isinstance(part, nn.Conv2d):  # BatchNorm stays in float32
+        if isinstance(part, (nn.Conv1d, nn.Conv2d)):  # BatchNorm stays in float32
             part.to(v["x"].dtype)
     module = module.to(memory_format=FORMATS[layout]).train(workload.training)
     state = {name: t for name, t in module.named_buffers() if t.is_floating_point()}
@@ -223,4 +229,4 @@ def exact_program(workload: Workload, v: dict[str, Tensor]) -> TensorProgram:
     """The workload in float64, by the reference."""
     if workload.suite == "ops":
         return op_program(reference.bn_act, workload, double(v))
-    return block_program(reference.ResBlock, workload, double(v))
+    return block_program(plain_block(workload), workload, double(v))

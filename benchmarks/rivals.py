@@ -17,7 +17,7 @@ from convs import ConvProgram
 from folding import FoldedBlock
 from inference import InferenceProgram
 from nets import NETS, NetProgram, folded, fused
-from programs import Program, block_program, op_program
+from programs import Program, block_program, op_program, plain_block
 from torch import Tensor
 from workloads import CL, FORMATS, Workload
 
@@ -153,12 +153,15 @@ class _Blocks:
 
     compile_s = 20.0
 
+    def __init__(self, workload: Workload) -> None:
+        self.plain = plain_block(workload)
+
     def eager(self, layout: str) -> Build:
-        return partial(block_program, reference.ResBlock, layout=layout)
+        return partial(block_program, self.plain, layout=layout)
 
     def compiled(self, options: dict) -> Build:
         wrap = partial(torch.compile, **options)
-        return partial(block_program, reference.ResBlock, layout=CL, wrap=wrap)
+        return partial(block_program, self.plain, layout=CL, wrap=wrap)
 
     def ours(self, backend: str) -> Build:
         return partial(block_program, partial(FusedResBlock, backend=backend), layout=CL)
@@ -166,6 +169,13 @@ class _Blocks:
     def folded(self, dtype: torch.dtype) -> Build:
         wrap = partial(FoldedBlock, dtype=dtype)
         return partial(block_program, reference.ResBlock, layout=CL, wrap=wrap)
+
+
+class _Parts(_Blocks):
+    """Builds of the rivals of a block that ``fuse_`` runs in parts."""
+
+    def ours(self, backend: str) -> Build:
+        return partial(block_program, self.plain, layout=CL, wrap=partial(fused, backend=backend))
 
 
 class _Nets:
@@ -270,7 +280,8 @@ def rivals(
     if workload.suite == "nets":
         builds = _Nets(workload)
     else:
-        builds = _Ops() if workload.suite == "ops" else _Blocks()
+        kinds = {"blocks": _Blocks, "autotune": _Blocks, "parts": _Parts}
+        builds = _Ops() if workload.suite == "ops" else kinds[workload.suite](workload)
     layout = workload.layout or CL
     eager = {
         name: Rival("eager", name, 1.0, builds.eager(name))
@@ -282,6 +293,8 @@ def rivals(
         build = _static(builds.compiled(options), options)
         compiled.append(Rival(name, layout, COMPILE_SLACK, build, seconds=seconds))
     backends = fused_backends(device, workload.dtype)
+    if workload.suite == "parts" and not gpu:
+        backends = ["auto"]  # which leaves some norms to PyTorch
     folds = workload.net and not workload.training and workload.dtype != torch.float32
     slack = {b: FOLDED_SLACK if folds and b == "cuda" else OUR_SLACK for b in backends}
     ours = [Rival(f"fused_res-{b}", layout, slack[b], builds.ours(b)) for b in backends]
@@ -289,7 +302,7 @@ def rivals(
         return [*eager.values(), *compiled, *ours]
 
     first = [replace(rival, core=True) for rival in (eager.pop(layout), *ours)]
-    if not workload.training:
+    if not workload.training and workload.suite != "parts":
         first.append(Rival("cudnn-fused", layout, COMPILE_SLACK, builds.folded(workload.dtype)))
     out = [*first, *compiled[:1], *map(graphed, first), *compiled[1:], *eager.values()]
     if workload.suite == "nets" and "compile" in modes:

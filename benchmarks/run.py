@@ -105,7 +105,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def workloads(args: argparse.Namespace) -> list[tuple[str, Workload]]:
     """(suite, workload) of everything to time; what takes minutes only where it is named."""
     known = suites(args.gpu, args.quick)
-    wanted = [s for s in known if s not in NAMED] if args.suite == "all" else [args.suite]
+    wanted = [args.suite]
+    if args.suite == "all":
+        wanted = [s for s in known if not (args.gpu and s in NAMED)]
     return [(s, w) for s in wanted for w in known.get(s, []) if args.filter in w.name]
 
 

@@ -75,6 +75,17 @@ def targets(suites: dict[str, list[dict]]) -> list[tuple[bool, str]]:
             ]
             saved = [None if x is None else 1 - 1 / x for x in saved]
             claim(f"{rival}: share of saved bytes spared, bottleneck", saved, 0.15, 1, 1)
+    if "parts" in suites:
+        parts = Suite(suites["parts"])
+        for rival in parts.ours:
+            for allocator in parts.allocators:
+                for direction, what in (STEP, "step"), ("eval", "inference"):
+                    over = [
+                        parts.speedup(w, rival, direction, allocator, [f"eager {CL}"])
+                        for w in parts.workloads
+                    ]
+                    what = f"{rival}, allocator {allocator}: {what} of blocks in parts over eager"
+                    claim(f"{what} {CL}", over, 1.0, 6, 6)
     if "inference" in suites:
         found = Suite(suites["inference"])
         single, many = (
@@ -181,12 +192,6 @@ def _blocks(suite: Suite, rival: str) -> list[str]:
                 ]
             )
 
-        ours, theirs = (
-            suite.row(workload, name, "saved", suite.allocators[0]) for name in (rival, "eager")
-        )
-        saved = "-"
-        if ours and theirs:
-            saved = f"{theirs['bytes'] / 2**20:.3g} → {ours['bytes'] / 2**20:.3g}"
         step = [suite.row(workload, rival, STEP, a) or {} for a in suite.allocators]
         body.append(
             [
@@ -196,7 +201,7 @@ def _blocks(suite: Suite, rival: str) -> list[str]:
                 over(STEP, "compile"),
                 over("forward", f"eager {CL}"),
                 _milliseconds([row.get("median_ms") for row in step]),
-                saved,
+                _saved(suite, workload, rival),
             ]
         )
     header = [
@@ -209,6 +214,35 @@ def _blocks(suite: Suite, rival: str) -> list[str]:
         "saved for backward, MiB",
     ]
     return to_markdown(header, body)
+
+
+def _saved(suite: Suite, workload: str, rival: str) -> str:
+    """MiB kept for backward, PyTorch's and ours."""
+    ours, theirs = (
+        suite.row(workload, name, "saved", suite.allocators[0]) for name in (rival, "eager")
+    )
+    if not (ours and theirs):
+        return "-"
+    return f"{theirs['bytes'] / 2**20:.3g} → {ours['bytes'] / 2**20:.3g}"
+
+
+def _parts(suite: Suite, rival: str) -> list[str]:
+    body = []
+    for workload in suite.workloads:
+        cells = []
+        for direction in STEP, "eval":
+            cells += [
+                _cells(
+                    [suite.speedup(workload, rival, direction, a, [base]) for a in suite.allocators]
+                )
+                for base in (f"eager {CL}", "compile")
+            ]
+            rows = [suite.row(workload, rival, direction, a) or {} for a in suite.allocators]
+            cells.append(_milliseconds([row.get("median_ms") for row in rows]))
+        body.append([workload, *cells, _saved(suite, workload, rival)])
+    over = f"over eager {CL}", "over torch.compile", "ms"
+    header = ["block", *(f"{what} {cell}" for what in ("step", "inference") for cell in over)]
+    return to_markdown([*header, "saved for backward, MiB"], body)
 
 
 def _inference(suite: Suite, rival: str) -> list[str]:
@@ -272,6 +306,9 @@ INTRO = {
     "the same layout and over torch.compile, and the share of the measured copy bandwidth reached.",
     "blocks": "A whole block in training, forward and backward ({rival}, channels_last): speed-up "
     "over PyTorch, and what is saved for backward, PyTorch's → ours.",
+    "parts": "Blocks that `fuse_` runs in parts, as it leaves them ({rival}, channels_last): a "
+    "training step and, in eval mode without gradients, inference; and what is saved for backward, "
+    "PyTorch's → ours.",
     "inference": "Inference, `optimize_for_inference` ({rival}, channels_last): speed-up over "
     "PyTorch and over other runtimes, and the share reached of what the measured peak rate and "
     "copy bandwidth allow a kernel for each convolution (over 100 %: Winograd multiplies less).",
@@ -281,7 +318,8 @@ INTRO = {
 }
 
 
-TABLES = {"ops": _ops, "blocks": _blocks, "inference": _inference, "chains": _chains}
+TABLES = {"ops": _ops, "blocks": _blocks, "parts": _parts, "inference": _inference,
+          "chains": _chains}  # fmt: skip
 
 
 def markdown(results: Path) -> str:

@@ -38,7 +38,7 @@ class Workload:
     ``directions`` are the calls that are timed: ``forward`` and ``forward+backward`` in training,
     ``eval`` (no gradients, BatchNorm by its running statistics), ``train`` (an optimizer's whole
     step). The last one is checked. ``net`` names one of ``nets.NETS``; ``conv`` is of ``convs``,
-    ``call`` of ``training-convs``.
+    ``call`` of ``training-convs``, ``extra`` of ``parts``: see ``parted``.
 
     most_rounds: of those asked for, where one call takes a second.
     alone: rivals run one after the other, where all of them would not fit in the memory.
@@ -52,6 +52,7 @@ class Workload:
     width: int | None = None
     out_channels: int | None = None
     stride: int = 1
+    extra: str | None = None
     net: str | None = None
     conv: Conv | None = None
     call: plans.Call | None = None
@@ -78,7 +79,8 @@ class Workload:
 
     def block_arguments(self) -> tuple[tuple[int, int, int], dict]:
         args = self.shape[1], self.channels_out, self.stride
-        return args, {"kind": self.kind, "width": self.width}
+        kwargs = {"kind": self.kind, "width": self.width}
+        return args, kwargs if self.extra is None else {**kwargs, "extra": self.extra}
 
 
 def _op(shape: tuple[int, int, int, int], layout: str) -> Workload:
@@ -89,6 +91,15 @@ def _block(kind: str, shape: tuple[int, int, int, int], width: int | None = None
     channels = f"{shape[1]}-{width}" if width else f"{shape[1]}"
     name = f"{kind} {channels}ch {shape[2]}x{shape[3]} batch {shape[0]}"
     return Workload("blocks", name, shape, None, kind, width)
+
+
+def _parts(
+    extra: str, kind: str, shape: tuple[int, int, int, int], width: int | None = None
+) -> list[Workload]:
+    """The block's training step, then the block in eval mode."""
+    block = _block(kind, shape, width)
+    block = replace(block, suite="parts", name=f"{extra} {block.name}", extra=extra)
+    return [replace(block, directions=(STEP,)), replace(block, directions=("eval",))]
 
 
 def _inference_block(
@@ -134,6 +145,14 @@ CPU_SUITES = {
         _block("single", (64, 32, 16, 16)),
         _block("single", (64, 32, 8, 8)),
     ],
+    "parts": [
+        *_parts("SE", "basic", (32, 64, 32, 32)),
+        *_parts("SE", "bottleneck", (16, 256, 28, 28), 64),
+        *_parts("ECA", "bottleneck", (16, 256, 28, 28), 64),
+        *_parts("SiLU", "bottleneck", (16, 256, 28, 28), 64),
+        *_parts("pre-activation", "bottleneck", (16, 256, 28, 28), 64),
+        *_parts("SE", "bottleneck", (16, 1024, 14, 14), 256),
+    ],
     "inference": [
         _inference_net("torchvision ResNet-18", 1),
         _inference_net("torchvision ResNet-18", 16, most_rounds=7),
@@ -157,6 +176,12 @@ CPU_SUITES = {
 CPU_QUICK = {
     "ops": [_op((8, 16, 12, 12), layout) for layout in FORMATS],
     "blocks": [_block("bottleneck", (4, 64, 12, 12), 16), _block("single", (8, 16, 9, 9))],
+    "parts": [
+        *_parts("SE", "basic", (4, 16, 9, 9)),
+        *_parts("ECA", "bottleneck", (4, 32, 9, 9), 16),
+        *_parts("SiLU", "basic", (4, 16, 9, 9)),
+        *_parts("pre-activation", "bottleneck", (4, 32, 9, 9), 16),
+    ],
     "inference": [
         _inference_net("small ResNet", 1, 32),
         _inference_block("basic", (2, 16, 9, 9)),
@@ -390,6 +415,17 @@ GPU_SUITES["training-convs"] = list(
         ]
     )
 )
+GPU_SUITES["parts"] = [
+    replace(workload, name=f"{workload.name} bf16", dtype=torch.bfloat16)
+    for block in (
+        ("SE", "bottleneck", (128, 256, 56, 56), 64),
+        ("ECA", "bottleneck", (128, 512, 28, 28), 128),
+        ("SiLU", "bottleneck", (128, 512, 28, 28), 128),
+        ("pre-activation", "bottleneck", (128, 256, 56, 56), 64),
+        ("SE", "basic", (256, 64, 32, 32)),
+    )
+    for workload in _parts(*block)
+]
 GPU_SUITES["autotune"] = [
     *GPU_SUITES["blocks"][:6],
     _net("ResNet-20 CIFAR", 128, "train"),
@@ -413,6 +449,9 @@ GPU_QUICK = {
         _net("narrow ResNet-18", 8, "eval"),
     ],
     "autotune": _gpu_block("single", (8, 16, 9, 9))[:1],
+    "parts": [
+        replace(workload, dtype=torch.bfloat16) for workload in _parts("SE", "basic", (4, 16, 9, 9))
+    ],
     "inference": [
         _in("bf16", _inference_net("small ResNet", 8, 32)),
         _in("fp16", _inference_net("small ResNet", 1, 32)),
@@ -427,8 +466,8 @@ GPU_QUICK = {
     ],
     "training-convs": _training_convs("basic", (8, 8), 4, 2, "fp16"),
 }
-# suites that run only when they are named
-NAMED = ("autotune", "inference-all", "convs", "training-convs")
+# suites that run on a GPU only when they are named
+NAMED = ("autotune", "inference-all", "convs", "parts", "training-convs")
 
 
 def suites(gpu: bool, quick: bool) -> dict[str, list[Workload]]:

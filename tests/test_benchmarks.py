@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_res import backends, choices, measured, plans, reference
+from fused_res import backends, choices, fuse_, measured, plans, reference
 from fused_res.ops import conv_bn_act
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -65,7 +65,8 @@ def results(tmp_path_factory):
 def gpu_results(run, tmp_path_factory):
     """The suites of a GPU on a CPU; torch.compile in the smallest of them."""
     out = run_quickly(tmp_path_factory.mktemp("gpu"), "--gpu")
-    run.main(["--gpu", "--quick", "--suite", "convs", "--rounds", "2", "--out", str(out)])
+    for suite in ("convs", "parts"):
+        run.main(["--gpu", "--quick", "--suite", suite, "--rounds", "2", "--out", str(out)])
     return run_quickly(out, "--gpu", "--suite", "autotune", "--compile")
 
 
@@ -78,7 +79,7 @@ RUNTIMES = {"onnxruntime", "openvino"}
 
 def test_rows_are_valid(results, rows, rivals):
     suites = read(results)
-    assert set(suites) == {"ops", "blocks", "inference", "chains"}
+    assert set(suites) == {"ops", "blocks", "parts", "inference", "chains"}
     assert not list(results.glob("*/*.part"))
     for found in suites.values():
         for row in found:
@@ -96,9 +97,12 @@ def test_rows_are_valid(results, rows, rivals):
                 assert row["error_over_eager"] <= 1
             if row["direction"] != "saved":
                 assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-                assert row["bytes"] > 0 and row["percent_of_copy"] > 0
+                if row["suite"] != "parts":
+                    assert row["bytes"] > 0 and row["percent_of_copy"] > 0
         assert {r["allocator"] for r in found} == {"default", "raised"}
         ours = {f"fused_res-{b}" for b in rivals.fused_backends("cpu")}
+        if found[0]["suite"] == "parts":
+            ours = {"fused_res-auto"}
         if found[0]["suite"] == "inference":
             ours = {"fused_res-optimized", *RUNTIMES}
         if found[0]["suite"] == "chains":
@@ -128,7 +132,9 @@ def test_committed_rows_are_of_todays_workloads(rows, workloads, roofline):
             rows.validate(row)
             workload = known[row["workload"]]
             assert row["shape"] == list(workload.shape)
-            if row["median_ms"] is not None:
+            if workload.suite == "parts":
+                assert row["bytes"] is None or row["direction"] == "saved"
+            elif row["median_ms"] is not None:
                 size = workloads.ideal_bytes(workload)[row["direction"]]
                 if workload.inference:
                     size = roofline.moved_bytes(workload)
@@ -139,7 +145,7 @@ def test_suites_of_a_gpu(gpu_results, rows, rivals):
     """Every rival of every suite is built, right and timed; and written under the suite's name."""
     suites = read(gpu_results)
     assert set(suites) == {"peaks", "ops", "blocks", "nets", "autotune", "inference", "chains",
-                           "convs"}  # fmt: skip
+                           "convs", "parts"}  # fmt: skip
     ours = {f"fused_res-{b}" for b in rivals.fused_backends("cpu")}
     ours |= {f"{name}-graphed" for name in ours}
     plain = {"eager", "eager-graphed", *ours}
@@ -153,6 +159,8 @@ def test_suites_of_a_gpu(gpu_results, rows, rivals):
         seen = {d: {r["rival"] for r in found if r["direction"] == d} for d in ("eval", "train")}
         if suite in ("blocks", "nets"):
             assert seen["eval"] == evaluated
+        if suite == "parts":
+            assert seen["eval"] == plain
         if suite == "inference":
             optimized = {"fused_res-optimized", "fused_res-optimized-graphed"}
             assert evaluated - ours | optimized <= seen["eval"]
@@ -556,6 +564,38 @@ def inferred(eager, frozen, runtime):
     common = {"rival": "fused_res-optimized", "layout": "channels_last", "allocator": "default"}
     row = {**common, "direction": "eval", "speedup_over": over}
     return {"inference": [{**row, "workload": name} for name in names]}
+
+
+def test_targets_of_parts(table, workloads):
+    """Every block, in training and in eval mode, over eager."""
+    common = {"rival": "fused_res-auto", "layout": "channels_last", "allocator": "default"}
+    for step, evaluated in ((1.1, 1.0), (0.9, 1.0), (1.1, 0.9)):
+        rows = [
+            {
+                **common,
+                "workload": w.name,
+                "direction": w.directions[-1],
+                "speedup_over": {
+                    "eager NCHW": 9.0,
+                    "compile channels_last": 0.5,
+                    "eager channels_last": step if w.training else evaluated,
+                },
+            }
+            for w in workloads.CPU_SUITES["parts"]
+        ]
+        met = [met for met, _ in table.targets({"parts": rows})]
+        assert met == [step >= 1, evaluated >= 1]
+        assert not any(met for met, _ in table.targets({"parts": rows[2:]}))
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_blocks_in_parts_are_fused_in_parts(programs, workloads, quick):
+    for workload in workloads.suites(gpu=False, quick=quick)["parts"]:
+        args, kwargs = workload.block_arguments()
+        block = programs.plain_block(workload)(*args, **kwargs)
+        report = fuse_(block)
+        ((_, reason),) = report.partly
+        assert reason.startswith(f"{block.depth} of {block.depth} norms; "), workload.name
 
 
 def test_targets_of_inference(table):
