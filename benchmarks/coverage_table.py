@@ -46,6 +46,7 @@ TIMM = (
 TOO_LARGE = ("regnety_2560",)  # 1.3 billion parameters: two copies fill this machine
 TORCHVISION = ("resnet", "resnext", "wide_resnet", "regnet")
 WIRING = 1e-9  # of float64, relatively
+CHAOS = 10  # else: so many times what PyTorch's own results differ by in another memory layout
 FACTOR = 1.5  # of PyTorch's own error
 SIZES = 64, 128, 256, 224
 DRAWS = 3, 15  # images in pairs; the more where the few, of ten numbers each, say too much
@@ -191,6 +192,13 @@ def _both(model: nn.Module, run: Callable[[nn.Module], T]) -> tuple[T, T]:
     return tuple(made)
 
 
+def _in_channels_last(model: nn.Module) -> nn.Module:
+    for part in model.modules():  # not the whole: some have tensors of five dimensions
+        if isinstance(part, nn.Conv2d):
+            part.to(memory_format=torch.channels_last)
+    return model
+
+
 def cover(make: Callable[[int], nn.Module]) -> dict:
     """One model's row."""
     torch.manual_seed(0)
@@ -216,15 +224,19 @@ def cover(make: Callable[[int], nn.Module]) -> dict:
     exact = copy.deepcopy(model).double()
     x = torch.randn(2, 3, size, size).double()
     # what auto takes for float64 are PyTorch's own ops, where nothing could differ
-    kernels = fused_res.backend("cpu" if backends.STATUS["cpu"] is None else "auto")
-    with kernels:
-        off = max(
-            _difference(*_both(exact, partial(_step, x=x, train=train, gradients=gradients)))
-            for train in (True, False)
-        )
-    for part in model.modules():  # not the whole: some have tensors of five dimensions
-        if isinstance(part, nn.Conv2d):
-            part.to(memory_format=torch.channels_last)
+    kernels = "cpu" if backends.STATUS["cpu"] is None else "auto"
+    off, own, differs = [], [], False
+    for train in (True, False):
+        step = partial(_step, x=x, train=train, gradients=gradients)
+        with fused_res.backend(kernels):
+            ours, theirs = _both(exact, step)
+        off.append(_difference(ours, theirs))
+        del ours
+        if off[-1] > WIRING:
+            own.append(_difference(step(_in_channels_last(copy.deepcopy(exact))), theirs))
+            differs |= not off[-1] <= CHAOS * own[-1]
+        del theirs
+    _in_channels_last(model)
     errors: list[float] = []
 
     def outputs(net: nn.Module) -> list[Tensor]:
@@ -248,7 +260,9 @@ def cover(make: Callable[[int], nn.Module]) -> dict:
         "norms": norms,
         "fused_norms": fused_norms,
         "adds_left": adds_left,
-        "difference": off,
+        "difference": max(off),
+        "of_layouts": max(own, default=None),
+        "differs": differs,
         "ratio": median(errors),
         "gradients": gradients,
         "same_state": same_state,
@@ -257,7 +271,7 @@ def cover(make: Callable[[int], nn.Module]) -> dict:
 
 
 def matches(row: dict) -> bool:
-    return row["same_state"] and row["difference"] <= WIRING and row["ratio"] <= FACTOR
+    return row["same_state"] and not row["differs"] and row["ratio"] <= FACTOR
 
 
 def covered(row: dict) -> bool:
@@ -300,8 +314,10 @@ def table(rows: list[dict]) -> str:
         "- *norms*: BatchNorms in these blocks that run fused, of all. A block without any has "
         "nothing to fuse.",
         "- *difference*: of a training and an eval step in float64 on the CPU kernels, the largest "
-        "of all outputs, gradients and statistics, norm over norm (a mismatch: over "
-        f"{WIRING:g}); with {LARGE / 1e6:.0f} million parameters and more (†) without gradients.",
+        "of all outputs, gradients and statistics, norm over norm; where it is over "
+        f"{WIRING:g}, in parentheses that of PyTorch's own results in channels_last (a mismatch: "
+        f"over {CHAOS} times that: gradients that are zero but for rounding, chaos in deep nets); "
+        f"with {LARGE / 1e6:.0f} million parameters and more (†) without gradients.",
         f"- *error*: of the output in eval mode in float32, ours over PyTorch's: the median of "
         f"{DRAWS[0]} pairs of images or, where that is over {FACTOR}, of {DRAWS[1]} (a mismatch: "
         f"over {FACTOR}).",
@@ -327,11 +343,13 @@ def table(rows: list[dict]) -> str:
             lines.append(f"| {r['library']} {r['model']} | | | | | | | | {r['error']} |")
             continue
         mark = "" if r["gradients"] else " †"
+        difference = f"{r['difference']:.0e}"
+        if r["of_layouts"] is not None:
+            difference += f" ({r['of_layouts']:.0e})"
         cells = [
             f"{r['library']} {r['model']}{mark}",
             *(r[key] for key in ("blocks", "whole", "partly", "skipped")),
-            f"{r['fused_norms']} of {r['norms']}", f"{r['difference']:.0e}", f"{r['ratio']:.2f}",
-            _why(r),
+            f"{r['fused_norms']} of {r['norms']}", difference, f"{r['ratio']:.2f}", _why(r),
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
