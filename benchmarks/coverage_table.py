@@ -46,7 +46,9 @@ TIMM = (
 TOO_LARGE = ("regnety_2560",)  # 1.3 billion parameters: two copies fill this machine
 TORCHVISION = ("resnet", "resnext", "wide_resnet", "regnet")
 WIRING = 1e-9  # of float64, relatively
-CHAOS = 10  # else: so many times what PyTorch's own results differ by in another memory layout
+# else: so many times what PyTorch's own results differ by in another memory layout, whose norms
+# have the same error: in float64 4 to 14 times that of ours
+CHAOS = 100
 FACTOR = 1.5  # of PyTorch's own error
 SIZES = 64, 128, 256, 224
 DRAWS = 3, 15  # images in pairs; the more where the few, of ten numbers each, say too much

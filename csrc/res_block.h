@@ -54,8 +54,10 @@ struct BlockStage {
       image[1 + i] = room / stride[i] + 1;
     }
     const auto of_channels = [&](const OptTensor& t) {
+      const bool wide =
+          t && t->scalar_type() == ScalarType::Float && x.scalar_type() != ScalarType::Double;
       return !t || (t->dim() == 1 && t->size(0) == image[0] && same_device(*t, x) &&
-                    (t->scalar_type() == x.scalar_type() || t->scalar_type() == ScalarType::Float));
+                    (t->scalar_type() == x.scalar_type() || wide));
     };
     return of_channels(weight) && of_channels(bias) && of_channels(running_mean) &&
            of_channels(running_var) && weight.has_value() == bias.has_value() &&

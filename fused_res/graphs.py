@@ -296,6 +296,14 @@ class Nodes:
         given = any(node.kwargs.get(name) not in (None, False) for name in ("inplace", "out"))
         return named or given or node.target in _IN_PLACE
 
+    def writes_first(self, node: fx.Node) -> bool:
+        """Whether a node that ``writes`` does so into its first argument alone."""
+        if node.op == "call_module":
+            modules = self.module(node).modules()
+            return all(type(m).__module__.startswith(_KNOWN_MODULES) for m in modules)
+        known = (getattr(node.target, "__module__", None) or "").startswith(_KNOWN_FUNCTIONS)
+        return "out" not in node.kwargs and (known or node.op == "call_method")
+
     def without_what_is_quiet(self) -> tuple[str, ...]:
         """Takes out the children that return their input in eval mode, and names them."""
         quiet = [n for n in self.graph.nodes if _is_quiet(self.module(n))]

@@ -286,7 +286,7 @@ def _leave_to_the_graph(model: nn.Module, report: FuseReport) -> None:
     for name in [name for name, _ in report.partly]:
         block = model.get_submodule(name)
         more = isinstance(block.plan.quiet, BlockPlan) or any(
-            part.skip == "add" or is_norm_act(child(block, part.branch[0].norm))
+            part.skip == "add" or any(is_norm_act(child(block, s.norm)) for s in part.branch)
             for part in block.plan.usual.parts
         )
         if not more or not name:  # a whole model is a graph itself

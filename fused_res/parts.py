@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from .graphs import Nodes
 from .nn.blocks import BlockPlan, Bypassed, Stage, has_frozen, is_norm
 from .nn.parts import PartsPlan, Program
+from .ops.res_block import MOST_STAGES
 
 IN_PLACE_ADDS = (operator.iadd, "add_")
 _TORCH_CONSTANTS = ("inf", "nan", "device")  # as fx names them
@@ -21,7 +22,7 @@ class _Part(NamedTuple):
     """Nodes that become one call: {convolution, norm, ReLU,} [convolution,] norm [, add] [, ReLU].
 
     x, residual: what goes in. shortcut: the nodes of ``residual``'s own convolution and norm.
-    before: convolutions and norms of the stages before.
+    before: convolutions and norms of the stages before. into: as in a ``BlockPlan``.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -33,6 +34,7 @@ class _Part(NamedTuple):
     shortcut: tuple[fx.Node, fx.Node] | None = None
     relu_after: bool = False
     before: tuple[tuple[fx.Node, fx.Node], ...] = ()
+    into: str = ""
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -50,7 +52,8 @@ class _Part(NamedTuple):
         stages.append(Stage(conv, self.norm.target, self.relu and adds))
         shortcut = None if self.shortcut is None else Stage(*(n.target for n in self.shortcut))
         relu = self.relu_after or (self.relu and not adds)
-        return BlockPlan(tuple(stages), shortcut, "add" if adds else "none", relu, ())
+        skip = "add" if adds else "none"
+        return BlockPlan(tuple(stages), shortcut, skip, relu, (), into=self.into)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -73,6 +76,10 @@ def _movable(nodes: Nodes, part: _Part) -> bool:
     order = list(nodes.graph.nodes)
     first, last = (of(order.index(n) for n in part.nodes) for of in (min, max))
     between = [n for n in order[first:last] if n not in part.nodes]
+    # what reads the norms' statistics does so at its own time
+    owners = {n.target.rpartition(".")[0] for n in nodes.graph.find_nodes(op="get_attr")}
+    if between and any(n.op == "call_module" and n.target in owners for n in part.nodes):
+        return False
     return not any(nodes.writes(n) and not _into_its_own(nodes, n) for n in between)
 
 
@@ -88,8 +95,9 @@ def _is_own(nodes: Nodes, node: fx.Node) -> bool:
 
 def _into_its_own(nodes: Nodes, node: fx.Node) -> bool:
     """Whether what it writes into is such a tensor."""
-    into = node.all_input_nodes[:1]
-    return bool(into) and _only_user(into[0]) is node and _is_own(nodes, into[0])
+    (into,) = node.args[:1] or (None,)
+    own = isinstance(into, fx.Node) and _only_user(into) is node and _is_own(nodes, into)
+    return own and nodes.writes_first(node)
 
 
 def _around_norm(nodes: Nodes, norm: fx.Node) -> _Part:
@@ -114,10 +122,12 @@ def _with_add(nodes: Nodes, add: fx.Node, ends: dict[fx.Node, _Part]) -> _Part |
         return None  # what it is written into may be seen elsewhere
     found = [None if part is None or part.residual is not None else part for part in found]
     choices = []
-    for one, other, residual in ((*found, operands[1]), (*found[::-1], operands[0])):
+    sides = (*found, operands[1], "branch"), (*found[::-1], operands[0], "shortcut")
+    for one, other, residual, left in sides:
         if one is None:
             continue
-        part = one._replace(nodes=(*one.nodes, add), residual=residual)
+        into = left if add.target in IN_PLACE_ADDS else ""
+        part = one._replace(nodes=(*one.nodes, add), residual=residual, into=into)
         if other is not None and other.conv is not None and not other.relu:
             both = (*other.nodes, *part.nodes)
             shortcut = other.conv, other.norm
@@ -169,7 +179,7 @@ def _join(nodes: Nodes, part: _Part, ends: dict[fx.Node, _Part]) -> None:
         x=before.x,
         before=(*before.before, (before.conv, before.norm)),
     )
-    if _movable(nodes, longer):
+    if len(longer.before) < MOST_STAGES - 1 and _movable(nodes, longer):
         del ends[part.x]
         ends[part.nodes[-1]] = longer
 

@@ -5,7 +5,6 @@ What counts is what flows where (convolution, BatchNorm, ReLU, add), not class o
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection
 
 from torch import fx, nn
@@ -15,7 +14,7 @@ from torch.nn.utils import parametrize
 from .graphs import Nodes, Tracer, Unfusable, Untraceable, in_words, trace
 from .nn.blocks import BlockPlan, Stage, bypassed_children, has_frozen, has_hooks, is_norm
 from .nn.parts import PartsPlan
-from .parts import parts_plan
+from .parts import IN_PLACE_ADDS, parts_plan
 
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 
@@ -79,6 +78,13 @@ def _stages(nodes: Nodes, chain: list[fx.Node], opaque: bool) -> list[Stage]:
     return stages
 
 
+def _refuse_others(nodes: Nodes, known: set[fx.Node]) -> None:
+    """What is not ``known`` is not run: it may have no effect but its result, which is not used."""
+    for node in nodes.graph.nodes:
+        if node not in known and (node.op == "call_module" or nodes.writes(node)):
+            raise Unfusable(f"{nodes.describe(node)} is run beside branch and shortcut")
+
+
 def _parse(nodes: Nodes) -> BlockPlan:
     inputs = [n for n in nodes.graph.nodes if n.op == "placeholder"]
     (output,) = (n for n in nodes.graph.nodes if n.op == "output")
@@ -96,7 +102,7 @@ def _parse(nodes: Nodes) -> BlockPlan:
     if relu:
         (end,) = end.all_input_nodes
     operands = nodes.operands_of_add(end)
-    if operands and operands[0] is x and end.target in (operator.iadd, "add_"):
+    if operands and operands[0] is x and end.target in IN_PLACE_ADDS:
         raise Unfusable("it writes its output into its input")
     skip = "add" if operands else "concat"
     if operands is None:
@@ -115,6 +121,10 @@ def _parse(nodes: Nodes) -> BlockPlan:
             return len(convs), sum(m.kernel_size[0] for m in convs)
 
         branch_chain, shortcut_chain = sorted(chains, key=weight, reverse=True)
+    _refuse_others(nodes, {x, end, output, *output.all_input_nodes, *chains[0], *chains[1]})
+    into = ""
+    if end.target in IN_PLACE_ADDS:
+        into = "branch" if operands[0] in branch_chain[-1:] else "shortcut"
     branch = _stages(nodes, branch_chain, opaque=False)
     shortcut = _stages(nodes, shortcut_chain, opaque=True)
     if not branch or branch[0].conv is None:
@@ -128,7 +138,7 @@ def _parse(nodes: Nodes) -> BlockPlan:
     end_of_shortcut = shortcut[0] if shortcut else None
     bypassed = bypassed_children(nodes.block, branch, end_of_shortcut)
     frozen = has_frozen(nodes.block)
-    return BlockPlan(tuple(branch), end_of_shortcut, skip, relu, bypassed, frozen)
+    return BlockPlan(tuple(branch), end_of_shortcut, skip, relu, bypassed, frozen, into)
 
 
 def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | PartsPlan | None:

@@ -112,13 +112,12 @@ CHANNELS_LAST = (
 )
 
 
-def _refuse_classes(block: nn.Module) -> None:
+def _why_no_subclass(block: nn.Module) -> str | None:
     """A fused block's class is a subclass with attributes of its own."""
     if isinstance(block, fx.GraphModule):  # which writes its forward onto its class
-        raise Unfusable("a torch.fx graph: fuse_ before it is traced")
+        return "a torch.fx graph: fuse_ before it is traced"
     own = [attribute for attribute in ATTRIBUTES if hasattr(block, attribute)]
-    if own:
-        raise Unfusable(f"it has an attribute {own[0]!r} of its own")
+    return f"it has an attribute {own[0]!r} of its own" if own else None
 
 
 def _is_channels_last(model: nn.Module) -> bool:
@@ -150,8 +149,8 @@ def fuse_(
         filter_fn: called with (block, name); only blocks it returns True for are fused.
         strict: raise, and change nothing, if a block is skipped for another reason than the filter.
         dry_run: only report.
-        recompute: ``last``: in training, the backward pass of a block computes its last convolution
-            again instead of keeping its output (half of what a bottleneck keeps).
+        recompute: ``last``: in training, the backward pass of a block, or of a part, computes its
+            last convolution again instead of keeping its output (half of what a bottleneck keeps).
 
     Returns:
         FuseReport: names of the blocks fused, of those fused in part, and of those that were not,
@@ -198,14 +197,16 @@ def fuse_(
         try:
             with torch.inference_mode(False):  # whose tensors torch.fx cannot trace
                 plan = plan_of(module, inner.values())
-            if plan is not None:
-                _refuse_classes(module)
         except Unfusable as reason:
             report.skipped.append((name, str(reason)))
             normless = not any(map(is_norm, module.modules()))
             opaque[name] = normless or isinstance(reason, Untraceable)
             return False  # what it is in may be a block, of which other parts can be fused
         if plan is None:
+            return False
+        reason = _why_no_subclass(module)
+        if reason is not None:
+            report.skipped.append((name, reason))
             return False
         if filter_fn is not None and not filter_fn(module, name):
             filtered.append((name, "left out by filter_fn"))

@@ -643,6 +643,27 @@ def test_nothing_to_fuse_or_tune_is_no_error():
     torch.testing.assert_close(ours(GOOD), model(GOOD).detach())
 
 
+def test_norms_with_an_activation_behind_others():
+    """Which the graph of the model does not see: their blocks stay fused."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(6, 6, 3, 1, 1), nn.BatchNorm2d(6)
+            self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, 1, 1), timm.layers.BatchNormAct2d(6)
+
+        def forward(self, x):
+            y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+            return y * y.mean((2, 3), keepdim=True) + x
+
+    model = randomise(nn.Sequential(nn.Conv2d(3, 6, 3), Gated())).eval()
+    ours = optimized(model, GOOD, tune=False)
+    with Ops() as seen, torch.no_grad():
+        y = ours(GOOD)
+    torch.testing.assert_close(y, model(GOOD).detach(), rtol=1e-4, atol=1e-4)
+    assert not any("batch_norm" in name for name in seen.names)
+
+
 @pytest.mark.gpu
 def test_cuda_graph():
     model = randomise(HandWritten()).cuda().eval()

@@ -46,12 +46,39 @@ def overwritten_through_a_view(self, x):
     return self.last(y + self.bn2(self.conv2(h)).sigmoid())
 
 
+class IntoTheSecond(nn.Module):
+    def forward(self, x, y):
+        y += x
+        return y
+
+
+def second_overwritten(self, x):
+    """By a module that writes into another input than its first, between two stages."""
+    h = x * 1
+    y = self.act(self.bn1(self.conv1(h)))
+    return self.bn2(self.conv2(y)) * 2 + self.into(self.conv2(x), h)
+
+
+def out_overwritten(self, x):
+    h = x * 1
+    y = self.act(self.bn1(self.conv1(h)))
+    torch.sigmoid(self.conv2(x), out=h)
+    return self.bn2(self.conv2(y)) * 2 + h
+
+
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(
-    "forward", [norm_overwritten, input_overwritten, overwritten_through_a_view]
+    "forward",
+    [
+        norm_overwritten,
+        input_overwritten,
+        overwritten_through_a_view,
+        second_overwritten,
+        out_overwritten,
+    ],
 )
 def test_what_is_overwritten(forward, train):
-    theirs = randomise(variant(forward)()).train(train)
+    theirs = randomise(variant(forward, into=IntoTheSecond)()).train(train)
     ours = copy.deepcopy(theirs)
     assert len(fuse_(ours).partly) == 1
     x = image()
@@ -751,6 +778,100 @@ def test_children_taken_away():
             setattr(ours, name, None)
             setattr(plain, name, None)
         torch.testing.assert_close(ours(x := image()), plain(x))
+
+
+def add_into_a_convolution(self, x):
+    h = self.conv1(x)
+    h += self.bn1(x)
+    return self.last(h) * 2
+
+
+def add_into_a_norm(self, x):
+    h = self.bn2(self.conv1(x))
+    h += self.bn1(x)
+    return self.last(h) * 2
+
+
+def add_into_a_smaller_one(self, x):
+    h = self.bn2(self.conv1(x[..., :1, :1]))
+    h += self.bn1(x)
+    return self.last(h) * 2
+
+
+@pytest.mark.parametrize("forward", [add_into_a_convolution, add_into_a_norm])
+def test_an_add_in_place_keeps_the_left_sides_dtype(forward):
+    theirs = randomise(variant(forward)())
+    ours = copy.deepcopy(theirs)
+    assert len(fuse_(ours).partly) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = (m(x) for m, x in zip((ours, theirs), [image()] * 2, strict=True))
+    assert a.dtype == b.dtype == torch.bfloat16
+
+
+def test_an_add_in_place_does_not_broadcast_the_left_side():
+    for module in (plain := variant(add_into_a_smaller_one)()), copy.deepcopy(plain):
+        if module is not plain:
+            assert len(fuse_(module).partly) == 1
+        with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+            module(image())
+
+
+def reads_a_mean(self, x):
+    h = self.act(self.bn1(self.conv1(x)))
+    mean = self.bn1.running_mean * 1
+    return self.bn2(self.conv2(h)) * 2 + x, mean
+
+
+def reads_a_count(self, x):
+    h = self.bn1(self.conv1(x))
+    count = self.bn1.num_batches_tracked + 0
+    return (h + x) * 2, count
+
+
+@pytest.mark.parametrize("forward", [reads_a_mean, reads_a_count])
+def test_statistics_are_read_when_they_were(forward):
+    theirs = randomise(variant(forward)())
+    ours = copy.deepcopy(theirs)
+    assert len(fuse_(ours).partly) == 1
+    x = image()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def gated(self, x):
+    h = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+    x += h * self.extra(h).sigmoid()
+    return self.last(x)
+
+
+def test_what_is_not_read_by_the_backward_pass_may_be_overwritten():
+    """The input of frozen convolutions."""
+    theirs = randomise(variant(gated)())
+    for name, p in theirs.named_parameters():
+        p.requires_grad_("bn" in name)
+    ours = copy.deepcopy(theirs)
+    assert len(fuse_(ours).partly) == 1
+    x = image()
+    ours(x.clone()).sum().backward()
+    theirs(x.clone()).sum().backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-3)
+    y = ours(x.clone())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), ours.bn1.weight, create_graph=True)
+
+
+def test_an_attribute_of_our_name_inside():
+    """What is not fused on its own is still seen by what it is in."""
+
+    class Outer(Configurable):
+        def forward(self, x):
+            return self.extra(x) + self.bn1(self.conv1(x))
+
+    inner = Configurable()
+    inner.backend = "its own"
+    report = fuse_(Outer(extra=inner))
+    assert [name for name, _ in report.skipped] == ["extra"]
+    assert report.partly[0][1].startswith("3 of 4 norms")
 
 
 def test_an_attribute_of_our_name():

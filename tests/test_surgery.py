@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 import pickle
 import random
@@ -34,6 +35,7 @@ from zoo import agree, outcome, randomise, timm, torchvision, transformers
 import fused_res
 from fused_res import fuse_, unfuse_
 
+NAMED = "cpu" if fused_res.backends.STATUS["cpu"] is None else "auto"
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:fuse_ found no residual block"),
@@ -555,6 +557,69 @@ def test_a_block_by_itself():
     module = block()
     assert fuse_(module).fused == [""] and unfuse_(module) == [""]
     assert type(module) is seeds.BasicBlock
+
+
+def overwrites_first(self, x):
+    x.relu_()
+    return self.last(self.branch(x) + x)
+
+
+def norm_of_no_use(self, x):
+    self.bn1(self.conv2(x))
+    return self.last(self.bn2(self.conv1(x)) + x)
+
+
+@pytest.mark.parametrize("forward", [overwrites_first, norm_of_no_use])
+def test_what_is_run_beside_branch_and_shortcut(forward):
+    """Such a block is no single plan: what it does besides is done in parts."""
+    theirs = randomise(variant(forward)())
+    ours = copy.deepcopy(theirs)
+    ((_, reason),) = fuse_(ours).partly
+    assert "is run beside branch and shortcut" in reason
+    x = torch.randn(4, 6, 7, 5)
+    for train in (True, False):
+        a, b = x.clone(), x.clone()
+        with torch.no_grad():
+            torch.testing.assert_close(ours.train(train)(a), theirs.train(train)(b))
+        torch.testing.assert_close(a, b)
+    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_norms_without_a_bias():
+    if "bias" not in inspect.signature(nn.BatchNorm2d).parameters:
+        pytest.skip("BatchNorm2d has no argument bias before torch 2.13")
+    theirs = Configurable(norm=functools.partial(nn.BatchNorm2d, bias=False))
+    ours = copy.deepcopy(theirs)
+    assert fuse_(ours).fused == [""]
+    x = torch.randn(4, 6, 7, 5)
+    for train in (True, False):
+        a, b = (outcome(m, x, train=train) for m in (ours, theirs))
+        for name in b:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("case", ["double input", "double weight under autocast", "no batch"])
+def test_an_error_changes_what_it_does_in_pytorch(case):
+    theirs = randomise(Configurable())
+    x = torch.randn(4, 6, 7, 5)
+    if case == "double input":  # of convolutions in double and norms that are not
+        x = x.double()
+        for m in (theirs.conv1, theirs.conv2, theirs.bn1):
+            m.double()
+    elif case == "double weight under autocast":
+        theirs.conv2.double()
+    else:
+        x = x[0]
+    ours = copy.deepcopy(theirs)
+    assert fuse_(ours).fused == [""]
+    for module, backend in ((theirs, "eager"), (ours, NAMED)):
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled="autocast" in case)
+        error = pytest.raises((RuntimeError, TypeError, ValueError))
+        with autocast, fused_res.backend(backend), error:
+            module(x)
+    for (name, a), b in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
 
 
 def test_user_made_fused_blocks_are_left_alone():

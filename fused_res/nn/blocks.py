@@ -8,6 +8,7 @@ are nothing but convolutions and BatchNorms, else with one op per normalisation.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -96,6 +97,7 @@ class BlockPlan(NamedTuple):
     bypassed: the children whose ``forward`` the fused block does not call, as they were when the
         plan was made; the block itself (name "") among them.
     frozen: whether it has norms of constants, which promote what is not of their dtype.
+    into: what the add is written into, whose dtype and shape stay: ``branch`` or ``shortcut``.
     """
 
     branch: tuple[Stage, ...]
@@ -104,6 +106,7 @@ class BlockPlan(NamedTuple):
     relu: bool
     bypassed: tuple[Bypassed, ...]
     frozen: bool = False
+    into: str = ""
 
 
 class Bypassed(NamedTuple):
@@ -182,11 +185,14 @@ def norm_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> Norm:
         if bn.momentum is None:  # cumulative average
             momentum = 1.0 / float(bn.num_batches_tracked)
     tracked = not bn.training or bn.track_running_stats
+    bias = bn.bias
+    if bias is None and bn.weight is not None:  # BatchNorm2d(..., bias=False)
+        bias = torch.zeros_like(bn.weight, requires_grad=False)
     return Norm(
         bn.running_mean if tracked else None,
         bn.running_var if tracked else None,
         bn.weight,
-        bn.bias,
+        bias,
         bn.training or (bn.running_mean is None and bn.running_var is None),
         momentum,
         bn.eps,
@@ -213,6 +219,8 @@ def _normalise(
         act = "relu" if stage.relu else "none"
     if stage.norm is None:
         return F.relu(x) if act == "relu" else x
+    if x.dim() != 4:  # before a batch is counted
+        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
     bn, second = child(block, stage.norm), None
     group = group_of(bn)
     if shortcut is not None and shortcut.norm is not None:
@@ -256,6 +264,8 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
     for size in (conv.stride, conv.padding, conv.dilation):
         if type(size) is not tuple or len(size) != 2:
             return None
+    if (affine["weight"] is None) != (affine["bias"] is None):
+        return None
     training = uses_batch(bn)
     norm = Norm(
         state["running_mean"],
@@ -281,7 +291,7 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
 
 
 def _run_whole(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor | None:
-    """``block.forward(x)`` in one op; None where it must be run stage by stage."""
+    """``run_block(block, plan, x)`` in one op; None where it must be run stage by stage."""
     if torch.compiler.is_compiling() or plan.skip == "concat":
         return None
     stages = []
@@ -445,7 +455,7 @@ def _run_inference(
     """``run_block`` with one op per convolution; None where it is not for inference."""
     if x.dim() != 4 or plan.branch[-1].conv is None:
         return None
-    if added is not None and not isinstance(added, Tensor):
+    if added is not None and (not isinstance(added, Tensor) or added.dtype != x.dtype):
         return None
     grads = torch.is_grad_enabled()
     fast = not grads and not torch.compiler.is_compiling() and x.is_cpu and not under_modes(x)
@@ -545,7 +555,10 @@ def run_block(
     if last.norm is None or not fits:  # nothing to fuse the add into, or PyTorch's promotion rules
         if shortcut is not None:
             residual = _normalise(block, shortcut, residual)
-        out = _normalise(block, last, out) + residual
+        out = _normalise(block, last, out)
+        if plan.into == "shortcut":
+            out, residual = residual, out
+        out = operator.iadd(out, residual) if plan.into else out + residual
         return F.relu(out) if plan.relu else out
     return _normalise(block, last, out, residual, shortcut, act)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import DTYPES, choose, is_auto
+from ..backends import DTYPES, choose, is_auto, say
 from ..reference import ACTS, Act, Norm
 from . import library
 
@@ -443,7 +443,7 @@ def _wants_grad(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad
 
 
-# In training on a CPU, forward and backward in channels_last, of a BatchNorm that nothing follows:
+# In training on a CPU, forward and backward in float32, channels_last, of a bare BatchNorm:
 # 0.80 to 1.08 times as fast as PyTorch's with 256 and 512 channels, 1.05 to 1.36 with 32 and 64.
 BARE_CHANNELS = 128
 
@@ -453,6 +453,7 @@ def _is_better_bare(x: Tensor, norm: Norm) -> bool:
     return (
         norm.training
         and x.is_cpu
+        and x.dtype == torch.float32
         and x.dim() == 4
         and x.size(1) > BARE_CHANNELS
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -465,6 +466,7 @@ def _run(x, norm, residual, residual_norm, act, backend):
     may_choose = is_auto(backend)
     backend = choose("bn_act", backend, x, residual, weight, bias)
     if may_choose and act == "none" and residual is None and _is_better_bare(x, norm):
+        say(f"bn_act of a bare norm of {x.size(1)} channels runs eager: measured, on a CPU")
         backend = "eager"
     if backend == "eager" or x.numel() == 0:
         _check(x, norm, residual, residual_norm, act)

@@ -161,7 +161,7 @@ def _takes(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut) -> bool:
                 )
             ),
         )
-        kinds = (x.dtype, torch.float32)
+        kinds = (x.dtype, x.dtype if x.dtype == torch.float64 else torch.float32)
         fits = all(
             t is None
             or (t.shape == image[:1] and t.device == x.device and t.dtype in kinds)
@@ -265,11 +265,21 @@ def _differentiable_bwd(call, x, parameters, wanted, dy):
     return [next(grads) if flag else None for flag in wanted]
 
 
+def _reads_x(call: _Call, wanted: tuple[bool, ...]) -> bool:
+    """Whether the backward pass reads the values of x; ``wanted``: of the parameters."""
+    stages = len(call.numbers) // 2
+    again = call.recompute and stages == 1 + (call.shortcut == PROJECTION)
+    of_shortcut = call.shortcut == PROJECTION and wanted[PARAMETERS * (stages - 1)]
+    return wanted[0] or of_shortcut or again
+
+
 class _ResBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, x, *parameters):
         y, *saved = _run(x, parameters, call, True)
-        ctx.save_for_backward(x, *parameters, *saved)
+        # As in PyTorch x may be overwritten where its values are in no gradient.
+        ctx.x = None if _reads_x(call, ctx.needs_input_grad[2:]) else (x.detach(), x._version)
+        ctx.save_for_backward(None if ctx.x else x, *parameters, *saved)
         ctx.call = call
         ctx.layouts = [is_nchw(t) for t in saved[: len(call.numbers) // 2 - call.recompute]]
         return y
@@ -281,7 +291,14 @@ class _ResBlock(torch.autograd.Function):
         parameters, saved = rest[:count], rest[count:]
         wants_x, *wants = ctx.needs_input_grad[1:]
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # grad(is_grads_batched=True)
-        if batched or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        differentiable = batched or torch.is_grad_enabled()
+        differentiable = differentiable or torch._C._are_functorch_transforms_active()
+        if ctx.x:
+            x, version = ctx.x
+            if differentiable and x._version != version:
+                raise RuntimeError("a block's input has been modified by an inplace operation, and "
+                                   "is needed for a second derivative")  # fmt: skip
+        if differentiable:
             return None, *_differentiable_bwd(call, x, parameters, (wants_x, *wants), dy)
 
         for i, nchw in enumerate(ctx.layouts):
@@ -421,6 +438,9 @@ def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor
         dtype = torch.get_autocast_dtype(x.device.type)
         if shortcut is None and x.dtype != dtype:
             return None  # to PyTorch's promotion rules: the convolutions' output is of another type
+        stages = (*branch, shortcut) if shortcut else branch
+        if any(stage.weight.dtype == torch.float64 for stage in stages):
+            return None  # which autocast leaves as they are
         x, branch, shortcut = _autocast(x, branch, shortcut, dtype)
     plan = None
     if name == "triton":
