@@ -61,7 +61,7 @@ wheel: $(VENV)/.made
 docs: $(VENV)/.tests
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-# Every ResNet-like model of torchvision, timm and transformers: an hour of one core.
+# Every ResNet-like model of torchvision, timm and transformers: an hour and a half of one core.
 coverage: $(VENV)/.tests
 	$(PY) benchmarks/coverage_table.py --write benchmarks/coverage.md
 

@@ -31,7 +31,6 @@ COMPILE_SLACK = 32.0
 OUR_SLACK = 1.5
 # or, for inference in float32, this relative RMS error in each convolution: Winograd's F(4x4, 3x3)
 WINOGRAD_BOUND = 5e-6
-DEPTHS = {"single": 1, "basic": 2, "bottleneck": 3}  # convolutions of a branch
 # cuDNN's fused calls want BatchNorm in the weights, which 16 bits round twice. Pooling averages out
 # what each pixel's rounding does, and not that: of 12 nets' logits the error was 1.0 to 1.9 times
 # eager's. `auto` does not take them for 16 bits.
@@ -199,6 +198,14 @@ class _Nets:
         return partial(NetProgram, swap=partial(folded, dtype=dtype), autocast=None)
 
 
+def winograd_bound(workload: Workload) -> float:
+    """What a result of inference may be off by, whatever PyTorch's is; 0 where Winograd is not."""
+    if workload.training or workload.dtype != torch.float32:
+        return 0.0
+    convolutions = sum(kernel.flops > 0 for kernel in roofline.kernels(workload))
+    return WINOGRAD_BOUND * convolutions**0.5
+
+
 def _inference(workload: Workload, device: str, modes: dict[str, dict], gpu: bool) -> list[Rival]:
     seconds = NETS[workload.net].compile_s * 0.6 if workload.net else 20.0
     found = {}
@@ -210,10 +217,7 @@ def _inference(workload: Workload, device: str, modes: dict[str, dict], gpu: boo
     rival("eager", 1.0, inference.eager, core=True)
     if not gpu:
         rival("eager", 1.0, inference.eager, "NCHW")
-    bound = 0.0
-    if workload.dtype == torch.float32:
-        convolutions = sum(kernel.flops > 0 for kernel in roofline.kernels(workload))
-        bound = WINOGRAD_BOUND * convolutions**0.5
+    bound = winograd_bound(workload)
     rival("fused_res-optimized", OUR_SLACK, inference.optimized, core=True, bound=bound)
     if workload.suite == "chains" and not gpu:
         frozen = partial(inference.optimized, freeze=True)
@@ -298,9 +302,7 @@ def rivals(
         backends = ["auto"]  # which leaves some norms to PyTorch
     folds = workload.net and not workload.training and workload.dtype != torch.float32
     slack = {b: FOLDED_SLACK if folds and b == "cuda" else OUR_SLACK for b in backends}
-    bound = 0.0
-    if workload.suite == "parts" and not workload.training and workload.dtype == torch.float32:
-        bound = WINOGRAD_BOUND * DEPTHS[workload.kind] ** 0.5
+    bound = winograd_bound(workload) if workload.suite == "parts" else 0.0
     ours = [
         Rival(f"fused_res-{b}", layout, slack[b], builds.ours(b), bound=bound) for b in backends
     ]
