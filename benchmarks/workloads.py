@@ -478,7 +478,7 @@ def suites(gpu: bool, quick: bool) -> dict[str, list[Workload]]:
 # --- bytes
 
 
-def _convolutions(workload: Workload) -> list[tuple[int, int, int, int, int]]:
+def convolutions(workload: Workload) -> list[tuple[int, int, int, int, int]]:
     """(channels in, channels out, size, pixels read, pixels written) of the branch's."""
     n, c, h, w = workload.shape
     out, inner, before = workload.channels_out, workload.width or c, n * h * w
@@ -509,7 +509,7 @@ def ideal_bytes(workload: Workload) -> dict[str, int]:
     backward = 6 * size + 2 * mask  # dy, x, mask; dy, x, mask -> dx, dresidual
     evaluated = 3 * size  # x, residual -> y
     if workload.suite == "blocks":
-        branch = _convolutions(workload)
+        branch = convolutions(workload)
         convs = list(branch)
         if workload.kind == "single":
             backward -= size  # the ReLU comes before the add: dresidual is dy

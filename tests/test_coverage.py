@@ -35,6 +35,8 @@ def test_a_model():
     assert (row["blocks"], row["whole"], row["partly"], row["skipped"]) == (2, 1, 1, 0)
     assert (row["norms"], row["fused_norms"], row["adds_left"]) == (4, 4, 0)
     assert coverage_table.matches(row) and coverage_table.covered(row)
+    for wrong in ({"differs": True}, {"ratio": 1.6}, {"same_state": False}):
+        assert not coverage_table.matches(row | wrong)
     rows = [{"library": "timm", "model": "mine", **row}]
     text = coverage_table.table(rows)
     assert (

@@ -56,13 +56,14 @@ def second_overwritten(self, x):
     """By a module that writes into another input than its first, between two stages."""
     h = x * 1
     y = self.act(self.bn1(self.conv1(h)))
-    return self.bn2(self.conv2(y)) * 2 + self.into(self.conv2(x), h)
+    other = self.into(self.conv3(x), h)
+    return self.bn2(self.conv2(y)) * 2 + other
 
 
 def out_overwritten(self, x):
     h = x * 1
     y = self.act(self.bn1(self.conv1(h)))
-    torch.sigmoid(self.conv2(x), out=h)
+    torch.sigmoid(self.conv3(x), out=h)
     return self.bn2(self.conv2(y)) * 2 + h
 
 
@@ -78,7 +79,9 @@ def out_overwritten(self, x):
     ],
 )
 def test_what_is_overwritten(forward, train):
-    theirs = randomise(variant(forward, into=IntoTheSecond)()).train(train)
+    theirs = randomise(
+        variant(forward, into=IntoTheSecond, conv3=partial(nn.Conv2d, 6, 6, 1))()
+    ).train(train)
     ours = copy.deepcopy(theirs)
     assert len(fuse_(ours).partly) == 1
     x = image()

@@ -609,6 +609,7 @@ def test_an_error_changes_what_it_does_in_pytorch(case):
             m.double()
     elif case == "double weight under autocast":
         theirs.conv2.double()
+        x = x.bfloat16()
     else:
         x = x[0]
     ours = copy.deepcopy(theirs)
