@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from datetime import timedelta
 from typing import NamedTuple
@@ -355,4 +356,4 @@ def main(rank: int, folder: str) -> None:
                      hooked, second_derivatives, ddp, compiled):  # fmt: skip
         found[scenario.__name__] = scenario(rank)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    os._exit(0)  # Python's shutdown may race with gloo's threads: pytorch#117762

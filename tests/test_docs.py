@@ -91,7 +91,9 @@ def start(words, page, folder, monkeypatch):
         assert args.training_script == "fused_res"
         return parse(args.training_script_args, monkeypatch)
     files = {b.file: b.code for b in blocks(page) if b.file}
-    (folder / args.training_script).write_text(files[args.training_script])
+    # Python's shutdown may race with gloo's threads: pytorch#117762
+    leave = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
+    (folder / args.training_script).write_text(files[args.training_script] + leave)
     process = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words],
         cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,

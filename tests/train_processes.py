@@ -111,6 +111,11 @@ def sharded(name: str) -> dict[str, list]:
 
 def main(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
+    os.environ |= {  # as torchrun does
+        "TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    assert cli.main([*RUN, "--out", f"{folder}/whole"]) == 0
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
@@ -127,9 +132,4 @@ def main(rank: int, folder: str, port: int) -> None:
         "sharded": {name: sharded(name) for name in FUSED},
     }
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-    os.environ |= {  # as torchrun does
-        "TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    assert cli.main([*RUN, "--out", f"{folder}/whole"]) == 0
+    os._exit(0)  # Python's shutdown may race with gloo's threads: pytorch#117762

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now: imported later, by DDP, it would hold the process group
 from torch import Tensor, nn
 
 from ..cli import UsageError
