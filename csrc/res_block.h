@@ -61,7 +61,7 @@ struct BlockStage {
     };
     return of_channels(weight) && of_channels(bias) && of_channels(running_mean) &&
            of_channels(running_var) && weight.has_value() == bias.has_value() &&
-           (!training || x.size(0) * image[1] * image[2] > 1);
+           (training ? eps > 0 && x.size(0) * image[1] * image[2] > 1 : eps >= 0);
   }
 
   static constexpr int64_t kNoPadding[2] = {};

@@ -260,6 +260,25 @@ def test_shapes_that_broadcast_follow_pytorch():
     assert block.bn1.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("no_grad", [False, True])
+def test_eps_is_what_pytorch_takes(dtype, no_grad):
+    block = FusedResBlock(8, 8, backend="cpu").to(dtype)
+    twin = reference.ResBlock(8, 8).to(dtype)
+    twin.load_state_dict(block.state_dict())
+    x = torch.randn(2, 8, 5, 5, dtype=dtype)
+    for eps, training in ((0.0, True), (-1.0, True), (-1.0, False)):
+        for net in (block, twin):
+            net.train(training).bn2.eps = eps
+            with torch.set_grad_enabled(not no_grad), pytest.raises(ValueError, match="eps.* must"):
+                net(x)
+    for net in (block, twin):
+        net.eval().bn2.eps = 0.0
+    with torch.set_grad_enabled(not no_grad):
+        agree = {"rtol": 0.05, "atol": 0.05} if dtype != torch.float32 else {}
+        torch.testing.assert_close(block(x), twin(x), **agree)
+
+
 def test_errors_are_pytorchs_and_nothing_is_done():
     block = FusedResBlock(8, 8, backend="cpu")
     state = {k: v.clone() for k, v in block.state_dict().items()}

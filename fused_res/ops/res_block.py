@@ -167,8 +167,9 @@ def _takes(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut) -> bool:
             or (t.shape == image[:1] and t.device == x.device and t.dtype in kinds)
             for t in channels
         ) and (norm.weight is None) == (norm.bias is None)  # fmt: skip
-        many = not norm.training or len(x) * image[1] * image[2] > 1
-        return image if fits and many and min(image) > 0 else None
+        if norm.training:
+            fits = fits and norm.eps > 0 and len(x) * image[1] * image[2] > 1
+        return image if fits and norm.eps >= 0 and min(image) > 0 else None
 
     image = tuple(x.shape[1:])
     for stage in branch:
