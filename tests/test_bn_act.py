@@ -53,6 +53,15 @@ def test_real_sizes(shape, layout):
         assert_rule([Case(shape, torch.float32, layout, "relu", "norm", training)])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(4, 600, 9, 7), (2, 2057, 8, 8), (2, 2057, 17, 17)])
+def test_more_channels_than_are_summed_at_a_time(shape, isa):
+    """In a cache, and (the last) from memory, where rows are read in another order."""
+    with instruction_set(isa):
+        for kind in ("none", "norm"):
+            assert_rule([Case(shape, torch.float32, "channels_last", "relu", kind, True)])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["none", "tensor", "norm"])
 def test_float64(layout, kind):  # there is no finer reference: PyTorch's own result, to rounding
