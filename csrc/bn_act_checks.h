@@ -39,7 +39,7 @@ inline void check_norm(const char* prefix, const BatchNorm& bn, const Tensor& x)
   STD_TORCH_CHECK(!bn.training || x.numel() > x.size(1),
                   "expected more than 1 value per channel when training");
   STD_TORCH_CHECK(!(bn.eps < 0 || (bn.training && bn.eps == 0)), prefix,
-                  "eps must be positive during training, and not negative else, got ", bn.eps);
+                  "eps must be positive during training, non-negative otherwise, got ", bn.eps);
 }
 
 inline void check_like(const char* name, const Tensor& t, const Tensor& x) {

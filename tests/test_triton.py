@@ -219,6 +219,8 @@ def test_errors_come_before_anything_is_done():
         bn_act(x, rm, rv, training=True, residual=x[:1], backend="triton")
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         bn_act(x[:1, :, :1, :1], rm, rv, training=True, backend="triton")
+    with pytest.raises(ValueError, match="eps=0.0 must be positive during training"):
+        bn_act(x, rm, rv, training=True, eps=0.0, backend="triton")
     with pytest.raises(TypeError, match="got torch.float64"):
         call(x.double(), None, affine=False, running=False)
     _, mask, stats, *_ = call(x, None)

@@ -253,6 +253,14 @@ def test_frozen_batchnorms(frozen):
     assert_rule(cases, "none")
 
 
+def test_eps_is_what_pytorch_takes():
+    block = FusedResBlock(16, 16, backend="triton").to(memory_format=CHANNELS_LAST)
+    x = torch.randn(2, 16, 4, 3).contiguous(memory_format=CHANNELS_LAST)
+    block.bn2.eps = 0.0
+    with pytest.raises(ValueError, match="eps=0.0 must be positive during training"):
+        block(x)
+
+
 def test_batchnorms_without_weights(launched):
     case = draw("bottleneck", act="none")
     case.branch = [s._replace(norm=s.norm._replace(weight=None, bias=None)) for s in case.branch]
