@@ -8,7 +8,9 @@ import operator
 import pickle
 import random
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from .nn.blocks import child, is_norm, is_norm_act
+from .run.guards import Unknowable, describe
+from .run.reads import Reads, Recorder, recording
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -67,9 +71,26 @@ class Tracer(fx.Tracer):
 
     def __init__(self, opaque: Collection[str] = ()) -> None:
         super().__init__()
-        self._opaque = opaque
+        self.opaque = frozenset(opaque)
         self.autocast = torch.is_autocast_enabled("cpu")
         self.modes_changed = False
+        self.made = 0  # nodes
+        self._thread = threading.get_ident()
+
+    def is_elsewhere(self) -> bool:
+        """Whether another thread runs a model meanwhile: torch.fx traces by functions that it puts
+        in place of all modules'."""
+        return threading.get_ident() != self._thread
+
+    def call_module(self, m, forward, args, kwargs):
+        if self.is_elsewhere():
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        if self.is_elsewhere():
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -77,12 +98,13 @@ class Tracer(fx.Tracer):
     def create_node(self, *args, **kwargs) -> fx.Node:
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
         self.modes_changed |= modes != (True, self.autocast)
+        self.made += 1
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, (nn.Conv2d, _NormBase)) or is_norm(module):
             return True
-        if parametrize.is_parametrized(module) or qualified_name in self._opaque:
+        if parametrize.is_parametrized(module) or qualified_name in self.opaque:
             return True
         return not any(True for _ in module.children())
 
@@ -131,7 +153,7 @@ def _seen(tracer: Tracer) -> Iterator[None]:
 
     def telling(original: Callable) -> Callable:
         def enter(self):
-            tracer.modes_changed = True
+            tracer.modes_changed |= not tracer.is_elsewhere()
             return original(self)
 
         return enter
@@ -175,28 +197,78 @@ def _is_quiet(module: nn.Module | None) -> bool:
     return (type(module).__module__, type(module).__name__) in _QUIET
 
 
+_one_at_a_time = threading.RLock()  # for what torch.fx and this module change while they trace
+
+
+def _copied(block: nn.Module) -> nn.Module:
+    """A deep copy, but for attributes that cannot be copied (a process group, a lock)."""
+    try:
+        return copy.deepcopy(block)
+    except Exception:
+        memo = {}
+        for value in (v for m in block.modules() for v in m.__dict__.values()):
+            try:
+                copy.deepcopy(value)
+            except Exception:
+                memo[id(value)] = value
+        for own in (m.__dict__ for m in block.modules()):  # PyTorch's own dictionaries are copied
+            for name in _OF_EVERY_MODULE:
+                memo.pop(id(own.get(name)), None)
+        return copy.deepcopy(block, memo)
+
+
+class Trace(NamedTuple):
+    """A forward's graph, what else it read, and why these do not tell its value, if so."""
+
+    graph: fx.Graph
+    reads: Reads
+    refused: str | None = None
+
+    def seen(self) -> Trace:
+        """
+        Raises:
+            Unfusable: the forward's value cannot be known from its graph and reads.
+        """
+        if self.refused is not None:
+            raise Unfusable(self.refused)
+        return self
+
+
 def trace(
-    block: nn.Module, training: bool, tracer: Tracer | None = None, inputs: int | None = None
-) -> fx.Graph:
+    block: nn.Module,
+    training: bool,
+    tracer: Tracer | None = None,
+    inputs: int | None = None,
+    known: Reads | None = None,
+) -> Trace:
     """The graph of the block's forward in one mode, traced on a copy: a forward may write state.
 
     Args:
         inputs: how many the forward is given, if it takes ``*inputs``.
+        known: what it read before, which it must not change.
 
     Raises:
         Untraceable: the forward does something that a trace does not show.
     """
-    block = copy.deepcopy(block)
+    with _one_at_a_time:
+        return _trace(_copied(block), training, tracer or Tracer(), inputs, known or Reads())
+
+
+def _trace(
+    block: nn.Module, training: bool, tracer: Tracer, inputs: int | None, known: Reads
+) -> Trace:
     for m in block.modules():  # attributes, not train(): models override that (to freeze a norm)
         m.training = training
-    tracer, before = tracer or Tracer(), _state(block)
     if _asks_for_tensors(block, tracer):
         raise Untraceable("its forward asks whether something is a tensor")
+    before, read = _state(block), _described(block, known, tracer)
+    recorder = Recorder(block, lambda: tracer.made)
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), _seen(tracer):
         drawn, numpy = _drawn(), sys.modules.get("numpy.random")
         numbers = numpy and numpy.get_state()
         try:
-            graph = tracer.trace(block, inputs and (fx.PH,) * inputs)
+            with recording(recorder):
+                graph = tracer.trace(block, inputs and (fx.PH,) * inputs)
             same = drawn == _drawn()
         finally:
             random.setstate(drawn[1])
@@ -210,11 +282,21 @@ def trace(
     into = {n for node in graph.nodes if nodes.writes(node) for n in node.all_input_nodes[:1]}
     if _state(block) != before or any(n.op == "get_attr" for n in into):
         raise Untraceable("its forward writes to the module")
+    refused = recorder.refused
+    if refused is None and _described(block, known, tracer) != read:
+        refused = "its forward changes what it reads"
     for node in list(graph.nodes):
         if node.op == "call_module" and does_nothing(child(block, node.target)):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    return graph
+    return Trace(graph, recorder.reads(), refused)
+
+
+def _described(block: nn.Module, reads: Reads, tracer: Tracer) -> tuple:
+    try:
+        return describe(block, reads, tracer.opaque)
+    except Unknowable as reason:  # which is said where it is recorded
+        return (str(reason),)
 
 
 class Nodes:

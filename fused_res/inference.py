@@ -205,6 +205,11 @@ class OptimizedModel(nn.Module):
         finally:
             self._forget()
 
+    @staticmethod
+    def serving(model_class: type[nn.Module]) -> type[OptimizedModel]:
+        """The class of a served model of a class."""
+        return _optimized_class(model_class)
+
     def __reduce_ex__(self, protocol):
         # the class is made at run time, so copies and pickles name what it is made from
         cls, fused = type(self).model_class, None

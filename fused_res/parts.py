@@ -7,15 +7,15 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from torch import fx, nn
+from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
 from .graphs import Nodes
-from .nn.blocks import BlockPlan, Bypassed, Stage, has_frozen, is_norm
+from .nn.blocks import BlockPlan, Stage, has_frozen, is_norm
 from .nn.parts import PartsPlan, Program
 from .ops.res_block import MOST_STAGES
 
 IN_PLACE_ADDS = (operator.iadd, "add_")
-_TORCH_CONSTANTS = ("inf", "nan", "device")  # as fx names them
 
 
 class _Part(NamedTuple):
@@ -40,11 +40,6 @@ class _Part(NamedTuple):
     def inputs(self) -> tuple[fx.Node, ...]:
         return (self.x,) if self.residual in (None, self.x) else (self.x, self.residual)
 
-    @property
-    def convs(self) -> set[str]:
-        pairs = *self.before, (self.conv, self.norm), self.shortcut or (None, None)
-        return {conv.target for conv, _ in pairs if conv is not None}
-
     def plan(self) -> BlockPlan:
         conv = None if self.conv is None else self.conv.target
         adds = self.residual is not None
@@ -53,7 +48,7 @@ class _Part(NamedTuple):
         shortcut = None if self.shortcut is None else Stage(*(n.target for n in self.shortcut))
         relu = self.relu_after or (self.relu and not adds)
         skip = "add" if adds else "none"
-        return BlockPlan(tuple(stages), shortcut, skip, relu, (), into=self.into)
+        return BlockPlan(tuple(stages), shortcut, skip, relu, into=self.into)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -147,7 +142,7 @@ def _with_add(nodes: Nodes, add: fx.Node, ends: dict[fx.Node, _Part]) -> _Part |
 
 
 def _work(nodes: Nodes, part: _Part) -> int:
-    return 0 if part.conv is None else nodes.module(part.conv).kernel_size[0]
+    return 0 if part.conv is None else _pair(nodes.module(part.conv).kernel_size)[0]
 
 
 def _find(nodes: Nodes) -> list[_Part]:
@@ -184,24 +179,6 @@ def _join(nodes: Nodes, part: _Part, ends: dict[fx.Node, _Part]) -> None:
         ends[part.nodes[-1]] = longer
 
 
-def _names(values: dict[str, object], used: set[str]) -> tuple[tuple[str, str, str], ...] | None:
-    """Globals of a program by where they are imported from; None where one cannot be."""
-    names = []
-    for name, value in values.items():
-        if name not in used:
-            continue
-        if name in _TORCH_CONSTANTS:
-            names.append((name, "torch", name))
-        elif type(value).__name__ == "module":
-            names.append((name, value.__name__, ""))
-        else:
-            path = getattr(value, "__module__", None), getattr(value, "__qualname__", "<")
-            if path[0] is None or "<" in path[1]:
-                return None
-            names.append((name, *path))
-    return tuple(names)
-
-
 def _is_on(block: nn.Module, path: str) -> bool:
     try:
         attrgetter(path)(block)
@@ -210,26 +187,16 @@ def _is_on(block: nn.Module, path: str) -> bool:
     return True
 
 
-class _Written(NamedTuple):
-    """A program, and the names of the children that it calls and that its parts do not call."""
-
-    program: Program
-    calls: set[str]
-    folded: set[str]
-
-
-def _program(nodes: Nodes, prefix: str) -> _Written | None:
+def _program(nodes: Nodes, prefix: str) -> Program | None:
     """The graph, which is changed, as a program; None where it has no part to fuse or cannot be
     written as source."""
     parts = _find(nodes)
     graph = nodes.graph
     fused: dict[fx.Node, fx.Node] = {}
-    fused_names = []
     for i, part in enumerate(parts):
         last = part.nodes[-1]
         with graph.inserting_before(last):
             call = graph.call_module(f"{prefix}{i}", tuple(fused.get(n, n) for n in part.inputs))
-        fused_names.append(call.target)
         last.replace_all_uses_with(call)
         fused[last] = call
     gone = {node for part in parts for node in part.nodes}
@@ -241,24 +208,9 @@ def _program(nodes: Nodes, prefix: str) -> _Written | None:
     code = graph.python_code("self")
     found = compile(code.src, "", "exec")
     (body,) = (c for c in found.co_consts if hasattr(c, "co_names"))
-    names = _names(code.globals, {*found.co_names, *body.co_names})
-    if names is None:
-        return None
-    convs = set().union(*(part.convs for part in parts))
-    folded = {n.target for n in gone if n.op == "call_module"} - convs
-    calls = {n.target for n in graph.find_nodes(op="call_module")} - set(fused_names) | convs
-    return _Written(Program(code.src, names, tuple(p.plan() for p in parts)), calls, folded)
-
-
-def _bypassed(block: nn.Module, called: set[str]) -> tuple[Bypassed, ...]:
-    def is_called(name: str) -> bool:
-        return any(name == c or name.startswith(c + ".") for c in called)
-
-    return tuple(
-        Bypassed(name, type(module) if name else None, len(module._modules))
-        for name, module in block.named_modules()
-        if not is_called(name)
-    )
+    used = {*found.co_names, *body.co_names}
+    names = tuple((name, value) for name, value in code.globals.items() if name in used)
+    return Program(code.src, names, tuple(p.plan() for p in parts))
 
 
 def parts_plan(
@@ -279,14 +231,7 @@ def parts_plan(
     usual = _program(nodes, "_part_")
     if usual is None:
         return None
-    folded = usual.folded | set(quieted)
     if isinstance(quiet, Nodes):
         quiet = _program(quiet, "_quiet_part_")
-        folded |= set() if quiet is None else quiet.folded
-        quiet = quiet and quiet.program
-    elif quiet is not None:
-        folded |= {child.name for child in quiet.bypassed}
-    bypassed = _bypassed(nodes.block, usual.calls - folded)
     frozen = has_frozen(nodes.block)
-    calls = tuple(sorted(usual.calls))
-    return PartsPlan(usual.program, quiet, quieted, len(inputs), calls, bypassed, reason, frozen)
+    return PartsPlan(usual, quiet, quieted, len(inputs), reason, frozen)

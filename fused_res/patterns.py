@@ -9,12 +9,14 @@ from collections.abc import Collection
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
 from .graphs import Nodes, Tracer, Unfusable, Untraceable, in_words, trace
-from .nn.blocks import BlockPlan, Stage, bypassed_children, has_frozen, has_hooks, is_norm
+from .nn.blocks import BlockPlan, Stage, has_frozen, is_norm
 from .nn.parts import PartsPlan
 from .parts import IN_PLACE_ADDS, parts_plan
+from .run.guards import Record, Unknowable, has_hooks
 
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 
@@ -118,7 +120,7 @@ def _parse(nodes: Nodes) -> BlockPlan:
 
         def weight(chain: list[fx.Node]) -> tuple[int, int]:
             convs = [m for m in map(nodes.module, chain) if isinstance(m, nn.Conv2d)]
-            return len(convs), sum(m.kernel_size[0] for m in convs)
+            return len(convs), sum(_pair(m.kernel_size)[0] for m in convs)
 
         branch_chain, shortcut_chain = sorted(chains, key=weight, reverse=True)
     _refuse_others(nodes, {x, end, output, *output.all_input_nodes, *chains[0], *chains[1]})
@@ -136,9 +138,8 @@ def _parse(nodes: Nodes) -> BlockPlan:
     if not any(stage.norm for stage in branch):
         raise Unfusable("it has no normalisation, which is what is fused")
     end_of_shortcut = shortcut[0] if shortcut else None
-    bypassed = bypassed_children(nodes.block, branch, end_of_shortcut)
     frozen = has_frozen(nodes.block)
-    return BlockPlan(tuple(branch), end_of_shortcut, skip, relu, bypassed, frozen, into)
+    return BlockPlan(tuple(branch), end_of_shortcut, skip, relu, frozen, into)
 
 
 def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | PartsPlan | None:
@@ -155,7 +156,13 @@ def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | Parts
         Unfusable: it is a residual block of which nothing can be fused.
     """
     try:
-        graph, in_eval = (trace(block, mode, Tracer(opaque)) for mode in (True, False))
+        training = trace(block, True, Tracer(opaque))
+        in_eval = trace(block, False, Tracer(opaque), known=training.reads)
+        reads = training.reads | in_eval.reads
+        if not training.reads.covers(
+            in_eval.reads
+        ):  # whatever it reads in a mode, it must not change
+            in_eval = trace(block, False, Tracer(opaque), known=reads)
     except Unfusable:
         raise
     except Exception as error:
@@ -163,20 +170,25 @@ def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | Parts
         if sum(isinstance(m, nn.Conv2d) for m in block.modules()) < 2:
             return None
         raise Untraceable(f"torch.fx cannot trace it: {in_words(error)}") from error
-    nodes = Nodes(block, graph)
+    nodes = Nodes(block, training.graph)
     if not nodes.look_residual():
         return None
-    if str(graph) != str(in_eval):
+    training.seen(), in_eval.seen()
+    if str(training.graph) != str(in_eval.graph):
         raise Unfusable("its forward differs between training and eval mode")
     _refuse_hooks(block)
+    try:
+        record = Record(block, reads, frozenset(opaque))
+    except Unknowable as reason:
+        raise Unfusable(str(reason)) from None
     nodes.split_norms()
     try:
-        return _parse(nodes)
+        plan = _parse(nodes)
     except Unfusable as reason:
-        plan = _in_parts(nodes, Nodes(block, in_eval), str(reason))
+        plan = _in_parts(nodes, Nodes(block, in_eval.graph), str(reason))
         if plan is None:
             raise
-        return plan
+    return plan._replace(record=record)
 
 
 def _in_parts(nodes: Nodes, in_eval: Nodes, reason: str) -> PartsPlan | None:
@@ -194,3 +206,5 @@ def _refuse_hooks(block: nn.Module) -> None:
     for name, module in block.named_modules():
         if name and has_hooks(module):
             raise Unfusable(f"hooks on {name}")
+        if name and "forward" in module.__dict__:
+            raise Unfusable(f"a forward of its own on {name}")

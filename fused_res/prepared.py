@@ -19,11 +19,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import choices
 from .folds import stamp
-from .nn.blocks import MOST_SIZES, FusedForward, child, has_hooks, prepared_block
+from .nn.blocks import MOST_SIZES, FusedForward, child, prepared_block, runs_plan
 from .nn.chains import FusedSequential, chain_of, linked, links, unique
 from .nn.conv_norm import conv_norm_relu, prepared_conv
-from .nn.watch import HOOKS, Watch
 from .ops.conv_bn_act import under_modes
+from .run.guards import HOOKS, Watch, has_hooks
 from .tracing import function
 
 Step = Callable[[Tensor], Tensor]
@@ -48,8 +48,7 @@ class _Block(NamedTuple):
 
     def find(self, model: nn.Module, x: Tensor) -> _Found | None:
         block = child(model, self.path)
-        own = type(block).forward is not FusedForward.forward
-        if own or any(map(has_hooks, block.modules())):
+        if not runs_plan(block) or any(map(has_hooks, block.modules())):
             return None
         kept = prepared_block(block, x)
         if kept is None:

@@ -3,22 +3,23 @@ back."""
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from .graphs import Unfusable, Untraceable
-from .nn.blocks import BlockPlan, FusedForward, is_norm
+from .graphs import Unfusable, Untraceable, in_words
+from .nn.blocks import BlockPlan, FusedForward, Unplanned, is_norm, with_signature_of
 from .nn.chains import FusedSequential, has_chain, unchain
 from .nn.parts import FusedParts, PartsPlan, methods
 from .ops.res_block import check_recompute
 from .patterns import plan_of
+from .run.guards import guard_of, kind_of
 
 
 @dataclass
@@ -47,28 +48,44 @@ class FuseReport:
         return "\n".join([*lines, total, *self.advice])
 
 
-@functools.cache
+_classes: WeakValueDictionary[tuple, type[nn.Module]] = WeakValueDictionary()
+
+
 def fused_class(
-    original: type[nn.Module], plan: BlockPlan | PartsPlan, recompute: str | None
+    original: type[nn.Module], plan: BlockPlan | PartsPlan | Unplanned, recompute: str | None
 ) -> type[nn.Module]:
     """The class of a fused block: ``original`` with its forward replaced by ``plan``."""
+    key = original, plan, recompute
+    try:
+        found = _classes.get(key)
+    except TypeError:  # a forward may have constants without a hash
+        return _fused_class(*key)
+    if found is None:
+        found = _classes[key] = _fused_class(*key)
+    return found
+
+
+def _fused_class(
+    original: type[nn.Module], plan: BlockPlan | PartsPlan | Unplanned, recompute: str | None
+) -> type[nn.Module]:
+    mixin = FusedParts if isinstance(plan, PartsPlan) else FusedForward
     body = {
         "plan": plan,
         "recompute": recompute,
         "original": original,
+        "forward": with_signature_of(mixin.forward, original.forward),
         "__module__": original.__module__,
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce_ex,
+        "__setstate__": _set_state,
     }
-    in_parts = isinstance(plan, PartsPlan)
-    if in_parts:
-        body |= methods(plan, original)
-    mixin = FusedParts if in_parts else FusedForward
+    if isinstance(plan, PartsPlan):
+        body |= methods(plan)
     return type(f"Fused{original.__name__}", (mixin, original), body)
 
 
 def _rebuild(
-    original: type[nn.Module], plan: BlockPlan | PartsPlan, recompute: str | None
+    original: type[nn.Module], plan: BlockPlan | PartsPlan | Unplanned, recompute: str | None
 ) -> nn.Module:
     cls = fused_class(original, plan, recompute)
     return cls.__new__(cls)
@@ -79,6 +96,24 @@ def _reduce_ex(self, protocol):
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
     made_from = type(self).original, type(self).plan, type(self).recompute
     return _rebuild, made_from, state
+
+
+def _set_state(self, state):
+    type(self).original.__setstate__(self, state)
+    if isinstance(self.plan, Unplanned):
+        try:
+            plan = plan_of(self, self.plan.opaque)
+        except Unfusable:
+            plan = None
+        put_class(self, plan, self.recompute)
+
+
+def put_class(block: nn.Module, plan: BlockPlan | PartsPlan | None, recompute: str | None) -> None:
+    """Gives a block the class that runs a plan; None: its own."""
+    own = kind_of(block)
+    made = own if plan is None else fused_class(own, plan, recompute)
+    served = type(block).__dict__.get("model_class")
+    block.__class__ = made if served is None else type(block).serving(made)
 
 
 def refuse_wrapped(model: nn.Module, caller: str = "fuse_") -> None:
@@ -116,7 +151,8 @@ def _why_no_subclass(block: nn.Module) -> str | None:
     """A fused block's class is a subclass with attributes of its own."""
     if isinstance(block, fx.GraphModule):  # which writes its forward onto its class
         return "a torch.fx graph: fuse_ before it is traced"
-    own = [attribute for attribute in ATTRIBUTES if hasattr(block, attribute)]
+    fused = isinstance(block, FusedForward)
+    own = [] if fused else [attribute for attribute in ATTRIBUTES if hasattr(block, attribute)]
     return f"it has an attribute {own[0]!r} of its own" if own else None
 
 
@@ -167,7 +203,7 @@ def fuse_(
     refuse_wrapped(model)
     check_recompute(recompute)
     report = FuseReport()
-    plans: list[tuple[nn.Module, BlockPlan | PartsPlan]] = []
+    classes: list[tuple[nn.Module, type[nn.Module]]] = []
     filtered: list[tuple[str, str]] = []
     opaque: dict[str, bool] = {}  # of skipped ones, whether they may be no blocks
     already = False
@@ -178,7 +214,9 @@ def fuse_(
         if id(module) in seen:
             return False
         seen.add(id(module))
-        if isinstance(module, FusedForward):
+        if isinstance(module, FusedForward) and (
+            "original" not in type(module).__dict__ or guard_of(module, module.plan.record).same
+        ):
             already = True
             return True
         inside = [
@@ -204,7 +242,12 @@ def fuse_(
             return False  # what it is in may be a block, of which other parts can be fused
         if plan is None:
             return False
-        reason = _why_no_subclass(module)
+        reason, cls = _why_no_subclass(module), None
+        if reason is None:
+            try:
+                cls = fused_class(kind_of(module), plan, recompute)
+            except Exception as error:  # of its __init_subclass__ or metaclass
+                reason = f"its class cannot have a subclass: {in_words(error)}"
         if reason is not None:
             report.skipped.append((name, reason))
             return False
@@ -217,24 +260,35 @@ def fuse_(
             report.partly.append((name, f"{plan.norms} of {norms} norms; {plan.reason}"))
         else:
             report.fused.append(name)
-        plans.append((module, plan))
+        classes.append((module, cls))
         return True
 
     visit(model, "", set())
     if strict and report.skipped:
         raise ValueError(f"strict=True, but blocks were skipped; nothing was changed:\n{report}")
     report.skipped += filtered
-    if plans and not _is_channels_last(model):
+    if classes and not _is_channels_last(model):
         report.advice.append(CHANNELS_LAST)
     if not dry_run:
-        for module, plan in plans:
-            module.__class__ = fused_class(type(module), plan, recompute)
+        _put_classes(classes)
         for module in model.modules():
             if type(module) is nn.Sequential and has_chain(module):
                 module.__class__ = FusedSequential
-    if not plans and not already:
+    if not classes and not already:
         warnings.warn(f"fuse_ found no residual block to fuse\n{report}", stacklevel=2)
     return report
+
+
+def _put_classes(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+    """All of them, or none."""
+    before = [(module, type(module)) for module, _ in classes]
+    try:
+        for module, cls in classes:
+            module.__class__ = cls
+    except BaseException:
+        for module, cls in before:
+            module.__class__ = cls
+        raise
 
 
 def unfuse_(model: nn.Module) -> list[str]:

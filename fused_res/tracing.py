@@ -8,9 +8,10 @@ import torch
 from torch import fx, nn
 
 from .graphs import Nodes, Tracer, trace
-from .nn.blocks import NORMS, FusedForward, child, has_hooks
+from .nn.blocks import FusedForward, child
 from .nn.chains import links
 from .nn.conv_norm import conv_norm_relu, plain_conv_norm
+from .run.guards import NORMS, has_hooks
 from .surgery import FuseReport
 
 
@@ -50,9 +51,9 @@ def graph_of(model: nn.Module, inputs: int) -> fx.Graph:
         Unfusable: it does something that a trace does not show.
     """
     try:
-        return trace(model, False, _Tracer(enters=True), inputs)
+        return trace(model, False, _Tracer(enters=True), inputs).seen()
     except Exception:  # whatever a forward raises of what is not there
-        return trace(model, False, _Tracer(enters=False), inputs)
+        return trace(model, False, _Tracer(enters=False), inputs).seen()
 
 
 def function(model: nn.Module, graph: fx.Graph) -> Callable:

@@ -8,8 +8,11 @@ are nothing but convolutions and BatchNorms, else with one op per normalisation.
 
 from __future__ import annotations
 
+import functools
 import operator
+import types
 import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -36,10 +39,8 @@ from ..ops.convolutions import Convolutions, joined
 from ..ops.res_block import check_recompute, whole
 from ..ops.sync_bn_act import sync_bn_act
 from ..reference import Act, ConvNorm, Norm
-from .watch import HOOKS
-
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-
+from ..run.guards import HOOKS, NORMS, Record, guard_of, has_hooks, holds_compiled
+from ..run.reads import Reads
 
 _FROZEN = {
     ("torchvision.ops.misc", "FrozenBatchNorm2d"),
@@ -94,69 +95,40 @@ class BlockPlan(NamedTuple):
     shortcut: None for the input itself.
     skip: ``add``, ``concat`` of (input, branch), or ``none``.
     relu: whether a ReLU follows the add.
-    bypassed: the children whose ``forward`` the fused block does not call, as they were when the
-        plan was made; the block itself (name "") among them.
     frozen: whether it has norms of constants, which promote what is not of their dtype.
     into: what the add is written into, whose dtype and shape stay: ``branch`` or ``shortcut``.
+    record: all that the block's forward read when the plan was made; None: of a part.
     """
 
     branch: tuple[Stage, ...]
     shortcut: Stage | None
     skip: str
     relu: bool
-    bypassed: tuple[Bypassed, ...]
     frozen: bool = False
     into: str = ""
+    record: Record | None = None
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return Unplanned, (self.record.opaque,)
 
 
-class Bypassed(NamedTuple):
-    """A child, by dotted name, with its class and how many children it had."""
+class Unplanned(NamedTuple):
+    """What a pickle has in place of a plan: where it is read the code may be another, so the
+    forward is looked at anew."""
 
-    name: str
-    kind: type[nn.Module] | None
-    children: int
-
-
-def bypassed_children(block: nn.Module, branch: list[Stage], shortcut: Stage | None):
-    """What ``run_block`` does not call of ``block``: all but its convolutions and poolings."""
-    stages = [*branch, *([shortcut] if shortcut else [])]
-    called = {name for stage in stages for name in (*stage.before, stage.conv)}
-    return tuple(
-        Bypassed(name, type(module) if name else None, len(module._modules))
-        for name, module in block.named_modules()
-        if name not in called
-    )
-
-
-def _stands_for(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """BatchNorms may be converted to SyncBatchNorm and back."""
-    return type(module) is kind or (type(module) in NORMS and kind in NORMS)
-
-
-def present(module: nn.Module, path: str) -> nn.Module | None:
-    """A child that may have been taken away."""
-    for name in path.split(".") if path else ():
-        module = module._modules.get(name)
-        if module is None:
-            return None
-    return module
+    opaque: frozenset[str]
 
 
 def child(module: nn.Module, path: str) -> nn.Module:
+    """A child by dotted name."""
     if path in module._modules:
         return module._modules[path]
     for name in path.split(".") if path else ():
         module = getattr(module, name)
     return module
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def is_exported() -> bool:
@@ -248,10 +220,7 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
         return None
     conv, bn = child(block, stage.conv), child(block, stage.norm)
     if (
-        type(conv) is not nn.Conv2d
-        or conv.padding_mode != "zeros"
-        or _overridden(conv)
-        or has_hooks(conv)
+        conv.padding_mode != "zeros"
         or (not is_frozen(bn) and bn.momentum is None)  # a count that is on the device
         or group_of(bn) is not None
     ):
@@ -261,9 +230,13 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
         affine = state = {"num_batches_tracked": None, **state}
     if not (kernel.keys() >= _WEIGHTS and affine.keys() >= _WEIGHTS and state.keys() >= _STATE):
         return None  # some are plain attributes, or gone
-    for size in (conv.stride, conv.padding, conv.dilation):
+    sizes = conv.stride, conv.padding, conv.dilation
+    for size in sizes:
         if type(size) is not tuple or len(size) != 2:
-            return None
+            if isinstance(conv.padding, str):
+                return None
+            sizes = tuple(map(_pair, sizes))
+            break
     if (affine["weight"] is None) != (affine["bias"] is None):
         return None
     training = uses_batch(bn)
@@ -282,9 +255,7 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
     return ConvNorm(
         kernel["weight"],
         kernel["bias"],
-        conv.stride,
-        conv.padding,
-        conv.dilation,
+        *sizes,
         conv.groups,
         norm,
     ), counter
@@ -310,6 +281,12 @@ def _run_whole(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor
     return whole(x, branch, shortcut, act, block.backend, counters, block.recompute)
 
 
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """A size as ``F.conv2d`` takes it: a number, or one or two of them."""
+    first, *rest = (size,) if isinstance(size, int) else size
+    return (first, *rest) if rest else (first, first)
+
+
 def _overridden(conv: nn.Module) -> bool:
     return "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__
 
@@ -325,7 +302,7 @@ def conv_norm_of(conv: nn.Module, bn: nn.Module | None) -> ConvNorm | None:
     ):
         return None
     norm = None if bn is None else norm_of(bn)
-    sizes = conv.stride, conv.padding, conv.dilation
+    sizes = map(_pair, (conv.stride, conv.padding, conv.dilation))
     return ConvNorm(conv.weight, conv.bias, *sizes, conv.groups, norm)
 
 
@@ -445,7 +422,7 @@ def _key(x: Tensor, residual: Tensor | None = None) -> tuple:
 def prepared_block(block: FusedForward, x: Tensor) -> _Prepared | None:
     """What the last ``block(x)`` prepared, while it holds."""
     kept = _prepared.get(block, {}).get(id(block.plan), {}).get(_key(x))
-    own = "forward" in block.__dict__ or not block._bypasses_safely()
+    own = "forward" in block.__dict__ or not block._is_as_recorded()
     return None if own or kept is None or not kept.holds(block, block.plan) else kept
 
 
@@ -578,6 +555,25 @@ def plain_twin(module: nn.Module) -> nn.Module:
     return plain
 
 
+def is_for_kernels(x: object) -> bool:
+    """Whether it is a tensor with strides; of other layouts (MKL-DNN's, sparse ones) PyTorch's own
+    ops may be capable."""
+    return isinstance(x, Tensor) and x.layout is torch.strided
+
+
+def with_signature_of(forward: Callable, original: Callable) -> Callable:
+    """The function ``forward`` with the signature, name and docstring of another."""
+    made = types.FunctionType(forward.__code__, forward.__globals__, closure=forward.__closure__)
+    functools.update_wrapper(made, original)
+    made.runs_plan = getattr(forward, "runs_plan", False)
+    return made
+
+
+def runs_plan(module: nn.Module) -> bool:
+    """Whether a call of a module runs its ``BlockPlan``; a subclass may have another forward."""
+    return getattr(type(module).forward, "runs_plan", False)
+
+
 class FusedForward:
     """Mixin in front of a block's own class: runs ``plan`` where that does the same as its
     forward."""
@@ -587,10 +583,12 @@ class FusedForward:
     recompute: str | None = None
 
     def forward(self, *args, **kwargs):
-        plain = len(args) != 1 or kwargs or isinstance(args[0], torch.fx.Proxy)
-        if plain or is_exported() or not self._bypasses_safely() or self._promotes(args[0]):
+        plain = len(args) != 1 or kwargs or not is_for_kernels(args[0])
+        if plain or is_exported() or not self._is_as_recorded() or self._promotes(args[0]):
             return super().forward(*args, **kwargs)
         return run_block(self, self.plan, args[0])
+
+    forward.runs_plan = True
 
     def __prepare_scriptable__(self) -> nn.Module:
         return plain_twin(self)
@@ -602,19 +600,12 @@ class FusedForward:
             or any(m.weight.dtype != x.dtype for m in self.modules() if is_frozen(m))
         )
 
-    def _bypasses_safely(self) -> bool:
-        """Whether the children that are not called are still what they were when fused."""
-        if not torch.compiler.is_compiling() and _has_any_global_hook():
-            return False
-        for name, kind, children in self.plan.bypassed:
-            module = present(self, name)
-            if module is None or len(module._modules) != children:
-                return False
-            if kind is not None and (not _stands_for(module, kind) or has_hooks(module)):
-                return False  # replaced or hooked since
-            if not torch.compiler.is_compiling() and name and "forward" in module.__dict__:
-                return False
-        return True
+    def _is_as_recorded(self) -> bool:
+        """Whether all that the block's forward read when the plan was made is as it was."""
+        record = self.plan.record
+        if torch.compiler.is_compiling():
+            return holds_compiled(self, record)
+        return not _has_any_global_hook() and guard_of(self, record).same
 
 
 class FusedResBlock(FusedForward, reference.ResBlock):
@@ -639,6 +630,9 @@ class FusedResBlock(FusedForward, reference.ResBlock):
             raise ValueError(f"backend={backend!r} must be one of: {', '.join(BACKENDS)}")
         self.backend = backend
         self.recompute = check_recompute(recompute)
+        self.plan = self._planned()
+
+    def _planned(self) -> BlockPlan:
         has_norm = self.kind != "plain"
         branch = [
             Stage(f"conv{i}", f"bn{i}" if has_norm else None, relu=True)
@@ -649,10 +643,21 @@ class FusedResBlock(FusedForward, reference.ResBlock):
         shortcut = None
         if self.downsample is not None:
             shortcut = Stage("downsample.0", "downsample.1" if has_norm else None)
-        self.plan = BlockPlan(
+        return BlockPlan(
             tuple(branch),
             shortcut,
             "concat" if self.skip == "concat" else "add",
             self.relu_placement == "after",
-            bypassed_children(self, branch, shortcut),
+            record=Record(self, self._reads()),
         )
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if isinstance(self.plan, Unplanned):
+            self.plan = self._planned()
+
+    def _reads(self) -> Reads:
+        """What ``ResBlock.forward`` reads, which is known without a trace."""
+        names = {"depth", "dropout", "kind", "relu", "relu_placement", "skip", "downsample"}
+        names |= {f"{name}{i}" for name in ("conv", "bn") for i in range(1, self.depth + 1)}
+        return Reads({"": frozenset(names)})

@@ -19,24 +19,23 @@ from ..backends import named
 from ..folds import stamp
 from ..ops.conv_bn_act import PLAIN, under_modes
 from ..ops.res_chain import Chain, CudaChain, Link, fits, is_for, prepared_chain
+from ..run.guards import Watch, has_hooks
 from .blocks import (
     MOST_SIZES,
     BlockPlan,
-    FusedForward,
     _key,
     child,
     conv_norm_of,
-    has_hooks,
     plain_twin,
+    runs_plan,
     stamped_tensors,
     uses_batch,
 )
-from .watch import Watch
 
 
 def links(module: nn.Module) -> bool:
     """Whether a module is a block that may be part of a chain, by its class and plan."""
-    if type(module).forward is not FusedForward.forward:
+    if not runs_plan(module):
         return False
     plan: BlockPlan = module.plan
     return (
@@ -61,7 +60,7 @@ class Linked(NamedTuple):
 
 def linked(block: nn.Module) -> Linked | None:
     """None where the block is to be called."""
-    if not links(block) or "forward" in block.__dict__ or not block._bypasses_safely():
+    if not links(block) or "forward" in block.__dict__ or not block._is_as_recorded():
         return None
     if any(map(has_hooks, block.modules())):
         return None

@@ -12,7 +12,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..folds import stamp
 from ..ops.conv_bn_act import Call, conv_bn_act, prepared
 from ..reference import ConvNorm
-from .blocks import NORMS, conv_norm_of, has_hooks, is_exported, stamped_tensors
+from ..run.guards import NORMS, has_hooks
+from .blocks import conv_norm_of, is_exported, stamped_tensors
 
 
 def plain_conv_norm(

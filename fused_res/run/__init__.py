@@ -1,0 +1,1 @@
+"""Running what ``fuse_`` planned: whether all is as it was, and what is derived from weights."""

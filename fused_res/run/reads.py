@@ -1,0 +1,295 @@
+"""What a forward reads while it is traced.
+
+A graph of ``torch.fx`` holds what was done to tensors. All else that the forward looked at has
+become part of it: attributes, globals, helper functions, modes. ``recording`` notes these while the
+forward runs on proxies, so that ``guards`` can compare them in each call:
+
+- every attribute that is looked up on a module, by a hook into ``nn.Module``;
+- the code of every Python function that runs, and by its instructions the globals and the names of
+  attributes that it may load (a superset of what it did load);
+- questions that PyTorch answers by its state (``torch.is_grad_enabled()``), with the answers.
+
+What cannot be compared is refused: a function written in C whose result depends on more than its
+arguments (``time.time``, a generator's ``random``, ``print``), and an exception that the forward
+catches, since a proxy raises where a tensor does not.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import dis
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from types import BuiltinFunctionType, CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+# Python code that is not looked into: it adds to the graph, or its result is that of its arguments
+_TRUSTED = (
+    "torch._C", "torch._VF", "torch._jit_internal", "torch._library", "torch._ops",
+    "torch._tensor", "torch.amp", "torch.autograd", "torch.functional", "torch.fx", "torch.jit",
+    "torch.library", "torch.nn", "torch.overrides", "torch.utils",
+    "fused_res", "_collections_abc", "abc", "collections", "contextlib", "copy", "dataclasses",
+    "enum", "functools", "importlib", "inspect", "numbers", "operator", "types", "typing",
+)  # fmt: skip
+_PREFIXES = (*(f"{name}." for name in _TRUSTED), "namedtuple_")
+_KNOWN: dict[str, bool] = {}
+# Looked into where a forward calls it, not where the above do
+_LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch"}
+
+
+def is_trusted(module: str | None) -> bool:
+    """Whether functions of a Python module, by its name, are taken to depend on their arguments
+    alone."""
+    name = module or ""
+    if name not in _KNOWN:
+        _KNOWN[name] = f"{name}.".startswith(_PREFIXES)
+    return _KNOWN[name]
+
+
+# Functions in C whose result depends on their arguments alone, or on what is compared elsewhere
+_PURE_BUILTINS = frozenset({
+    "abs", "all", "any", "bin", "callable", "chr", "divmod", "format", "getattr", "hasattr",
+    "hash", "hex", "id", "isinstance", "issubclass", "iter", "len", "max", "min", "next", "oct",
+    "ord", "pow", "repr", "round", "sorted", "sum", "vars", "__build_class__", "__import__",
+})  # fmt: skip
+_PURE_MODULES = frozenset({"math", "_operator", "_functools", "_collections", "_abc", "itertools"})
+_PURE_TYPES = (
+    str, bytes, int, float, complex, bool, list, tuple, dict, set, frozenset, range, slice,
+    torch.Size, torch.dtype, torch.device,
+)  # fmt: skip
+_PURE_OF_TORCH = frozenset({
+    "_log_api_usage_once", "can_cast", "promote_types", "has_torch_function",
+    "has_torch_function_unary", "has_torch_function_variadic", "_has_torch_function",
+    "_has_torch_function_unary", "_has_torch_function_variadic", "_get_tracing_state",
+    "arange", "eye", "full", "linspace", "ones", "tensor", "zeros",
+})  # fmt: skip
+
+# Questions about PyTorch's state, and how they are asked
+QUESTIONS: dict[Callable[..., Any], tuple[tuple, ...]] = {
+    torch.is_grad_enabled: ((),),
+    torch.is_inference_mode_enabled: ((),),
+    torch.is_autocast_enabled: ((), ("cpu",), ("cuda",)),
+    torch.get_default_dtype: ((),),
+    torch.get_num_threads: ((),),
+    torch.get_autocast_dtype: (("cpu",), ("cuda",)),
+    torch.is_autocast_cache_enabled: ((),),
+    torch.jit.is_scripting: ((),),
+    torch.jit.is_tracing: ((),),
+    torch.compiler.is_compiling: ((),),
+    torch.compiler.is_dynamo_compiling: ((),),
+    torch.compiler.is_exporting: ((),),
+    torch._C._get_deterministic_algorithms: ((),),
+    torch._C._get_cudnn_enabled: ((),),
+    torch._C._get_cudnn_benchmark: ((),),
+    torch._C._get_mkldnn_enabled: ((),),
+}
+_QUESTION_CODES = {f.__code__: f for f in QUESTIONS if hasattr(f, "__code__")}
+# Methods that hand out tensors as they are, whose sizes and dtypes a trace takes for constants
+_HANDS_OUT = {
+    getattr(nn.Module, name).__code__: name
+    for name in ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict")
+}
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_LOOKED_INTO = frozenset({"_parameters", "_buffers", "_modules"})
+_DYNAMIC = frozenset({"getattr", "vars", "attrgetter", "__dict__", "__getattribute__"})
+
+
+def ask(question: Callable[..., Any]) -> tuple:
+    return tuple(question(*args) for args in QUESTIONS[question])
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a forward read.
+
+    attributes: of modules, by the path from the one that was traced.
+    codes: of the Python functions that ran, with their globals.
+    names: of attributes that these functions may load of anything.
+    dynamic: whether they may load others, by names that are made when they run.
+    questions: about PyTorch's state, with the answers.
+    """
+
+    attributes: dict[str, frozenset[str]] = field(default_factory=dict)
+    codes: tuple[tuple[CodeType, dict], ...] = ()
+    names: frozenset[str] = frozenset()
+    dynamic: bool = False
+    questions: tuple[tuple[Callable[..., Any], tuple], ...] = ()
+
+    def __or__(self, other: Reads) -> Reads:
+        paths = (*self.attributes, *other.attributes)
+        none = frozenset()
+        return Reads(
+            {p: self.attributes.get(p, none) | other.attributes.get(p, none) for p in paths},
+            tuple({id(code): (code, of) for code, of in (*self.codes, *other.codes)}.values()),
+            self.names | other.names,
+            self.dynamic or other.dynamic,
+            tuple(dict(chain(self.questions, other.questions)).items()),
+        )
+
+    def covers(self, other: Reads) -> bool:
+        """Whether all that another forward read is among this."""
+        return (
+            all(of <= self.attributes.get(p, frozenset()) for p, of in other.attributes.items())
+            and {id(code) for code, _ in other.codes} <= {id(code) for code, _ in self.codes}
+            and other.names <= self.names
+            and set(other.questions) <= set(self.questions)
+            and self.dynamic >= other.dynamic
+        )
+
+
+def _named(code: CodeType, *instructions: str) -> set[str]:
+    return {i.argval for i in dis.get_instructions(code) if i.opname in instructions}
+
+
+def globals_of(code: CodeType) -> set[str]:
+    """The names of the globals that a function's instructions may load or store."""
+    return _named(code, "LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")
+
+
+def attributes_of(code: CodeType) -> set[str]:
+    """The names of the attributes that they may load or store."""
+    return _named(code, "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR")
+
+
+def _in_words(function: Any) -> str:
+    name = getattr(function, "__qualname__", None) or getattr(function, "__name__", "?")
+    module = getattr(function, "__module__", None)
+    return f"{module}.{name}" if module and module != "builtins" else name
+
+
+class Recorder:
+    """Collects the reads of a forward that runs in this thread.
+
+    refused: why its value cannot be known from them; None: it can.
+    made: has the number of nodes that the graph has so far.
+    """
+
+    def __init__(self, root: nn.Module, made: Callable[[], int]) -> None:
+        self.refused: str | None = None
+        self._made = made
+        self._thread = threading.get_ident()
+        self._paths: dict[int, str] = {}
+        for path, module in root.named_modules():
+            self._paths.setdefault(id(module), path)
+        self._attributes: dict[str, set[str]] = {path: set() for path in self._paths.values()}
+        self._codes: dict[int, tuple[CodeType, dict]] = {}
+        self._questions: dict[Callable[..., Any], tuple] = {}
+        # functions in C that have not returned, and what the graph had when they were called
+        self._open: list[tuple[FrameType, Any, int]] = []
+
+    def reads(self) -> Reads:
+        names, dynamic = set(), False
+        for code, _ in self._codes.values():
+            names |= {code.co_name, *attributes_of(code)}
+            dynamic |= not _DYNAMIC.isdisjoint(code.co_names)
+        attributes = {path: frozenset(of) for path, of in self._attributes.items()}
+        codes, questions = tuple(self._codes.values()), tuple(self._questions.items())
+        return Reads(attributes, codes, frozenset(names), dynamic, questions)
+
+    def refuse(self, reason: str) -> None:
+        self.refused = self.refused or reason
+
+    def _is_users(self, frame: FrameType | None) -> bool:
+        """Whether a function is one of the forward's, or one of a library that these call."""
+        while frame is not None:
+            module = frame.f_globals.get("__name__") or ""
+            if is_trusted(module):
+                return False
+            if module.partition(".")[0] not in _LIBRARIES:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            code = frame.f_code
+            if code in _QUESTION_CODES:
+                if self._is_users(frame.f_back):
+                    self._ask(_QUESTION_CODES[code])
+            elif self._is_users(frame):
+                if code not in _HANDS_OUT:
+                    self._codes[id(code)] = code, frame.f_globals
+            elif code in _HANDS_OUT and self._is_users(frame.f_back):
+                self.refuse(f"its forward calls {_HANDS_OUT[code]}(), which a trace does not see")
+        elif event == "c_call" and self._is_users(frame):
+            if arg in QUESTIONS:
+                self._ask(arg)
+            elif not self._is_pure(arg):
+                self._open.append((frame, arg, self._made()))
+        elif event in ("c_return", "c_exception") and self._open:
+            of, function, before = self._open[-1]
+            if of is frame and function is arg:
+                self._open.pop()
+                if self._made() == before:
+                    what = "whose result a trace does not know"
+                    self.refuse(f"its forward calls {_in_words(arg)}(), {what}")
+
+    def _ask(self, question: Callable[..., Any]) -> None:
+        try:
+            self._questions[question] = ask(question)
+        except Exception:  # asked of a device that this build does not have
+            self.refuse(f"its forward asks for {_in_words(question)}()")
+
+    def _is_pure(self, function: Any) -> bool:
+        of = getattr(function, "__self__", None)
+        if of is builtins:
+            return function.__name__ in _PURE_BUILTINS
+        if not isinstance(function, BuiltinFunctionType):  # a method that its class was asked for
+            of = getattr(function, "__objclass__", object)
+        if isinstance(of, type):
+            return issubclass(of, _PURE_TYPES)
+        known = getattr(function, "__module__", None) in _PURE_MODULES
+        return known or function.__name__ in _PURE_OF_TORCH or isinstance(of, _PURE_TYPES)
+
+    def _exceptions(self, frame: FrameType, event: str, arg: Any):
+        """A trace function; PyTorch's and the interpreter's own frames are left alone."""
+        if not self._is_users(frame):
+            return None
+        frame.f_trace_lines = False
+
+        def local(frame: FrameType, event: str, arg: Any):
+            if event == "exception" and not issubclass(arg[0], (StopIteration, GeneratorExit)):
+                self.refuse("its forward catches an exception, which a trace may raise by itself")
+            return local
+
+        return local
+
+    def _look_up(self, module: nn.Module, name: str) -> Any:
+        if threading.get_ident() == self._thread:
+            path = self._paths.get(id(module))
+            if path is not None and (name not in _OF_EVERY_MODULE or name in _LOOKED_INTO):
+                self._attributes[path].add(name)
+            if name in ("__dict__", "_parameters", "_buffers") and self._is_users(sys._getframe(1)):
+                self.refuse(f"its forward reads {name}, which a trace does not see into")
+        return object.__getattribute__(module, name)
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """The body's reads, where it runs in this thread, go to the recorder."""
+    profile, tracer = sys.getprofile(), sys.gettrace()
+    own = nn.Module.__dict__.get("__getattribute__")
+
+    def __getattribute__(module, name):
+        return recorder._look_up(module, name)
+
+    nn.Module.__getattribute__ = __getattribute__
+    sys.settrace(recorder._exceptions)
+    sys.setprofile(recorder._profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(profile)
+        sys.settrace(tracer)
+        if own is None:
+            del nn.Module.__getattribute__
+        else:
+            nn.Module.__getattribute__ = own
