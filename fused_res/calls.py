@@ -136,7 +136,7 @@ class Call:
             values[i] = _Slot(index)
         self.is_known = all(type(v) is _Slot or is_plain(v) for v in values)
         self._count = len(tensors)
-        self._forms: dict[tuple, tuple[int, ...]] = {}
+        self.forms: dict[tuple, tuple[int, ...]] = {}
         if not self.is_known:  # and keeps nothing of it
             return
         count, names = len(args), list(kwargs)
@@ -177,15 +177,15 @@ class Call:
         named = parameters.named(tuple(slots[:count]), dict(zip(names, slots[count:], strict=True)))
         found = self._of_kind(named, _Slot) or ()
         order = tuple(slot.index for slot in found)
-        if len(self._forms) < MOST_FORMS:
-            self._forms[form] = order
+        if len(self.forms) < MOST_FORMS:
+            self.forms[form] = order
         return order
 
     def inputs(self, parameters: Parameters, args: tuple, kwargs: dict) -> list[Tensor] | None:
         """The tensors of a call that is the example's but for them, else None. Forms of calls
         that pass just the tensors are looked up."""
         form = len(args), *kwargs
-        order = self._forms.get(form)
+        order = self.forms.get(form)
         if order is None:
             if not self.is_known or torch.compiler.is_compiling():
                 return None

@@ -7,6 +7,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +29,23 @@ class _Input(NamedTuple):
     """A tensor of the example."""
 
     shape: tuple[int, ...]
+    rank: int
+    rest: tuple[int, ...]  # of the shape, without the batch
     dtype: torch.dtype
     device: torch.device
+
+    def is_of(self, t: Tensor) -> bool:
+        return t.dtype == self.dtype and t.device == self.device
+
+    def fits(self, t: Tensor, any_size: bool) -> bool:
+        if t.dim() != self.rank:
+            return False
+        images = any_size and t.dim() == 4
+        return t.shape[1] == self.shape[1] if images else t.shape[1:] == self.rest
+
+
+def _input_like(t: Tensor) -> _Input:
+    return _Input(tuple(t.shape), t.dim(), tuple(t.shape[1:]), t.dtype, t.device)
 
 
 class _Captured(NamedTuple):
@@ -118,21 +134,16 @@ class OptimizedModel(nn.Module):
                 "a model optimised with cuda_graph=True cannot be exported, traced or compiled: "
                 "optimise it with cuda_graph=False for that"
             )
-        inputs = serving.call.inputs(self._serving_parameters, args, kwargs)
         if is_exported():  # with no change of the grad mode, which is no plain op
+            inputs = serving.call.inputs(self._serving_parameters, args, kwargs)
             if inputs is None:
                 return super().forward(*args, **kwargs)
             return self._serving_as_returned(self._serving_function()(self, *inputs))
         if not serving.cuda_graph:
-            return self._serving_answer(args, kwargs, inputs)
-        alike = self._serving_is_alike(args, kwargs, inputs)
+            return self._serving_answer(args, kwargs)
+        inputs = self._serving_inputs(args, kwargs)
         if inputs is None:
-            raise TypeError(
-                "a model optimised with cuda_graph=True must be called with the example's "
-                f"arguments, got {_in_short(args, kwargs)}"
-            )
-        if not alike:
-            return self._serving_answer(args, kwargs, inputs)
+            return self._serving_answer(args, kwargs)
         if serving.captured is None:
             self.recapture()
         graph, static, output, _ = serving.captured
@@ -141,47 +152,65 @@ class OptimizedModel(nn.Module):
         graph.replay()
         return pytree.tree_map_only(Tensor, Tensor.clone, output)
 
-    def _serving_is_alike(self, args: tuple, kwargs: dict, inputs: list[Tensor] | None) -> bool:
-        """Whether a call is one that the example's trace, or its CUDA graph, does.
+    def _serving_inputs(self, args: tuple, kwargs: dict) -> list[Tensor] | None:
+        """The tensors of a call that the example's trace does; None where it is another call.
 
         Raises:
-            TypeError, ValueError: a tensor that the example has too is of another dtype or device,
-                or a CUDA graph's of another shape.
+            TypeError, ValueError: a tensor that the example has too is of another dtype or device;
+                it is another call for a CUDA graph.
         """
         serving = self._serving
-        if inputs is None:
-            if not torch.compiler.is_compiling():
-                for i, t in serving.call.shared(self._serving_parameters, args, kwargs):
-                    _check(t, serving.inputs[i], args, kwargs, serving.cuda_graph)
-            return False
-        alike = True
-        for t, want in zip(inputs, serving.inputs, strict=True):
-            shape = t.shape
-            if t.dtype != want.dtype or t.device != want.device or serving.cuda_graph:
-                _check(t, want, args, kwargs, serving.cuda_graph)
-            if shape[1:] != want.shape[1:] or len(shape) != len(want.shape):
-                images = serving.any_size and len(shape) == len(want.shape) == 4
-                alike = alike and images and shape[1] == want.shape[1]
-        # a trace does not know a tensor that is another one too
-        return alike and (len(inputs) == 1 or len(set(map(id, inputs))) == len(inputs))
-
-    def _serving_call(self, args: tuple, kwargs: dict):
-        inputs = self._serving.call.inputs(self._serving_parameters, args, kwargs)
-        return self._serving_answer(args, kwargs, inputs)
-
-    def _serving_answer(self, args: tuple, kwargs: dict, inputs: list[Tensor] | None):
-        """What a call returns that is not exported and has no CUDA graph."""
-        layout = _Layout(self._serving.channels_last)
-        if self._serving_is_alike(args, kwargs, inputs):
-            y = self._serving_run([layout(t) for t in inputs])
+        order = serving.call.forms.get((len(args), *kwargs))
+        if order:  # what is called most comes out of here
+            values = (*args, *kwargs.values()) if kwargs else args
+            inputs = [values[i] for i in order]
+            for t, (_, rank, rest, dtype, device) in zip(inputs, serving.inputs, strict=True):
+                if not isinstance(t, Tensor) or t.dtype != dtype or t.device != device:
+                    break
+                if t.shape[1:] != rest or t.dim() != rank:
+                    break
+            else:
+                if len(inputs) == 1 or _distinct(inputs):
+                    return inputs
+        inputs = serving.call.inputs(self._serving_parameters, args, kwargs)
+        if inputs is not None:
+            pairs = list(zip(inputs, serving.inputs, strict=True))
+        elif torch.compiler.is_compiling():
+            return None
         else:
-            if all(isinstance(v, Tensor) or holds_no_tensor(v) for v in (*args, *kwargs.values())):
-                args = [layout(v) for v in args]
-                kwargs = {name: layout(v) for name, v in kwargs.items()}
+            shared = serving.call.shared(self._serving_parameters, args, kwargs)
+            pairs = [(t, serving.inputs[i]) for i, t in shared]
+        for t, want in pairs:
+            if not want.is_of(t) or serving.cuda_graph:
+                _check(t, want, args, kwargs, serving.cuda_graph)
+        if inputs is None and serving.cuda_graph:
+            raise TypeError(
+                "a model optimised with cuda_graph=True must be called with the example's "
+                f"arguments, got {_in_short(args, kwargs)}"
+            )
+        if inputs is None or not _distinct(inputs):  # a trace does not know two as one
+            return None
+        return inputs if all(want.fits(t, serving.any_size) for t, want in pairs) else None
+
+    def _serving_answer(self, args: tuple, kwargs: dict):
+        """What a call returns that is not exported and has no CUDA graph."""
+        channels_last = self._serving.channels_last
+        inputs = self._serving_inputs(args, kwargs)
+        if inputs is not None:
+            laid = [_laid_out(t) for t in inputs] if channels_last else inputs
+            y = self._serving_run(laid)
+        else:
+            inputs = laid = values = [*args, *kwargs.values()]
+            if channels_last and all(isinstance(v, Tensor) or holds_no_tensor(v) for v in values):
+                made = {id(v): _laid_out(v) for v in values if isinstance(v, Tensor)}
+                laid = [made.get(id(v), v) for v in values]
+            named = dict(zip(kwargs, laid[len(args) :], strict=True))
             with torch.no_grad():
-                y = super().forward(*args, **kwargs)
-        if layout.changed:
-            layout.write_back()
+                y = super().forward(*laid[: len(args)], **named)
+        if laid is not inputs:
+            for given, made in zip(inputs, laid, strict=True):
+                if made is not given:
+                    _write_back(given, made)
         return y
 
     def _serving_function(self) -> Callable:
@@ -206,15 +235,20 @@ class OptimizedModel(nn.Module):
         return y if kind is None else pytree.tree_unflatten(pytree.tree_leaves(y), kind)
 
     def _serving_run(self, inputs: list[Tensor]):
-        with torch.no_grad():
-            run, prepared = self._serving_function(), self._serving.prepared
-            if prepared is None or run is not self._serving.run:
+        serving = self._serving
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # as no_grad does, which takes a microsecond
+        try:
+            run, prepared = self._serving_function(), serving.prepared
+            if prepared is None or run is not serving.run:
                 return run(self, *inputs)
             if torch.compiler.is_compiling():
                 y = run(self, *inputs)
             else:
-                y = prepared(self, inputs, run, self._serving.freeze)
-        return self._serving_as_returned(y)
+                y = prepared(self, inputs, run, serving.freeze)
+        finally:
+            torch._C._set_grad_enabled(grad)
+        return y if serving.output is None else self._serving_as_returned(y)
 
     def _plain_forward(self, *inputs):
         """The model's own forward, called as the example was."""
@@ -244,7 +278,8 @@ class OptimizedModel(nn.Module):
         device = serving.inputs[0].device
         with torch.cuda.device(device):
             static = [torch.zeros(i.shape, dtype=i.dtype, device=device) for i in serving.inputs]
-            static = [_Layout(serving.channels_last)(t) for t in static]
+            if serving.channels_last:
+                static = list(map(_laid_out, static))
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -293,10 +328,9 @@ def _optimized_class(model_class: type[nn.Module]) -> type[nn.Module]:
     # a block that fuse_ changed has the forward of the class that it was
     original = model_class.__dict__.get("original", model_class)
 
-    @functools.wraps(original.forward)  # exporters name inputs by its signature
-    def forward(self, *args, **kwargs):
-        return OptimizedModel.forward(self, *args, **kwargs)
-
+    own = OptimizedModel.forward
+    forward = FunctionType(own.__code__, own.__globals__, closure=own.__closure__)
+    functools.update_wrapper(forward, original.forward)  # exporters name inputs by its signature
     body = {
         "forward": forward,
         "model_class": model_class,
@@ -314,36 +348,24 @@ def _rebuild(cls: type[nn.Module], fused) -> nn.Module:
     return made.__new__(made)
 
 
-class _Layout:
-    """Puts the tensors of one call into the layout that the model runs in, each one once."""
+def _laid_out(t: Tensor) -> Tensor:
+    if t.dim() != 4:
+        return t
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # else it does not count what is written into it
+            return t.contiguous(memory_format=torch.channels_last)
+    return t.contiguous(memory_format=torch.channels_last)
 
-    def __init__(self, channels_last: bool) -> None:
-        self._channels_last = channels_last
-        self.changed: list[tuple[Tensor, Tensor]] = []  # and what was made of them
 
-    def __call__(self, t: Any) -> Any:
-        if not self._channels_last or not isinstance(t, Tensor) or t.dim() != 4:
-            return t
-        for given, made in self.changed:
-            if given is t:
-                return made
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # else it does not count what is written into it
-                made = t.contiguous(memory_format=torch.channels_last)
-        else:
-            made = t.contiguous(memory_format=torch.channels_last)
-        if made is not t:
-            self.changed.append((t, made))
-        return made
+def _distinct(inputs: list[Tensor]) -> bool:
+    return len(set(map(id, inputs))) == len(inputs)
 
-    def write_back(self) -> None:
-        """Does to the given tensors what a forward did to those made of them."""
-        if torch.compiler.is_compiling():
-            return
-        for given, made in self.changed:
-            if not made.is_inference() and made._version:
-                with torch.no_grad():
-                    given.copy_(made)
+
+def _write_back(given: Tensor, made: Tensor) -> None:
+    """Does to an input what a forward did to the tensor that was made of it."""
+    if not torch.compiler.is_compiling() and not made.is_inference() and made._version:
+        with torch.no_grad():
+            given.copy_(made)
 
 
 def _place(t: Tensor, args: tuple, kwargs: dict) -> str:
@@ -475,7 +497,7 @@ def _set_layout(model: nn.Module, layout: torch.memory_format) -> None:
 def _tune(model: OptimizedModel, args: tuple, kwargs: dict) -> None:
     """Measures, if a convolution runs that the user's table does not have."""
     with choices.recording() as calls:
-        model._serving_call(args, kwargs)
+        model._serving_answer(args, kwargs)
     if all(tuned.find(key.device, choices.row_of(key, {})) for key in calls):
         return
     try:
@@ -574,13 +596,13 @@ def optimize_for_inference(
     model.__class__ = _optimized_class(type(model))
     call = Call(model._serving_parameters, args, kwargs)
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    inputs = tuple(_Input(tuple(t.shape), t.dtype, t.device) for t in tensors)
+    inputs = tuple(map(_input_like, tensors))
     serving = model._serving = _Serving(call, inputs, False, cuda_graph, freeze, report)
 
     def again() -> tuple[tuple, dict[str, Any]]:  # a forward may write to its input
         return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
 
-    expected = model._serving_call(*again())
+    expected = model._serving_answer(*again())
     if not call.is_known:
         report.skipped.append(
             (
@@ -594,7 +616,7 @@ def optimize_for_inference(
         serving.channels_last = True
         _set_layout(model, torch.channels_last)
         try:
-            model._serving_call(*again())
+            model._serving_answer(*again())
         except RuntimeError as error:
             report.skipped.append(("", f"channels_last: {in_words(error)}"))
             serving.channels_last = False
