@@ -92,6 +92,7 @@ class Parameters:
             and not hasattr(forward, "__wrapped__")
             and all(p.default is p.empty or is_plain(p.default) for p in own)
         )
+        self._changing = {p.name for p in own if isinstance(p.default, (list, dict, set))}
 
     def _bind(self, args: tuple, kwargs: dict) -> inspect.BoundArguments | None:
         try:
@@ -116,6 +117,10 @@ class Parameters:
             else:
                 found[name] = value
         return found
+
+    def is_settled(self, named: dict[Any, Any]) -> bool:
+        """Whether no argument that is left out has a default that may be another one later."""
+        return self._changing <= named.keys()
 
     def by_position(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The same call with as much as can be by position, where that is the same to it."""
@@ -142,7 +147,7 @@ class Call:
         count, names = len(args), list(kwargs)
         args, kwargs = tuple(values[:count]), dict(zip(names, values[count:], strict=True))
         self._named = parameters.named(args, kwargs)
-        self.is_known = self._named is not None
+        self.is_known = self._named is not None and parameters.is_settled(self._named)
         self._args, self._kwargs = parameters.by_position(args, kwargs)
         if self.is_known:  # a compiled forward only looks forms up
             tensors = [name for name, v in self._named.items() if type(v) is _Slot]

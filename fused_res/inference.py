@@ -607,7 +607,7 @@ def optimize_for_inference(
         report.skipped.append(
             (
                 "",
-                "convolutions outside blocks: its example holds more than tensors and plain values",
+                "convolutions outside blocks: an argument is neither a tensor nor a plain value",
             )
         )
     elif convolves(model) or chains(model):
