@@ -136,9 +136,12 @@ class OptimizedModel(nn.Module):
             )
         if is_exported():  # with no change of the grad mode, which is no plain op
             inputs = serving.call.inputs(self._serving_parameters, args, kwargs)
-            if inputs is None:
+            ranks = [i.rank for i in serving.inputs]
+            if inputs is None or not _distinct(inputs) or [t.dim() for t in inputs] != ranks:
                 return super().forward(*args, **kwargs)
-            return self._serving_as_returned(self._serving_function()(self, *inputs))
+            run = self._serving_function()
+            y = run(self, *inputs)
+            return self._serving_as_returned(y) if run is serving.run else y
         if not serving.cuda_graph:
             return self._serving_answer(args, kwargs)
         inputs = self._serving_inputs(args, kwargs)
@@ -248,7 +251,7 @@ class OptimizedModel(nn.Module):
                 y = prepared(self, inputs, run, serving.freeze)
         finally:
             torch._C._set_grad_enabled(grad)
-        return y if serving.output is None else self._serving_as_returned(y)
+        return self._serving_as_returned(y)
 
     def _plain_forward(self, *inputs):
         """The model's own forward, called as the example was."""

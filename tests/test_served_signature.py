@@ -545,6 +545,8 @@ def test_export_by_name():
     program = torch.export.export(served, (X,), {"scale": 2.0})
     got = program.module()(X, scale=2.0)
     torch.testing.assert_close(got, 2 * model(X).detach(), rtol=1e-4, atol=1e-4)
+    _, served = pair(lambda: Outputs("dict"))
+    assert torch.export.export(served, (X,)).module()(X)["maps"].shape == (2, 8, 12, 12)
 
 
 @pytest.mark.filterwarnings("ignore")
