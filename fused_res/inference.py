@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from . import choices, tuned, tuning
+from .calls import Call, Parameters, example_call, holds_no_tensor, is_plain
 from .graphs import Unfusable, in_words
 from .nn.blocks import BlockPlan, child, is_exported, is_norm_act
 from .prepared import PreparedForward
@@ -24,11 +26,26 @@ WARM_UPS = 3  # before a CUDA graph is captured: libraries choose algorithms and
 
 
 class _Input(NamedTuple):
-    """What an input must be."""
+    """A tensor of the example."""
 
     shape: tuple[int, ...]
+    rank: int
+    rest: tuple[int, ...]  # of the shape, without the batch
     dtype: torch.dtype
     device: torch.device
+
+    def is_of(self, t: Tensor) -> bool:
+        return t.dtype == self.dtype and t.device == self.device
+
+    def fits(self, t: Tensor, any_size: bool) -> bool:
+        if t.dim() != self.rank:
+            return False
+        images = any_size and t.dim() == 4
+        return t.shape[1] == self.shape[1] if images else t.shape[1:] == self.rest
+
+
+def _input_like(t: Tensor) -> _Input:
+    return _Input(tuple(t.shape), t.dim(), tuple(t.shape[1:]), t.dtype, t.device)
 
 
 class _Captured(NamedTuple):
@@ -42,12 +59,14 @@ class _Captured(NamedTuple):
 class _Serving:
     """All that an ``OptimizedModel`` has beside its model."""
 
+    call: Call
     inputs: tuple[_Input, ...]
     channels_last: bool
     cuda_graph: bool
     freeze: bool
     report: FuseReport
     traced: bool = False
+    any_size: bool = False  # the trace was found to be right for another height and width
     output: pytree.TreeSpec | None = None  # a class torch.fx does not keep: dictionaries', say
     run: Callable | None = None  # the forward with its convolutions fused, made when needed
     prepared: PreparedForward | None = None  # the same, and what it runs looked up once
@@ -66,16 +85,27 @@ class OptimizedModel(nn.Module):
     ``recapture`` after changing anything other than by its own ``load_state_dict``. Plain Python
     attributes that ``forward`` reads are read when it is made.
 
-    ``forward`` takes tensors by position and runs without gradients (``torch.no_grad``, not
+    ``forward`` has the model's signature and returns what the model returns:
+
+        served = fused_res.optimize_for_inference(model, {"pixel_values": images})
+        served(pixel_values=images).logits
+        served(other_images, output_hidden_states=True).hidden_states
+
+    Calls that differ from the example in their tensors' values, batch, height and width run fused
+    as a whole. Others (another optional argument, one tensor given twice) run the model's own
+    forward, in which its blocks are fused still. Both run without gradients (``torch.no_grad``, not
     ``inference_mode``: what it returns may go on into a graph of autograd's). Where gradients of
     the input or weights are wanted use ``fuse_``.
 
     Raises:
-        TypeError, ValueError: an input is not what the model was optimised for; says which.
+        TypeError, ValueError: an input has another dtype or device than in the example, or, with a
+            CUDA graph, the call is another one; says which.
         RuntimeError: training is asked for, or another device or dtype.
     """
 
+    # names that begin with _serving, so that none hides one of the model's own
     model_class: type[nn.Module]
+    _serving_parameters: Parameters
     _serving: _Serving
 
     @property
@@ -88,6 +118,9 @@ class OptimizedModel(nn.Module):
         own = super().extra_repr()
         flags = f"cuda_graph={self._serving.cuda_graph}, freeze={self._serving.freeze}"
         return f"{own}{', ' if own else ''}inputs={inputs}, {flags}"
+
+    def _get_name(self) -> str:
+        return f"Optimized{super()._get_name()}"
 
     def train(self, mode: bool = True):
         if mode:
@@ -102,10 +135,18 @@ class OptimizedModel(nn.Module):
                 "optimise it with cuda_graph=False for that"
             )
         if is_exported():  # with no change of the grad mode, which is no plain op
-            return self._as_returned(self._function()(self, *args, **kwargs))
-        inputs = _checked(args, kwargs, serving)
+            inputs = serving.call.inputs(self._serving_parameters, args, kwargs)
+            ranks = [i.rank for i in serving.inputs]
+            if inputs is None or not _distinct(inputs) or [t.dim() for t in inputs] != ranks:
+                return super().forward(*args, **kwargs)
+            run = self._serving_function()
+            y = run(self, *inputs)
+            return self._serving_as_returned(y) if run is serving.run else y
         if not serving.cuda_graph:
-            return self._run(inputs)
+            return self._serving_answer(args, kwargs)
+        inputs = self._serving_inputs(args, kwargs)
+        if inputs is None:
+            return self._serving_answer(args, kwargs)
         if serving.captured is None:
             self.recapture()
         graph, static, output, _ = serving.captured
@@ -114,40 +155,110 @@ class OptimizedModel(nn.Module):
         graph.replay()
         return pytree.tree_map_only(Tensor, Tensor.clone, output)
 
-    def _function(self) -> Callable:
+    def _serving_inputs(self, args: tuple, kwargs: dict) -> list[Tensor] | None:
+        """The tensors of a call that the example's trace does; None where it is another call.
+
+        Raises:
+            TypeError, ValueError: a tensor that the example has too is of another dtype or device;
+                it is another call for a CUDA graph.
+        """
+        serving = self._serving
+        order = serving.call.forms.get((len(args), *kwargs))
+        if order:  # what is called most comes out of here
+            values = (*args, *kwargs.values()) if kwargs else args
+            inputs = [values[i] for i in order]
+            for t, (_, rank, rest, dtype, device) in zip(inputs, serving.inputs, strict=True):
+                if not isinstance(t, Tensor) or t.dtype != dtype or t.device != device:
+                    break
+                if t.shape[1:] != rest or t.dim() != rank:
+                    break
+            else:
+                if len(inputs) == 1 or _distinct(inputs):
+                    return inputs
+        inputs = serving.call.inputs(self._serving_parameters, args, kwargs)
+        if inputs is not None:
+            pairs = list(zip(inputs, serving.inputs, strict=True))
+        elif torch.compiler.is_compiling():
+            return None
+        else:
+            shared = serving.call.shared(self._serving_parameters, args, kwargs)
+            pairs = [(t, serving.inputs[i]) for i, t in shared]
+        for t, want in pairs:
+            if not want.is_of(t) or serving.cuda_graph:
+                _check(t, want, args, kwargs, serving.cuda_graph)
+        if inputs is None and serving.cuda_graph:
+            raise TypeError(
+                "a model optimised with cuda_graph=True must be called with the example's "
+                f"arguments, got {_in_short(args, kwargs)}"
+            )
+        if inputs is None or not _distinct(inputs):  # a trace does not know two as one
+            return None
+        return inputs if all(want.fits(t, serving.any_size) for t, want in pairs) else None
+
+    def _serving_answer(self, args: tuple, kwargs: dict):
+        """What a call returns that is not exported and has no CUDA graph."""
+        channels_last = self._serving.channels_last
+        inputs = self._serving_inputs(args, kwargs)
+        if inputs is not None:
+            laid = [_laid_out(t) for t in inputs] if channels_last else inputs
+            y = self._serving_run(laid)
+        else:
+            inputs = laid = values = [*args, *kwargs.values()]
+            if channels_last and all(isinstance(v, Tensor) or holds_no_tensor(v) for v in values):
+                made = {id(v): _laid_out(v) for v in values if isinstance(v, Tensor)}
+                laid = [made.get(id(v), v) for v in values]
+            named = dict(zip(kwargs, laid[len(args) :], strict=True))
+            with torch.no_grad():
+                y = super().forward(*laid[: len(args)], **named)
+        if laid is not inputs:
+            for given, made in zip(inputs, laid, strict=True):
+                if made is not given:
+                    _write_back(given, made)
+        return y
+
+    def _serving_function(self) -> Callable:
         serving = self._serving
         if not serving.traced:
             return type(self)._plain_forward
         if serving.run is None:  # a copy, or read from a file
-            self._fuse(graph_of(self, len(serving.inputs)), FuseReport())
+            self._serving_fuse(graph_of(self, len(serving.inputs)), FuseReport())
         if torch.compiler.is_compiling():
             return serving.run
         if serving.is_traced is None or not serving.freeze:
             serving.is_traced = serving.prepared.is_of(self)
         return serving.run if serving.is_traced else type(self)._plain_forward
 
-    def _fuse(self, graph: fx.Graph, report: FuseReport) -> None:
+    def _serving_fuse(self, graph: fx.Graph, report: FuseReport) -> None:
         fuse_convolutions(self, graph, report)
         self._serving.run = function(self, graph)
         self._serving.prepared = PreparedForward(self, graph)
 
-    def _as_returned(self, y: Any) -> Any:
+    def _serving_as_returned(self, y: Any) -> Any:
         kind = self._serving.output
         return y if kind is None else pytree.tree_unflatten(pytree.tree_leaves(y), kind)
 
-    def _run(self, inputs: list[Tensor]):
-        with torch.no_grad():
-            run, prepared = self._function(), self._serving.prepared
-            if prepared is None or run is not self._serving.run or torch.compiler.is_compiling():
+    def _serving_run(self, inputs: list[Tensor]):
+        serving = self._serving
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # as no_grad does, which takes a microsecond
+        try:
+            run, prepared = self._serving_function(), serving.prepared
+            if prepared is None or run is not serving.run:
+                return run(self, *inputs)
+            if torch.compiler.is_compiling():
                 y = run(self, *inputs)
             else:
-                y = prepared(self, inputs, run, self._serving.freeze)
-        return self._as_returned(y)
+                y = prepared(self, inputs, run, serving.freeze)
+        finally:
+            torch._C._set_grad_enabled(grad)
+        return self._serving_as_returned(y)
 
-    def _plain_forward(self, *inputs, **kwargs):
-        return super().forward(*inputs, **kwargs)
+    def _plain_forward(self, *inputs):
+        """The model's own forward, called as the example was."""
+        args, kwargs = self._serving.call.with_tensors(inputs)
+        return super().forward(*args, **kwargs)
 
-    def _forget(self) -> None:
+    def _serving_forget(self) -> None:
         self._serving.captured = self._serving.is_traced = None
         if self._serving.prepared is not None:
             self._serving.prepared.forget()
@@ -164,31 +275,32 @@ class OptimizedModel(nn.Module):
             raise RuntimeError(
                 "there is nothing to capture: it was optimised without cuda_graph or freeze"
             )
-        self._forget()  # frees its memory first
+        self._serving_forget()  # frees its memory first
         if not serving.cuda_graph:
             return
         device = serving.inputs[0].device
         with torch.cuda.device(device):
             static = [torch.zeros(i.shape, dtype=i.dtype, device=device) for i in serving.inputs]
-            static = [_laid_out(t, serving.channels_last) for t in static]
+            if serving.channels_last:
+                static = list(map(_laid_out, static))
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
-                    self._run(static)
+                    self._serving_run(static)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                output = self._run(static)
+                output = self._serving_run(static)
         weights = [t.detach() for t in (*self.parameters(), *self.buffers())]
         serving.captured = _Captured(graph, static, output, weights)
 
     def load_state_dict(self, *args, **kwargs):
-        self._forget()
+        self._serving_forget()
         try:
             return super().load_state_dict(*args, **kwargs)
         finally:  # what was kept meanwhile may be of half of the weights
-            self._forget()
+            self._serving_forget()
 
     def _apply(self, fn, recurse=True):
         # to(), cuda(), half(), ...: what they do to a tensor of no elements tells what they are
@@ -199,11 +311,11 @@ class OptimizedModel(nn.Module):
                     f"the model was optimised for {t.dtype} on {t.device}, got {made.dtype} on "
                     f"{made.device}: convert the model and optimise that"
                 )
-        self._forget()
+        self._serving_forget()
         try:
             return super()._apply(fn, recurse)
         finally:
-            self._forget()
+            self._serving_forget()
 
     @staticmethod
     def serving(model_class: type[nn.Module]) -> type[OptimizedModel]:
@@ -221,17 +333,22 @@ class OptimizedModel(nn.Module):
 
 @functools.cache
 def _optimized_class(model_class: type[nn.Module]) -> type[nn.Module]:
-    @functools.wraps(model_class.forward)  # exporters name inputs by its signature
-    def forward(self, *args, **kwargs):
-        return OptimizedModel.forward(self, *args, **kwargs)
+    # a block that fuse_ changed has the forward of the class that it was
+    original = model_class.__dict__.get("original", model_class)
 
+    own = OptimizedModel.forward
+    forward = FunctionType(own.__code__, own.__globals__, closure=own.__closure__)
+    functools.update_wrapper(forward, original.forward)  # exporters name inputs by its signature
     body = {
         "forward": forward,
         "model_class": model_class,
+        "_serving_parameters": Parameters(original.forward),
         "__module__": model_class.__module__,
         "__doc__": model_class.__doc__,
+        "__qualname__": f"Optimized{original.__qualname__}",
     }
-    return type(f"Optimized{model_class.__name__}", (OptimizedModel, model_class), body)
+    # the name that its class has in libraries: transformers writes and looks it up
+    return type(original.__name__, (OptimizedModel, model_class), body)
 
 
 def _rebuild(cls: type[nn.Module], fused) -> nn.Module:
@@ -239,39 +356,60 @@ def _rebuild(cls: type[nn.Module], fused) -> nn.Module:
     return made.__new__(made)
 
 
-def _laid_out(t: Tensor, channels_last: bool) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last) if channels_last and t.dim() == 4 else t
+def _laid_out(t: Tensor) -> Tensor:
+    if t.dim() != 4:
+        return t
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # else it does not count what is written into it
+            return t.contiguous(memory_format=torch.channels_last)
+    return t.contiguous(memory_format=torch.channels_last)
 
 
-def _checked(args: tuple, kwargs: dict, serving: _Serving) -> list[Tensor]:
-    """The inputs, in the layout the model runs in, if they are what it was optimised for."""
-    wanted = serving.inputs
-    if kwargs or len(args) != len(wanted):
-        names = f" and {', '.join(kwargs)} by name" if kwargs else ""
-        raise TypeError(
-            f"inputs must be {len(wanted)} tensors by position, as the example, got {len(args)}"
-            f"{names}"
+def _distinct(inputs: list[Tensor]) -> bool:
+    return len(set(map(id, inputs))) == len(inputs)
+
+
+def _write_back(given: Tensor, made: Tensor) -> None:
+    """Does to an input what a forward did to the tensor that was made of it."""
+    if not torch.compiler.is_compiling() and not made.is_inference() and made._version:
+        with torch.no_grad():
+            given.copy_(made)
+
+
+def _place(t: Tensor, args: tuple, kwargs: dict) -> str:
+    """Words for the argument that a tensor is."""
+    for i, value in enumerate(args):
+        if value is t:
+            return f"inputs[{i}]"
+    return next(name for name, value in kwargs.items() if value is t)
+
+
+def _check(t: Tensor, want: _Input, args: tuple, kwargs: dict, fixed: bool) -> None:
+    if t.dtype != want.dtype:
+        where = _place(t, args, kwargs)
+        raise TypeError(f"{where} must be {want.dtype}, as the example, got {t.dtype}")
+    if t.device != want.device:
+        where = _place(t, args, kwargs)
+        raise ValueError(f"{where} must be on {want.device}, as the example, got {t.device}")
+    if fixed and t.shape != want.shape:
+        where = _place(t, args, kwargs)
+        raise ValueError(
+            f"{where} must have shape {want.shape}, as the example, got {tuple(t.shape)}"
         )
-    for i, (t, want) in enumerate(zip(args, wanted, strict=True)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"inputs[{i}] must be a tensor, got {type(t).__name__}")
-        if t.dtype != want.dtype:
-            raise TypeError(f"inputs[{i}] must be {want.dtype}, as the example, got {t.dtype}")
-        if t.device != want.device:
-            raise ValueError(
-                f"inputs[{i}] must be on {want.device}, as the example, got {t.device}"
-            )
-        fixed = 0 if serving.cuda_graph else 1  # the batch is free but in a CUDA graph
-        if t.dim() != len(want.shape) or t.shape[fixed:] != want.shape[fixed:]:
-            shape = ", ".join((*["batch"] * min(fixed, t.dim()), *map(str, want.shape[fixed:])))
-            raise ValueError(
-                f"inputs[{i}] must have shape ({shape}), as the example, got {tuple(t.shape)}"
-            )
-    return [_laid_out(t, serving.channels_last) for t in args]
+
+
+def _in_short(args: tuple, kwargs: dict) -> str:
+    def words(value: Any) -> str:
+        return "a tensor" if isinstance(value, Tensor) else f"{value!r:.40}"
+
+    given = [words(v) for v in args] + [f"{name}={words(v)}" for name, v in kwargs.items()]
+    return f"({', '.join(given)})"
 
 
 def _equal(a: Any, b: Any) -> bool:
     """Whether a trace returned ``a`` for ``b``, perhaps by other kernels, which round otherwise."""
+    if type(a) is type(b) and is_dataclass(a):  # and nothing that pytree knows
+        return all(_all_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     if not isinstance(a, Tensor):
         return type(a) is type(b) and a == b
     rtol, atol = 0.0, 0.0
@@ -283,6 +421,11 @@ def _equal(a: Any, b: Any) -> bool:
     except AssertionError:
         return False
     return True
+
+
+def _all_equal(a: Any, b: Any) -> bool:
+    found, wanted = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    return len(found) == len(wanted) and all(map(_equal, found, wanted))
 
 
 def _leave_to_the_graph(model: nn.Module, report: FuseReport) -> None:
@@ -299,16 +442,48 @@ def _leave_to_the_graph(model: nn.Module, report: FuseReport) -> None:
             report.partly = [row for row in report.partly if row[0] != name]
 
 
+def _is_for_any_size(model: OptimizedModel, run: Callable, inputs: list[Tensor]) -> bool:
+    """Whether a trace does what the model does for images of another height and width, too: where
+    the forward asks for sizes, a trace may have kept the example's."""
+    if not any(t.dim() == 4 for t in inputs):
+        return False
+
+    def half(t: Tensor) -> Tensor:
+        return t[..., : (t.shape[-2] + 1) // 2, : (t.shape[-1] + 1) // 2]
+
+    def double(t: Tensor) -> Tensor:
+        return t.repeat(1, 1, 2, 2)
+
+    for change in (half, double):
+        if all(change(t).shape == t.shape for t in inputs if t.dim() == 4):
+            continue
+
+        def others(change: Callable = change) -> list[Tensor]:
+            return [change(t).clone() if t.dim() == 4 else t.clone() for t in inputs]
+
+        try:
+            expected = model._plain_forward(*others())
+        except Exception:  # whatever a forward raises of a size that it does not take
+            continue
+        try:
+            return _all_equal(run(model, *others()), expected)
+        except Exception:
+            return False
+    return False
+
+
 def _fuse_outside_blocks(model: OptimizedModel, inputs: list[Tensor], expected: Any) -> None:
     """Fuses the convolutions outside blocks, if a trace of the model shows all it does."""
     serving, reason = model._serving, None
     wanted, kind = pytree.tree_flatten(expected)
     try:
         graph = graph_of(model, len(inputs))
+        run = function(model, graph)
         with torch.no_grad():
-            found, traced_kind = pytree.tree_flatten(function(model, graph)(model, *inputs))
-        if len(found) != len(wanted) or not all(map(_equal, found, wanted)):
-            reason = "a trace of it does not return what it returns"
+            found, traced_kind = pytree.tree_flatten(run(model, *[t.clone() for t in inputs]))
+            if len(found) != len(wanted) or not all(map(_equal, found, wanted)):
+                reason = "a trace of it does not return what it returns"
+            serving.any_size = reason is None and _is_for_any_size(model, run, inputs)
         serving.output = None if kind == traced_kind else kind
     except Unfusable as error:
         reason = str(error)
@@ -318,7 +493,7 @@ def _fuse_outside_blocks(model: OptimizedModel, inputs: list[Tensor], expected: 
         serving.report.skipped.append(("", f"convolutions outside blocks: {reason}"))
         return
     serving.traced = True
-    model._fuse(graph, serving.report)
+    model._serving_fuse(graph, serving.report)
 
 
 def _set_layout(model: nn.Module, layout: torch.memory_format) -> None:
@@ -327,39 +502,39 @@ def _set_layout(model: nn.Module, layout: torch.memory_format) -> None:
             p.data = p.data.contiguous(memory_format=layout)
 
 
-def _tune(model: OptimizedModel, inputs: list[Tensor]) -> None:
+def _tune(model: OptimizedModel, args: tuple, kwargs: dict) -> None:
     """Measures, if a convolution runs that the user's table does not have."""
     with choices.recording() as calls:
-        model._run(inputs)
+        model._serving_answer(args, kwargs)
     if all(tuned.find(key.device, choices.row_of(key, {})) for key in calls):
         return
     try:
-        tuning.tune(model, tuple(inputs))
+        tuning.tune(model, kwargs or args)
     except tuning.TableNotWritten as error:
         warnings.warn(str(error), stacklevel=3)
 
 
-def _check_example(example: Any, cuda_graph: bool, freeze: bool) -> tuple[Tensor, ...]:
-    examples = (example,) if isinstance(example, Tensor) else example
-    if not isinstance(examples, (tuple, list)) or not examples:
-        got = "an empty one" if examples == () else type(examples).__name__
-        raise TypeError(f"example must be a tensor or a tuple of tensors, got {got}")
-    for i, t in enumerate(examples):
+def _check_example(args: tuple, kwargs: dict, cuda_graph: bool, freeze: bool) -> None:
+    for name, t in (*enumerate(args), *kwargs.items()):
         if not isinstance(t, Tensor):
-            raise TypeError(f"example[{i}] must be a tensor, got {type(t).__name__}")
+            if cuda_graph and not is_plain(t):
+                raise TypeError(
+                    f"example[{name!r}] must be a tensor or a plain value with cuda_graph=True, "
+                    f"got {type(t).__name__}"
+                )
+            continue
         if cuda_graph and t.device.type != "cuda":
             raise ValueError(
-                f"example[{i}] must be on a CUDA device with cuda_graph=True, got {t.device}"
+                f"example[{name!r}] must be on a CUDA device with cuda_graph=True, got {t.device}"
             )
         if freeze and t.device.type != "cpu":
-            raise ValueError(f"example[{i}] must be on a CPU with freeze=True, got {t.device}")
-    return tuple(examples)
+            raise ValueError(f"example[{name!r}] must be on a CPU with freeze=True, got {t.device}")
 
 
 @torch.inference_mode(False)  # what is made in it has no version counters: nothing could be kept
 def optimize_for_inference(
     model: nn.Module,
-    example: Tensor | tuple[Tensor, ...],
+    example: Tensor | tuple[Tensor | None, ...] | Mapping[str, Any],
     *,
     tune: bool = True,
     cuda_graph: bool = False,
@@ -381,9 +556,11 @@ def optimize_for_inference(
 
     Args:
         model: any module, not wrapped, compiled or scripted.
-        example: what it will be called with, a tensor or a tuple of tensors. Inputs must have its
-            dtypes, devices and shapes but for the first dimension, the batch, which is free
-            without a CUDA graph.
+        example: what it will be called with: a tensor, a tuple of tensors, or a dict of keyword
+            inputs (``{"pixel_values": images}``, or what a processor of transformers returns), in
+            which other values may be. Tensors must have its dtypes and devices. Calls like it, of
+            any batch, height and width, run fastest; others run too (see ``OptimizedModel``), but
+            for those of a CUDA graph, which has the example's shapes.
         tune: measure which kernels are fastest for ``example``, as ``fused_res.tune`` does, unless
             its table has them already.
         cuda_graph: capture the forward in a CUDA graph and replay it, which saves the launches of
@@ -395,10 +572,10 @@ def optimize_for_inference(
             model that cannot run in it is left in the other.
 
     Returns:
-        OptimizedModel: called as ``model`` is, with tensors by position; see there.
+        OptimizedModel: called as ``model`` is, with its signature; see there.
 
     Raises:
-        TypeError: ``model`` is not a module, ``example`` not tensors.
+        TypeError: ``model`` is not a module, ``example`` not tensors or a dict that has some.
         ValueError: ``model`` is wrapped, compiled, scripted, optimised or cannot be copied;
             ``example`` is not on a CUDA device with ``cuda_graph``, or on one with ``freeze``.
         RuntimeError: ``cuda_graph`` without a CUDA device.
@@ -406,14 +583,15 @@ def optimize_for_inference(
     Warns:
         UserWarning: what ``tune`` measured could not be written; it holds in this process.
 
-    Whatever ``model(*example)`` raises is raised too.
+    Whatever ``model`` raises of the example is raised too.
     """
     refuse_wrapped(model, "optimize_for_inference")
     if any(isinstance(m, OptimizedModel) for m in model.modules()):
         raise ValueError("model must not be optimised, but it or a part of it is already")
     if cuda_graph and not torch.cuda.is_available():
         raise RuntimeError("cuda_graph=True needs a CUDA device, and PyTorch finds none")
-    examples = _check_example(example, cuda_graph, freeze)
+    args, kwargs = example_call(example)
+    _check_example(args, kwargs, cuda_graph, freeze)
     try:
         model = copy.deepcopy(model)
     except Exception as error:
@@ -424,26 +602,35 @@ def optimize_for_inference(
         report = fuse_(model)
     _leave_to_the_graph(model, report)
     model.__class__ = _optimized_class(type(model))
-    inputs = tuple(_Input(tuple(t.shape), t.dtype, t.device) for t in examples)
-    serving = model._serving = _Serving(inputs, False, cuda_graph, freeze, report)
+    call = Call(model._serving_parameters, args, kwargs)
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    inputs = tuple(map(_input_like, tensors))
+    serving = model._serving = _Serving(call, inputs, False, cuda_graph, freeze, report)
 
-    def inputs_again() -> list[Tensor]:  # a forward may write to its input
-        return [_laid_out(t.detach().clone(), serving.channels_last) for t in examples]
+    def again() -> tuple[tuple, dict[str, Any]]:  # a forward may write to its input
+        return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
 
-    expected = model._run(inputs_again())
-    if convolves(model) or chains(model):
-        _fuse_outside_blocks(model, inputs_again(), expected)
+    expected = model._serving_answer(*again())
+    if not call.is_known:
+        report.skipped.append(
+            (
+                "",
+                "convolutions outside blocks: an argument is neither a tensor nor a plain value",
+            )
+        )
+    elif convolves(model) or chains(model):
+        _fuse_outside_blocks(model, [t.detach().clone() for t in tensors], expected)
     if channels_last:
         serving.channels_last = True
         _set_layout(model, torch.channels_last)
         try:
-            model._run(inputs_again())
+            model._serving_answer(*again())
         except RuntimeError as error:
             report.skipped.append(("", f"channels_last: {in_words(error)}"))
             serving.channels_last = False
             _set_layout(model, torch.contiguous_format)
     if tune:
-        _tune(model, inputs_again())
+        _tune(model, *again())
     if cuda_graph:
         model.recapture()
     return model

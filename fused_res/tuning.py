@@ -18,16 +18,19 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.random import fork_rng
+from torch.utils import _pytree as pytree
 
 from . import backends, choices, plans, tuned
+from .calls import example_call
 from .choices import Choice, Key
 from .cli import UsageError, table
 from .env import settings
@@ -89,7 +92,7 @@ def _refuse_to_measure() -> None:
 
 
 def _calls_of(
-    model: nn.Module, inputs: tuple[Tensor, ...], train: bool
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], train: bool
 ) -> dict[Key, Call] | dict[plans.Call, None]:
     """The distinct calls in a forward of a copy, which shares the parameters."""
     try:
@@ -106,10 +109,11 @@ def _calls_of(
     elif not model.training:  # else some of it may be frozen
         model.train()
     backend, recording = ("triton", plans.recording) if train else ("auto", choices.recording)
+    inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     gpus = {t.device.index for t in (*inputs, *model.parameters()) if t.is_cuda}
     with torch.no_grad(), backends.backend(backend), recording() as calls, fork_rng(gpus):
         try:
-            model(*inputs)
+            model(*args, **kwargs)
         except Exception as error:
             raise ValueError(
                 f"example must be what model takes, got {', '.join(map(_words, inputs))}, for "
@@ -277,7 +281,7 @@ def _measure_training(call: plans.Call, _, seconds: float) -> Row | None:
 @torch.no_grad()
 def tune(
     model: nn.Module,
-    example: Tensor | tuple[Tensor, ...],
+    example: Tensor | tuple[Tensor | None, ...] | Mapping[str, Any],
     *,
     seconds: float | None = None,
     train: bool = False,
@@ -302,8 +306,8 @@ def tune(
 
     Args:
         model: any module, fused or not; not wrapped, compiled or scripted.
-        example: what it will be called with, a tensor or a tuple of tensors, in the layout
-            (channels_last, say) and under the autocast it will have.
+        example: what it will be called with, a tensor, a tuple of tensors or a dict of keyword
+            inputs, in the layout (channels_last, say) and under the autocast it will have.
         seconds: for each implementation of each shape; default: 0.1, and at least five runs. A
             ResNet-50 at batch 1 takes under half a minute on a CPU.
         train: for training.
@@ -323,18 +327,23 @@ def tune(
     """
     _refuse_to_measure()
     refuse_wrapped(model, "tune")
-    inputs = (example,) if isinstance(example, Tensor) else example
-    if not isinstance(inputs, (tuple, list)) or not all(isinstance(t, Tensor) for t in inputs):
-        raise TypeError(f"example must be a tensor or a tuple of tensors, got {example!r:.100}")
+    if isinstance(example, Mapping):
+        args, kwargs = example_call(example)
+    else:
+        args, kwargs = (example,) if isinstance(example, Tensor) else example, {}
+        tensors = isinstance(args, (tuple, list)) and [t for t in args if t is not None]
+        if tensors is False or not all(isinstance(t, Tensor) for t in tensors):
+            raise TypeError(f"example must be a tensor or a tuple of tensors, got {example!r:.100}")
     seconds = SECONDS if seconds is None else seconds
     if not seconds >= 0:
         raise ValueError(f"seconds={seconds!r} must be at least 0")
     report = TuneReport()
-    reason = _why_not_training(inputs[0]) if train and inputs else None
+    first = next((t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
+    reason = _why_not_training(first) if train and first is not None else None
     if reason is not None:
         _log.info("tune: nothing to choose: %s", reason)
         return report
-    calls = _calls_of(model, tuple(inputs), train)
+    calls = _calls_of(model, args, kwargs, train)
     measure = _measure_training if train else _measure
     by_device: dict[torch.device, list[Row]] = {}
     for i, (key, call) in enumerate(calls.items(), 1):
