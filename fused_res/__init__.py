@@ -9,7 +9,7 @@
 
 from . import models, reference
 from .backends import BackendUnavailable, backend, empty_cache
-from .inference import OptimizedModel, optimize_for_inference
+from .inference import OptimizedModel, optimize_for_inference, refresh
 from .nn import FusedResBlock
 from .reference import Norm
 from .surgery import FuseReport, fuse_, unfuse_
@@ -31,6 +31,7 @@ __all__ = [
     "models",
     "optimize_for_inference",
     "reference",
+    "refresh",
     "tune",
     "unfuse_",
 ]

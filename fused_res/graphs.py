@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from .nn.blocks import child, is_norm, is_norm_act
-from .run.guards import Unknowable, describe
+from .run.description import Description, Unknowable
 from .run.reads import Reads, Recorder, recording
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
@@ -68,6 +68,7 @@ class Tracer(fx.Tracer):
     """Sees convolutions, norms, whatever has no children, and ``opaque`` as one call each."""
 
     proxy_buffer_attributes = True  # what a forward reads of a buffer is read in every call
+    grad = True  # the mode in which the forward is traced
 
     def __init__(self, opaque: Collection[str] = ()) -> None:
         super().__init__()
@@ -75,6 +76,7 @@ class Tracer(fx.Tracer):
         self.autocast = torch.is_autocast_enabled("cpu")
         self.modes_changed = False
         self.made = 0  # nodes
+        self.leaves: set[str] = set()  # paths of the modules that the graph calls
         self._thread = threading.get_ident()
 
     def is_elsewhere(self) -> bool:
@@ -85,6 +87,9 @@ class Tracer(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         if self.is_elsewhere():
             return forward(*args, **kwargs)
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            self.leaves.add(path)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr, attr_val, parameter_proxy_cache):
@@ -97,7 +102,7 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args, **kwargs) -> fx.Node:
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
-        self.modes_changed |= modes != (True, self.autocast)
+        self.modes_changed |= modes != (self.grad, self.autocast)
         self.made += 1
         return super().create_node(*args, **kwargs)
 
@@ -263,7 +268,8 @@ def _trace(
         raise Untraceable("its forward asks whether something is a tensor")
     before, read = _state(block), _described(block, known, tracer)
     recorder = Recorder(block, lambda: tracer.made)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _seen(tracer):
+    modes = torch.random.fork_rng(devices=[]), torch.set_grad_enabled(tracer.grad)
+    with modes[0], modes[1], _seen(tracer):
         drawn, numpy = _drawn(), sys.modules.get("numpy.random")
         numbers = numpy and numpy.get_state()
         try:
@@ -289,12 +295,13 @@ def _trace(
         if node.op == "call_module" and does_nothing(child(block, node.target)):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+    recorder.leaves |= tracer.leaves
     return Trace(graph, recorder.reads(), refused)
 
 
 def _described(block: nn.Module, reads: Reads, tracer: Tracer) -> tuple:
     try:
-        return describe(block, reads, tracer.opaque)
+        return Description(block, reads).tokens
     except Unknowable as reason:  # which is said where it is recorded
         return (str(reason),)
 

@@ -19,6 +19,8 @@ from .calls import Call, Parameters, example_call, holds_no_tensor, is_plain
 from .graphs import Unfusable, in_words
 from .nn.blocks import BlockPlan, child, is_exported, is_norm_act
 from .prepared import PreparedForward
+from .run.guards import Record
+from .run.weight_cache import forget_weights
 from .surgery import FuseReport, fuse_, fused_class, refuse_wrapped, unfuse_
 from .tracing import chains, convolves, function, fuse_convolutions, graph_of
 
@@ -221,17 +223,21 @@ class OptimizedModel(nn.Module):
         if not serving.traced:
             return type(self)._plain_forward
         if serving.run is None:  # a copy, or read from a file
-            self._serving_fuse(graph_of(self, len(serving.inputs)), FuseReport())
+            try:
+                self._serving_fuse(*graph_of(self, len(serving.inputs)), FuseReport())
+            except Exception:  # the code may be another than when it was written
+                serving.traced = False
+                return type(self)._plain_forward
         if torch.compiler.is_compiling():
-            return serving.run
+            return serving.run if serving.prepared.is_of(self) else type(self)._plain_forward
         if serving.is_traced is None or not serving.freeze:
             serving.is_traced = serving.prepared.is_of(self)
         return serving.run if serving.is_traced else type(self)._plain_forward
 
-    def _serving_fuse(self, graph: fx.Graph, report: FuseReport) -> None:
+    def _serving_fuse(self, graph: fx.Graph, record: Record, report: FuseReport) -> None:
         fuse_convolutions(self, graph, report)
         self._serving.run = function(self, graph)
-        self._serving.prepared = PreparedForward(self, graph)
+        self._serving.prepared = PreparedForward(self, graph, record)
 
     def _serving_as_returned(self, y: Any) -> Any:
         kind = self._serving.output
@@ -275,6 +281,7 @@ class OptimizedModel(nn.Module):
             raise RuntimeError(
                 "there is nothing to capture: it was optimised without cuda_graph or freeze"
             )
+        forget_weights()
         self._serving_forget()  # frees its memory first
         if not serving.cuda_graph:
             return
@@ -477,7 +484,7 @@ def _fuse_outside_blocks(model: OptimizedModel, inputs: list[Tensor], expected: 
     serving, reason = model._serving, None
     wanted, kind = pytree.tree_flatten(expected)
     try:
-        graph = graph_of(model, len(inputs))
+        graph, record = graph_of(model, len(inputs))
         run = function(model, graph)
         with torch.no_grad():
             found, traced_kind = pytree.tree_flatten(run(model, *[t.clone() for t in inputs]))
@@ -493,7 +500,7 @@ def _fuse_outside_blocks(model: OptimizedModel, inputs: list[Tensor], expected: 
         serving.report.skipped.append(("", f"convolutions outside blocks: {reason}"))
         return
     serving.traced = True
-    model._serving_fuse(graph, serving.report)
+    model._serving_fuse(graph, record, serving.report)
 
 
 def _set_layout(model: nn.Module, layout: torch.memory_format) -> None:
@@ -634,3 +641,32 @@ def optimize_for_inference(
     if cuda_graph:
         model.recapture()
     return model
+
+
+def refresh(model: nn.Module) -> None:
+    """Makes all that was derived from weights new when it is used next, and captures what has a
+    CUDA graph again.
+
+    Most changes of weights are seen without: by an optimizer, ``load_state_dict``, operations in
+    place, whole weights through ``.data``. Single values that are written past PyTorch's version
+    counters are not: through ``numpy()``, DLPack, ``.data``, raw operators such as
+    ``torch._fused_sgd_``, or by another process to shared memory.
+
+        model.conv1.weight.detach().numpy()[0, 0] = 0
+        fused_res.refresh(model)
+
+    Args:
+        model: any module that has fused blocks, or what ``optimize_for_inference`` returned.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    forget_weights()
+    for module in model.modules():
+        if isinstance(module, OptimizedModel):
+            if module._serving.cuda_graph:
+                module.recapture()
+            else:
+                module._serving_forget()

@@ -16,7 +16,8 @@ from .graphs import Nodes, Tracer, Unfusable, Untraceable, in_words, trace
 from .nn.blocks import BlockPlan, Stage, has_frozen, is_norm
 from .nn.parts import PartsPlan
 from .parts import IN_PLACE_ADDS, parts_plan
-from .run.guards import Record, Unknowable, has_hooks
+from .run.description import Unknowable, has_hooks
+from .run.guards import Record
 
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 

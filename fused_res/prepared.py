@@ -3,12 +3,12 @@
 A fused block checks in each call whether what it prepared still holds. Between two kernels that
 read a network's weights nothing of that is in a cache, and it takes 0.2 ms a block: a tenth of a
 ResNet-50 at batch 1. Here the modules of all parts are checked in one pass and their tensors by one
-stamp.
+fingerprint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -18,23 +18,26 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import choices
-from .folds import stamp
 from .nn.blocks import MOST_SIZES, FusedForward, child, prepared_block, runs_plan
 from .nn.chains import FusedSequential, chain_of, linked, links, unique
 from .nn.conv_norm import conv_norm_relu, prepared_conv
 from .ops.conv_bn_act import under_modes
-from .run.guards import HOOKS, Watch, has_hooks
+from .run.description import Places, has_hooks
+from .run.guards import Record, Watch, guard_of, holds_compiled
+from .run.weight_cache import fingerprint
 from .tracing import function
 
 Step = Callable[[Tensor], Tensor]
 
 
 class _Found(NamedTuple):
-    """``run``: a part for inputs of one size, while ``tensors`` have this stamp."""
+    """``run``: a part for inputs of one size, while ``tensors`` have this fingerprint and
+    ``places`` hold."""
 
     run: Step
     tensors: list[Tensor]
-    stamp: tuple
+    fingerprint: tuple
+    places: Places = Places()
 
 
 class _Block(NamedTuple):
@@ -53,7 +56,10 @@ class _Block(NamedTuple):
         kept = prepared_block(block, x)
         if kept is None:
             return None
-        return _Found(lambda x: kept.run(x, x), kept.tensors, kept.stamp)
+        places, source = guard_of(block, block.plan.record).places, kept.source
+        if places is None:
+            return None
+        return _Found(lambda x: kept.run(x, x), source.tensors, source.fingerprint, places)
 
 
 class _Chain(NamedTuple):
@@ -74,12 +80,15 @@ class _Chain(NamedTuple):
         made, found, steps, i = list(map(linked, blocks)), [], [], 0
         while i < len(blocks):
             tensors = unique(t for one in made[i:] if one is not None for t in one.tensors)
-            before = stamp(tensors) if tensors else ()
+            before = fingerprint(tensors)
             chain, count = chain_of(blocks[i:], made[i:], x)
             if chain is None:
                 one = _Block(self.paths[i]).find(model, x)
             else:
-                one = _Found(chain, tensors, before)
+                places = Places()
+                for link in made[i : i + count]:
+                    places.add(link.places)
+                one = _Found(chain, tensors, before, places)
             if one is not None:
                 found.append(one)
             steps.append(blocks[i] if one is None else one.run)
@@ -91,9 +100,12 @@ class _Chain(NamedTuple):
             return x
 
         tensors = unique(t for one in found for t in one.tensors)
-        before = stamp(tensors) if tensors else ()
-        still = all(stamp(one.tensors) == one.stamp for one in found)
-        return _Found(run, tensors, before) if found and still else None
+        before = fingerprint(tensors)
+        still = all(fingerprint(one.tensors) == one.fingerprint for one in found)
+        places = Places()
+        for one in found:
+            places.add(one.places)
+        return _Found(run, tensors, before, places) if found and still else None
 
 
 class _Conv(NamedTuple):
@@ -192,13 +204,21 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part
 
 
 class _Kept(NamedTuple):
+    """What runs the parts of inputs of some sizes; ``forgotten``: how often all had been."""
+
     watch: Watch
+    places: Places
     tensors: list[Tensor]
-    stamp: tuple
+    fingerprint: tuple
     steps: list[Step]
+    forgotten: int
 
     def holds(self) -> bool:
-        return self.watch.holds() and stamp(self.tensors) == self.stamp
+        return (
+            self.watch.holds()
+            and self.places.hold()
+            and fingerprint(self.tensors) == self.fingerprint
+        )
 
 
 def _size(x: Tensor) -> tuple:
@@ -212,40 +232,21 @@ def _step(size: tuple, run: Step, plain: Step) -> Step:
     return step
 
 
-def _above(paths: Iterable[str]) -> list[str]:
-    """The paths of all modules that lead to some, but for the model itself."""
-    found = {}
-    for path in paths:
-        names = path.split(".")
-        found |= dict.fromkeys(".".join(names[:i]) for i in range(1, len(names)))
-    return list(found)
-
-
-def _structure(module: nn.Module) -> tuple:
-    """What a graph that calls a container's children in its place was made from."""
-    own = module.__dict__
-    hooked = any(map(own.get, HOOKS))
-    return module, type(module), hooked, own.get("forward"), *own["_modules"]
-
-
 class PreparedForward:
     """The forward of ``graph``, traced from a model with its convolutions fused."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, model: nn.Module, graph: fx.Graph, record: Record) -> None:
         graph, self._parts = _with_steps(model, graph)
         self._forward = function(model, graph)
+        self._record = record
         self._kept: dict[tuple, _Kept] = {}
         self._forgotten = 0  # times
-        called = [n.target for n in graph.nodes if n.op in ("call_module", "get_attr")]
-        for part in self._parts:
-            paths = part.paths if isinstance(part, _Chain) else part
-            called += [p for p in paths if type(p) is str]
-        self._containers = {p: _structure(child(model, p)) for p in _above(called)}
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether the model's containers are what they were when it was traced, and have no hooks
-        since."""
-        return all(_structure(child(model, p)) == s for p, s in self._containers.items())
+        """Whether all that the model's forward read when it was traced is as it was."""
+        if torch.compiler.is_compiling():
+            return holds_compiled(model, self._record)
+        return guard_of(model, self._record).same
 
     def forget(self) -> None:
         self._forgotten += 1
@@ -260,15 +261,14 @@ class PreparedForward:
         sizes = [(x.shape, x.stride(), x.dtype) for x in inputs]
         key = *sizes, torch.get_num_threads(), *choices.state()
         kept = self._kept.get(key)
-        if kept is None or not (frozen or kept.holds()):
+        if kept is None or kept.forgotten != self._forgotten or not (frozen or kept.holds()):
             return self._prepare(key, model, inputs)
         return self._forward(model, kept.steps, *inputs)
 
     def _prepare(self, key: tuple, model: nn.Module, inputs: list[Tensor]):
         self._kept.pop(key, None)  # it keeps what was replaced
         forgotten = self._forgotten
-        modules = [model, *(child(model, path) for path in self._containers)]
-        watch = Watch(modules + [m for part in self._parts for m in part.modules(model)])
+        watch = Watch([m for part in self._parts for m in part.modules(model)])
         plains = [partial(part.plain, model) for part in self._parts]
         steps, found = list(plains), []
 
@@ -287,11 +287,13 @@ class PreparedForward:
         if not found:
             return y
         tensors = [t for one in found for t in one.tensors]
-        kept = _Kept(watch, tensors, stamp(tensors), steps)
-        # what was found holds still, so the stamp of all is of what it was made from
-        if watch.holds() and all(stamp(one.tensors) == one.stamp for one in found):
+        places = Places()
+        for one in found:
+            places.add(one.places)
+        kept = _Kept(watch, places, tensors, fingerprint(tensors), steps, forgotten)
+        # what was found holds still, so the fingerprint of all is of what it was made from
+        if kept.holds() and all(fingerprint(one.tensors) == one.fingerprint for one in found):
             while len(self._kept) >= MOST_SIZES:
                 self._kept.pop(next(iter(tuple(self._kept)), None), None)
-            if self._forgotten == forgotten:
-                self._kept[key] = kept
+            self._kept[key] = kept  # of no use if all was forgotten meanwhile
         return y

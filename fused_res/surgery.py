@@ -19,7 +19,8 @@ from .nn.chains import FusedSequential, has_chain, unchain
 from .nn.parts import FusedParts, PartsPlan, methods
 from .ops.res_block import check_recompute
 from .patterns import plan_of
-from .run.guards import guard_of, kind_of
+from .run.description import kind_of
+from .run.guards import guard_of
 
 
 @dataclass

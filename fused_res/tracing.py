@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
-from .graphs import Nodes, Tracer, trace
+from .graphs import Nodes, Tracer, Unfusable, trace
 from .nn.blocks import FusedForward, child
 from .nn.chains import links
 from .nn.conv_norm import conv_norm_relu, plain_conv_norm
-from .run.guards import NORMS, has_hooks
+from .run.description import NORMS, Unknowable, has_hooks
+from .run.guards import Record
 from .surgery import FuseReport
 
 
@@ -32,6 +33,7 @@ class _Tracer(Tracer):
     that may be parts of a chain; all else is one call."""
 
     traced_func_name = "_plain_forward"
+    grad = False
 
     def __init__(self, enters: bool) -> None:
         super().__init__()
@@ -44,16 +46,25 @@ class _Tracer(Tracer):
         return leaf or has_hooks(module) or not (convolves(module) or enters)
 
 
-def graph_of(model: nn.Module, inputs: int) -> fx.Graph:
-    """The graph of ``model._plain_forward``, which is given so many inputs.
+def graph_of(model: nn.Module, inputs: int) -> tuple[fx.Graph, Record]:
+    """The graph of ``model._plain_forward``, which is given so many inputs, and what it read.
 
     Raises:
         Unfusable: it does something that a trace does not show.
     """
     try:
-        return trace(model, False, _Tracer(enters=True), inputs).seen()
+        return _graph_of(model, inputs, enters=True)
     except Exception:  # whatever a forward raises of what is not there
-        return trace(model, False, _Tracer(enters=False), inputs).seen()
+        return _graph_of(model, inputs, enters=False)
+
+
+def _graph_of(model: nn.Module, inputs: int, enters: bool) -> tuple[fx.Graph, Record]:
+    reads = trace(model, False, _Tracer(enters), inputs).seen().reads
+    found = trace(model, False, _Tracer(enters), inputs, known=reads).seen()  # nothing is changed
+    try:
+        return found.graph, Record(model, found.reads, calls=True)
+    except Unknowable as reason:
+        raise Unfusable(str(reason)) from None
 
 
 def function(model: nn.Module, graph: fx.Graph) -> Callable:

@@ -24,7 +24,6 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import choices, reference
 from ..env import BACKENDS
-from ..folds import stamp
 from ..ops.bn_act import bn_act_norms
 from ..ops.conv_bn_act import (
     Call,
@@ -39,8 +38,10 @@ from ..ops.convolutions import Convolutions, joined
 from ..ops.res_block import check_recompute, whole
 from ..ops.sync_bn_act import sync_bn_act
 from ..reference import Act, ConvNorm, Norm
-from ..run.guards import HOOKS, NORMS, Record, guard_of, has_hooks, holds_compiled
+from ..run.description import NORMS, has_hooks
+from ..run.guards import Record, guard_of, holds_compiled
 from ..run.reads import Reads
+from ..run.weight_cache import fingerprint
 
 _FROZEN = {
     ("torchvision.ops.misc", "FrozenBatchNorm2d"),
@@ -307,11 +308,10 @@ def conv_norm_of(conv: nn.Module, bn: nn.Module | None) -> ConvNorm | None:
 
 
 class _Part(NamedTuple):
-    """A convolution or BatchNorm of a block, by what its result depends on; not the module itself,
-    which may lead back to the block."""
+    """A convolution or BatchNorm of a block, by what its result depends on beside what the block's
+    guard compares; not the module itself, which may lead back to the block."""
 
     path: tuple[str, ...]
-    kind: type[nn.Module]
     settings: tuple  # of _SETTINGS
     parameters: tuple[tuple[str, Tensor | None], ...]
     buffers: tuple[tuple[str, Tensor | None], ...]
@@ -325,11 +325,27 @@ class _Part(NamedTuple):
         own = module.__dict__
         parameters, buffers = own["_parameters"], own["_buffers"]
         return (
-            type(module) is self.kind
-            and not any(map(own.get, HOOKS))
-            and tuple(map(own.get, _SETTINGS)) == self.settings
-            and all(parameters.get(name, self) is t for name, t in self.parameters)
-            and all(buffers.get(name, self) is t for name, t in self.buffers)
+            tuple(map(own.get, _SETTINGS)) == self.settings
+            and all([parameters.get(name, self) is t for name, t in self.parameters])
+            and all([buffers.get(name, self) is t for name, t in self.buffers])
+        )
+
+
+class _Source(NamedTuple):
+    """What a block for inference is made from."""
+
+    plan: BlockPlan
+    backend: str | None
+    parts: tuple[_Part, ...]
+    tensors: list[Tensor]
+    fingerprint: tuple
+
+    def holds(self, block: nn.Module, plan: BlockPlan) -> bool:
+        return (
+            self.plan is plan
+            and self.backend == block.backend
+            and all([part.is_in(block) for part in self.parts])
+            and fingerprint(self.tensors) == self.fingerprint
         )
 
 
@@ -337,20 +353,8 @@ class _Prepared(NamedTuple):
     """A block for inference on inputs of one size, and what it was made from: looking all of that
     up again costs more than a small kernel."""
 
-    plan: BlockPlan
-    backend: str | None
-    parts: tuple[_Part, ...]
-    tensors: list[Tensor]
-    stamp: tuple
+    source: _Source
     steps: list[Run]
-
-    def holds(self, block: nn.Module, plan: BlockPlan) -> bool:
-        return (
-            self.plan is plan
-            and self.backend == block.backend
-            and all(part.is_in(block) for part in self.parts)
-            and stamp(self.tensors) == self.stamp
-        )
 
     def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         for step in self.steps[:-1]:
@@ -361,8 +365,7 @@ class _Prepared(NamedTuple):
 # block -> id of a plan -> sizes
 _prepared: WeakKeyDictionary[nn.Module, dict[int, dict[tuple, _Prepared]]] = WeakKeyDictionary()
 MOST_SIZES = 4  # of a block's inputs, for each of its plans
-_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "forward", "_conv_forward",
-             "training", "eps")  # fmt: skip
+_SETTINGS = "stride", "padding", "dilation", "groups", "padding_mode", "training", "eps"
 _AFFINE, _RUNNING = ("weight", "bias"), ("running_mean", "running_var")
 
 
@@ -374,30 +377,26 @@ def _part_of(module: nn.Module, path: str, running: tuple[str, ...]) -> _Part | 
         affine, running = (), _AFFINE + running
     if not (parameters.keys() >= set(affine) and buffers.keys() >= set(running)):
         return None
-    settings = tuple(map(own.get, _SETTINGS))
-    if any(callable(value) for value in settings):
-        return None  # its own forward
     return _Part(
         tuple(path.split(".")),
-        type(module),
-        settings,
+        tuple(map(own.get, _SETTINGS)),
         tuple((name, parameters[name]) for name in affine),
         tuple((name, buffers[name]) for name in running),
     )
 
 
-def _prepare(
-    block: nn.Module, plan: BlockPlan, stages: tuple[Stage, ...], steps: list[Run]
-) -> _Prepared | None:
+def _source_of(block: nn.Module, plan: BlockPlan) -> _Source | None:
+    """As a block is now; None where one of its tensors can change unseen."""
+    stages = plan.branch if plan.shortcut is None else (*plan.branch, plan.shortcut)
+    if any(stage.before for stage in stages):
+        return None
     convs = [(s.conv, ()) for s in stages if s.conv is not None]
     norms = [(s.norm, _RUNNING) for s in stages if s.norm is not None]
     parts = [_part_of(child(block, path), path, names) for path, names in convs + norms]
     tensors = _tensors_of(parts)
     if tensors is None:
         return None
-    if all(isinstance(step, Convolutions) for step in steps):
-        steps = [joined(steps)]
-    return _Prepared(plan, block.backend, tuple(parts), tensors, stamp(tensors), steps)
+    return _Source(plan, block.backend, tuple(parts), tensors, fingerprint(tensors))
 
 
 def _tensors_of(parts: list[_Part | None]) -> list[Tensor] | None:
@@ -408,7 +407,7 @@ def _tensors_of(parts: list[_Part | None]) -> list[Tensor] | None:
     return None if any(t.is_inference() for t in tensors) else tensors
 
 
-def stamped_tensors(conv: nn.Module, bn: nn.Module | None) -> list[Tensor] | None:
+def tensors_of(conv: nn.Module, bn: nn.Module | None) -> list[Tensor] | None:
     """The tensors of a convolution and a BatchNorm; None where one can change unseen."""
     norm = [] if bn is None else [_part_of(bn, "", _RUNNING)]
     return _tensors_of([_part_of(conv, "", ()), *norm])
@@ -423,7 +422,7 @@ def prepared_block(block: FusedForward, x: Tensor) -> _Prepared | None:
     """What the last ``block(x)`` prepared, while it holds."""
     kept = _prepared.get(block, {}).get(id(block.plan), {}).get(_key(x))
     own = "forward" in block.__dict__ or not block._is_as_recorded()
-    return None if own or kept is None or not kept.holds(block, block.plan) else kept
+    return None if own or kept is None or not kept.source.holds(block, block.plan) else kept
 
 
 def _run_inference(
@@ -441,7 +440,7 @@ def _run_inference(
         key = _key(x, added)
         sizes = _prepared.get(block, {}).get(id(plan))
         kept = None if sizes is None else sizes.get(key)
-        if kept is not None and kept.holds(block, plan):
+        if kept is not None and kept.source.holds(block, plan):
             return kept.run(x, x if added is None and plan.skip != "none" else added)
         if kept is not None:
             sizes.clear()  # they keep what was replaced
@@ -454,6 +453,7 @@ def _run_inference(
         return None
     if not fuses_convolutions(x, block.backend):
         return None
+    source = _source_of(block, plan) if fast else None  # before any weight is read
     convs = []
     for stage, bn in zip(stages, norms, strict=True):
         if stage.conv is None:  # a shortcut that only pools
@@ -466,7 +466,7 @@ def _run_inference(
     steps = []
 
     def run(call: Call) -> Tensor:
-        step = prepared(call, block.backend) if fast else None
+        step = None if source is None else prepared(call, block.backend)
         if step is None:
             return conv_bn_act(*call, block.backend)
         steps.append(step)
@@ -488,13 +488,14 @@ def _run_inference(
         if shape != out_shape(out, conv):
             return None  # broadcast
     y = run(Call(out, conv, residual, *(shortcut or [None]), concat, act))
-    if len(steps) == len(plan.branch) and not any(stage.before for stage in stages):
-        made = _prepare(block, plan, stages, steps)
-        if made is not None:
-            sizes = _prepared.setdefault(block, {}).setdefault(id(plan), {})
-            while len(sizes) >= MOST_SIZES:
-                sizes.pop(next(iter(tuple(sizes))), None)
-            sizes[key] = made
+    # another thread may have written to the weights meanwhile
+    if source is not None and len(steps) == len(plan.branch) and source.holds(block, plan):
+        if all(isinstance(step, Convolutions) for step in steps):
+            steps = [joined(steps)]
+        sizes = _prepared.setdefault(block, {}).setdefault(id(plan), {})
+        while len(sizes) >= MOST_SIZES:
+            sizes.pop(next(iter(tuple(sizes))), None)
+        sizes[key] = _Prepared(source, steps)
     return y
 
 

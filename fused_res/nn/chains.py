@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends import named
-from ..folds import stamp
 from ..ops.conv_bn_act import PLAIN, under_modes
 from ..ops.res_chain import Chain, CudaChain, Link, fits, is_for, prepared_chain
-from ..run.guards import Watch, has_hooks
+from ..run.description import Places, has_hooks
+from ..run.guards import Watch, guard_of
+from ..run.weight_cache import fingerprint
 from .blocks import (
     MOST_SIZES,
     BlockPlan,
@@ -28,7 +29,7 @@ from .blocks import (
     conv_norm_of,
     plain_twin,
     runs_plan,
-    stamped_tensors,
+    tensors_of,
     uses_batch,
 )
 
@@ -52,17 +53,20 @@ def has_chain(container: nn.Sequential) -> bool:
 
 
 class Linked(NamedTuple):
-    """A block as ``res_chain`` takes it, and the tensors that it is made of."""
+    """A block as ``res_chain`` takes it, the tensors that it is made of, and what else its forward
+    read."""
 
     link: Link
     tensors: list[Tensor]
+    places: Places
 
 
 def linked(block: nn.Module) -> Linked | None:
     """None where the block is to be called."""
     if not links(block) or "forward" in block.__dict__ or not block._is_as_recorded():
         return None
-    if any(map(has_hooks, block.modules())):
+    places = guard_of(block, block.plan.record).places
+    if places is None or any(map(has_hooks, block.modules())):
         return None
     convs, tensors = [], []
     for stage in block.plan.branch:
@@ -71,14 +75,14 @@ def linked(block: nn.Module) -> Linked | None:
         if bn is not None and uses_batch(bn):
             return None
         conv = conv_norm_of(module, bn)
-        found = None if conv is None else stamped_tensors(module, bn)
+        found = None if conv is None else tensors_of(module, bn)
         if found is None:
             return None
         convs.append(conv)
         tensors += found
     before = block.plan.branch[-1].relu
     act = "relu_before_add" if before else "relu" if block.plan.relu else "none"
-    return Linked(Link(tuple(convs), act), tensors)
+    return Linked(Link(tuple(convs), act), tensors, places)
 
 
 def chain_of(
@@ -101,24 +105,22 @@ def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(t): t for t in tensors}.values())
 
 
-def _stamp(tensors: list[Tensor]) -> tuple:
-    return stamp(tensors) if tensors else ()
-
-
 class _Kept(NamedTuple):
     """What runs inputs of one size, while nothing changes that it was made of."""
 
     children: list[nn.Module]
     watch: Watch
+    places: Places
     tensors: list[Tensor]
-    stamp: tuple
+    fingerprint: tuple
     steps: list[Callable[[Tensor], Tensor]]
 
     def holds(self, container: nn.Module) -> bool:
         return (
             list(container._modules.values()) == self.children
             and self.watch.holds()
-            and _stamp(self.tensors) == self.stamp
+            and self.places.hold()
+            and fingerprint(self.tensors) == self.fingerprint
         )
 
 
@@ -170,11 +172,14 @@ class FusedSequential(nn.Sequential):
         modules = [m for block in blocks if links(block) for m in block.modules()]
         if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
             return super().forward(x)
-        watch, made = Watch(modules), list(map(linked, blocks))
+        watch, made, places = Watch(modules), list(map(linked, blocks)), Places()
+        for one in made:
+            if one is not None:
+                places.add(one.places)
         tensors = unique(t for one in made if one is not None for t in one.tensors)
         if x.is_cuda:  # where they are read in every call
             tensors = []
-        before = _stamp(tensors)
+        before = fingerprint(tensors)
         steps, i = [], 0
         while i < len(blocks):
             chain, count = chain_of(blocks[i:], made[i:], x)
@@ -182,10 +187,10 @@ class FusedSequential(nn.Sequential):
             steps.append(step)
             x, i = step(x), i + count
         # where nothing is chained, that is kept too
-        if watch.holds() and _stamp(tensors) == before:
+        if watch.holds() and places.hold() and fingerprint(tensors) == before:
             while len(self._kept) >= MOST_SIZES:
                 self._kept.pop(next(iter(tuple(self._kept)), None), None)
-            self._kept[key] = _Kept(blocks, watch, tensors, before, steps)
+            self._kept[key] = _Kept(blocks, watch, places, tensors, before, steps)
         return x
 
     def __prepare_scriptable__(self) -> nn.Module:

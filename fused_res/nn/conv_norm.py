@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..folds import stamp
 from ..ops.conv_bn_act import Call, conv_bn_act, prepared
 from ..reference import ConvNorm
-from ..run.guards import NORMS, has_hooks
-from .blocks import conv_norm_of, is_exported, stamped_tensors
+from ..run.description import NORMS, has_hooks
+from ..run.weight_cache import fingerprint
+from .blocks import conv_norm_of, is_exported, tensors_of
 
 
 def plain_conv_norm(
@@ -59,11 +59,11 @@ def prepared_conv(
     x: Tensor, conv: nn.Module, bn: nn.Module | None, relu: nn.Module | bool
 ) -> tuple[Callable[[Tensor], Tensor], list[Tensor], tuple] | None:
     """What runs ``conv_norm_relu`` for inputs of this size while the tensors, in which all is that
-    it was made of, have the stamp; None where there is no such thing."""
+    it was made of, have the fingerprint; None where there is no such thing."""
     found = plain_conv_norm(conv, bn, relu) if x.dim() == 4 else None
-    tensors = None if found is None else stamped_tensors(conv, bn)
+    tensors = None if found is None else tensors_of(conv, bn)
     if tensors is None:
         return None
-    now = stamp(tensors)
+    now = fingerprint(tensors)
     run = prepared(Call(x, found, act="none" if relu is False else "relu"), None)
     return None if run is None else (lambda x: run(x, None), tensors, now)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .. import choices, env, reference
 from ..backends import DTYPES, asked_for, choose, named, why_not_tensors
-from ..folds import folded, scale_and_shift
 from ..reference import ACTS, Act, ConvNorm, Norm
+from ..run.weight_cache import packed_weights, scale_and_shift
 from . import conv_halo, direct, library, winograd  # noqa: F401  define the ops that run here
 from .bn_act import _check_norm, bn_act_norms
 from .convolutions import convolution, nhwc
@@ -121,7 +121,7 @@ def _onednn(call: Call) -> Run:
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, x.shape)
         return packed, bias
 
-    weight, bias = folded(conv, ("onednn", x.shape, *sizes), pack)
+    weight, bias = packed_weights(conv, ("onednn", x.shape, *sizes), pack)
     shortcut = _shortcut(call, _onednn)
     # Its ReLU makes 0 of NaN. Its add has no kernel for some grouped convolutions.
     apart = residual is None or concat or act == "relu_before_add" or conv.groups > 1
@@ -167,7 +167,7 @@ def _winograd(tile: int, call: Call) -> Run:
         u = torch.ops.fused_res.winograd_weight(conv.weight, scale, tile)
         return u, None if shift is None else shift.float()
 
-    packed = folded(conv, ("winograd", tile), pack)
+    packed = packed_weights(conv, ("winograd", tile), pack)
     run = convolution(*packed, tile, conv.weight.size(0), call.act, _role(call), conv.padding)
     shortcut = _shortcut(call, _onednn)
     return run if shortcut is None else lambda x, residual: run(x, shortcut(residual, None))
@@ -203,7 +203,7 @@ def _direct(call: Call) -> Run:
         shifts = [s for s in shifts if s is not None]
         return u, sum(shifts).float() if shifts else None
 
-    packed = folded(conv, ("direct",), pack, shortcut)
+    packed = packed_weights(conv, ("direct",), pack, shortcut)
     sizes = []
     for c in convs:
         sizes += (*c.weight.shape[1:], *c.stride, *c.padding, *c.dilation)

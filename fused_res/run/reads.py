@@ -98,7 +98,6 @@ _HANDS_OUT = {
 }
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_LOOKED_INTO = frozenset({"_parameters", "_buffers", "_modules"})
 _DYNAMIC = frozenset({"getattr", "vars", "attrgetter", "__dict__", "__getattribute__"})
 
 
@@ -111,6 +110,7 @@ class Reads:
     """What a forward read.
 
     attributes: of modules, by the path from the one that was traced.
+    leaves: paths of the modules that a graph calls; what these read is read in every call.
     codes: of the Python functions that ran, with their globals.
     names: of attributes that these functions may load of anything.
     dynamic: whether they may load others, by names that are made when they run.
@@ -118,6 +118,7 @@ class Reads:
     """
 
     attributes: dict[str, frozenset[str]] = field(default_factory=dict)
+    leaves: frozenset[str] = frozenset()
     codes: tuple[tuple[CodeType, dict], ...] = ()
     names: frozenset[str] = frozenset()
     dynamic: bool = False
@@ -128,6 +129,7 @@ class Reads:
         none = frozenset()
         return Reads(
             {p: self.attributes.get(p, none) | other.attributes.get(p, none) for p in paths},
+            self.leaves | other.leaves,
             tuple({id(code): (code, of) for code, of in (*self.codes, *other.codes)}.values()),
             self.names | other.names,
             self.dynamic or other.dynamic,
@@ -140,6 +142,7 @@ class Reads:
             all(of <= self.attributes.get(p, frozenset()) for p, of in other.attributes.items())
             and {id(code) for code, _ in other.codes} <= {id(code) for code, _ in self.codes}
             and other.names <= self.names
+            and other.leaves <= self.leaves
             and set(other.questions) <= set(self.questions)
             and self.dynamic >= other.dynamic
         )
@@ -169,11 +172,13 @@ class Recorder:
     """Collects the reads of a forward that runs in this thread.
 
     refused: why its value cannot be known from them; None: it can.
+    leaves: paths of the modules that the graph calls, which the tracer adds.
     made: has the number of nodes that the graph has so far.
     """
 
     def __init__(self, root: nn.Module, made: Callable[[], int]) -> None:
         self.refused: str | None = None
+        self.leaves: set[str] = set()
         self._made = made
         self._thread = threading.get_ident()
         self._paths: dict[int, str] = {}
@@ -192,7 +197,8 @@ class Recorder:
             dynamic |= not _DYNAMIC.isdisjoint(code.co_names)
         attributes = {path: frozenset(of) for path, of in self._attributes.items()}
         codes, questions = tuple(self._codes.values()), tuple(self._questions.items())
-        return Reads(attributes, codes, frozenset(names), dynamic, questions)
+        leaves = frozenset(self.leaves)
+        return Reads(attributes, leaves, codes, frozenset(names), dynamic, questions)
 
     def refuse(self, reason: str) -> None:
         self.refused = self.refused or reason
@@ -265,7 +271,8 @@ class Recorder:
     def _look_up(self, module: nn.Module, name: str) -> Any:
         if threading.get_ident() == self._thread:
             path = self._paths.get(id(module))
-            if path is not None and (name not in _OF_EVERY_MODULE or name in _LOOKED_INTO):
+            ours = name.startswith("_serving")  # a served model's
+            if path is not None and not ours and name not in _OF_EVERY_MODULE:
                 self._attributes[path].add(name)
             if name in ("__dict__", "_parameters", "_buffers") and self._is_users(sys._getframe(1)):
                 self.refuse(f"its forward reads {name}, which a trace does not see into")

@@ -15,9 +15,10 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 
 import fused_res
-from fused_res import FusedResBlock, choices, folds
+from fused_res import FusedResBlock, choices
 from fused_res.ops import conv_bn_act
 from fused_res.reference import ResBlock
+from fused_res.run import weight_cache
 
 pytestmark = pytest.mark.skipif(
     fused_res.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
@@ -426,8 +427,8 @@ def test_a_convolution_shared_by_blocks_with_other_norms():
 
 def test_folds_are_made_once(monkeypatch):
     made = []
-    fold = folds.scale_and_shift
-    for module in (folds, conv_bn_act):
+    fold = weight_cache.scale_and_shift
+    for module in (weight_cache, conv_bn_act):
         monkeypatch.setattr(module, "scale_and_shift", lambda conv: made.append(conv) or fold(conv))
     models = [pair()[0] for _ in range(3)]  # a convolution with three norms
     for model in models:
@@ -588,9 +589,9 @@ def test_folds_are_seen_nowhere(name):
         of_tensors = [vars(p) for p in ours.parameters()]
         return names, attributes, of_tensors, len(pickle.dumps(ours))
 
-    before, kept = seen(), len(folds._folds)
+    before, kept = seen(), len(weight_cache._packed)
     look(ours)
-    assert len(folds._folds) > kept, "nothing was folded"
+    assert len(weight_cache._packed) > kept, "nothing was folded"
     assert seen() == before
 
 
@@ -610,14 +611,14 @@ def count():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_folds_live_as_long_as_the_model(name, count):
-    kept, tensors = len(folds._folds), count()
+    kept, tensors = len(weight_cache._packed), count()
     ours, theirs = pair(name)
     weight = weakref.ref(conv_of(ours).weight)
     same(ours, theirs)
-    assert len(folds._folds) > kept
+    assert len(weight_cache._packed) > kept
     del ours, theirs
     assert count() == tensors
-    assert weight() is None and len(folds._folds) == kept
+    assert weight() is None and len(weight_cache._packed) == kept
 
 
 def test_folds_do_not_add_up(count):

@@ -1,0 +1,530 @@
+"""What a forward read, as tokens that are equal where all of it is the same; and the places where
+it was read.
+
+Values are described by what they are: numbers and strings by type and text; lists, dictionaries and
+objects by what they hold, each numbered when it comes first; functions by identity, code, defaults
+and what they close over; classes by those of their attributes that were read. Modules are described
+by class, children and the attributes that were read of them.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .reads import Reads, ask, globals_of, is_trusted
+
+MOST_TOKENS = 10_000
+# Converted to each other they compute the same where fused kernels run them
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+MISSING = object()
+_OVERRIDES = "forward", "_conv_forward"
+_VALUES = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...),
+           type(NotImplemented), torch.Size, torch.dtype, torch.device, torch.layout,
+           torch.memory_format)  # fmt: skip
+_CONTAINERS = list, tuple, dict, set, frozenset, deque, OrderedDict, defaultdict
+_FUNCTIONS = types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType
+_BASES_IN_C = {object, types.SimpleNamespace, *_VALUES, *_CONTAINERS}
+_HIDE_STATE = Tensor, torch.Generator, torch.UntypedStorage
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
+
+
+class Unknowable(Exception):
+    """A forward reads what cannot be compared; the message says what."""
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """A module's class, or the one that ``fuse_`` found it with."""
+    kind = type(module)
+    for name in ("model_class", "original"):  # a served model may be a fused block
+        kind = kind.__dict__.get(name, kind)
+    return kind
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _of_pytorch(module: str | None) -> bool:
+    return is_trusted(module) or module == "torch"
+
+
+# --- places that are compared in each call
+
+
+def _look(of: weakref.ref, name: str, default: Any) -> Any:
+    return getattr(of(), name, default)
+
+
+class Places:
+    """Places outside of the modules that were described, and what was in them."""
+
+    def __init__(self) -> None:
+        # (id of owner, name) -> what gets it, name, what it got
+        self._kept: dict[tuple[int, str], tuple[Callable, str, Any]] = {}
+        self._weak: dict[tuple[int, str], tuple[Callable, str, weakref.ref]] = {}
+        self._containers: dict[int, tuple[Any, Callable[[], bool]]] = {}
+        self._questions: dict[Callable, tuple] = {}
+
+    def put(self, owner: Any, get: Callable, name: str, value: Any, keeps: bool) -> None:
+        """``get(name, default)`` returned ``value``, which is kept alive, or not."""
+        if keeps:
+            self._kept[id(owner), name] = get, name, value
+        else:
+            self._weak[id(owner), name] = get, name, weakref.ref(value)
+
+    def put_container(self, of: Any) -> None:
+        self._containers[id(of)] = of, _content_check(of)
+
+    def put_question(self, question: Callable, answer: tuple) -> None:
+        self._questions[question] = answer
+
+    def add(self, other: Places) -> None:
+        self._kept |= other._kept
+        self._weak |= other._weak
+        self._containers |= other._containers
+        self._questions |= other._questions
+
+    def hold(self) -> bool:
+        """Whether there is in each place what was there."""
+        if not all([get(name, MISSING) is value for get, name, value in self._kept.values()]):
+            return False
+        if not (self._weak or self._containers or self._questions):
+            return True
+        return (
+            all([get(name, MISSING) is ref() for get, name, ref in self._weak.values()])
+            and all([same() for _, same in self._containers.values()])
+            and all([ask(question) == answer for question, answer in self._questions.items()])
+        )
+
+
+def _content_check(of: Any) -> Callable[[], bool]:
+    if isinstance(of, dict):
+        keys, values = list(of), list(of.values())
+        return lambda: list(of) == keys and all(map(is_, of.values(), values))
+    if isinstance(of, (set, frozenset)):
+        before = frozenset(of)
+        return lambda: of == before
+    values = list(of)
+    return lambda: len(of) == len(values) and all(map(is_, of, values))
+
+
+class Modules:
+    """A module and those in it as they were, in lists to loop over. No module is kept alive: one
+    that was replaced at the same address, by one of the same class, may stand for it.
+
+    Numbers are those of ``walk``.
+    """
+
+    def __init__(self, found: list[tuple[str, nn.Module | None]], parents: list[int]) -> None:
+        modules = [module for _, module in found]
+        self._parents = parents
+        self._names = list(chain.from_iterable(modules[i]._modules for i in parents))
+        self._ids = list(map(id, modules))
+        self._classes = list(map(type, modules))
+        self._hookable: list[int] = []
+        self._values: list[tuple[int, str, Any]] = []
+        self._absent: list[tuple[int, str]] = []
+        self._nones: list[tuple[int, str, str]] = []
+
+    def put(self, number: int, name: str, value: Any) -> None:
+        """An attribute's value, which is kept alive."""
+        self._values.append((number, name, value))
+
+    def put_absent(self, number: int, name: str) -> None:
+        """There is no attribute that stands before its class'."""
+        self._absent.append((number, name))
+
+    def put_none(self, number: int, part: str, name: str) -> None:
+        """A parameter or buffer is None."""
+        self._nones.append((number, part, name))
+
+    def put_unhooked(self, number: int) -> None:
+        self._hookable.append(number)
+
+    def hold(self, root: nn.Module) -> bool:
+        """Whether the modules, and what was put here of them, are as they were."""
+        modules: list[nn.Module | None] = [root]
+        names: list[str] = []
+        for i in self._parents:
+            children = modules[i].__dict__["_modules"]
+            names += children
+            modules += children.values()
+        if (
+            list(map(id, modules)) != self._ids
+            or names != self._names
+            or list(map(type, modules)) != self._classes
+        ):
+            return False
+        own = [module and module.__dict__ for module in modules]
+        if any([
+            of["_forward_hooks"] or of["_forward_pre_hooks"]
+            or of["_backward_hooks"] or of["_backward_pre_hooks"]
+            for of in [own[i] for i in self._hookable]
+        ]):  # fmt: skip
+            return False
+        return (
+            not any([name in own[i] for i, name in self._absent])
+            and all([own[i].get(name, MISSING) is value for i, name, value in self._values])
+            and all([own[i][part].get(name, MISSING) is None for i, part, name in self._nones])
+        )
+
+
+def walk(
+    root: nn.Module, leaves: frozenset[str]
+) -> tuple[list[tuple[str, nn.Module | None]], list[int]]:
+    """All modules by path, a module that stands in several places in each of them, and the numbers
+    of those whose children follow. What is in ``leaves`` is left out."""
+    found: list[tuple[str, nn.Module | None]] = [("", root)]
+    parents, seen = [], set()
+    for i, (path, module) in enumerate(found):  # which grows
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if module._modules and path not in leaves:
+            parents.append(i)
+            found += [(f"{path}.{n}" if path else n, m) for n, m in module._modules.items()]
+    return found, parents
+
+
+# --- the description
+
+
+class Description:
+    """Walks through what ``reads`` names, from a module.
+
+    Args:
+        calls: whether the modules that a graph calls are called as they are then, whatever they
+            are; else their class and hooks are described too.
+        traced: whether PyTorch answers questions as it did when the forward was traced; else as it
+            does now.
+
+    Attributes:
+        tokens: equal where all that was read is the same.
+        modules, places: what to compare in each call; places is None where something cannot be
+            compared without keeping alive what may lead back to the module.
+        children: path, class and number of children of each module inside that is looked at.
+        plain: (path, names of attributes, value) of what a compiler can compare.
+
+    Raises:
+        Unknowable: something was read that cannot be compared.
+    """
+
+    def __init__(
+        self, root: nn.Module, reads: Reads, calls: bool = False, traced: bool = False
+    ) -> None:
+        self.places: Places | None = Places()
+        self.children: list[tuple[str, type, int]] = []
+        self.plain: list[tuple[str, tuple[str, ...], Any]] = []
+        self._tokens: list[Any] = []
+        self._reads = reads
+        self._seen: dict[int, int] = {}
+        self._alive: list[Any] = []  # what has been seen: no address is used twice
+        self._where: list[str] = []
+        found, parents = walk(root, reads.leaves)
+        self.modules = Modules(found, parents)
+        self._numbers: dict[int, int] = {}
+        for i, (_, module) in enumerate(found):
+            self._numbers.setdefault(id(module), i)
+        for i, (path, module) in enumerate(found):
+            self._add(path, None if module is None else self._numbers[id(module)])
+            if module is not None and self._numbers[id(module)] == i:
+                self._module(i, path, module, calls and path in reads.leaves)
+        for code, known in reads.codes:
+            self._add(code)
+            for name in sorted(globals_of(code)):
+                self._named(known, known.get, name)
+        for question, answer in reads.questions:
+            answer = answer if traced else ask(question)
+            self._add(question, answer)
+            self._put("put_question", question, answer)
+        self.tokens = tuple(self._tokens)
+
+    def _put(self, kind: str, *args: Any) -> None:
+        if self.places is not None:
+            try:
+                getattr(self.places, kind)(*args)
+            except TypeError:  # a value without weak references
+                self.places = None
+
+    def _add(self, *tokens: Any) -> None:
+        self._tokens += tokens
+        if len(self._tokens) > MOST_TOKENS:
+            where = ".".join(self._where) or "more values"
+            raise Unknowable(f"its forward reads {where}: too many to compare")
+
+    def _refuse(self, value: Any) -> None:
+        kind, where = type(value), ".".join(self._where) or "a value"
+        raise Unknowable(
+            f"its forward reads {where}, a {kind.__module__}.{kind.__qualname__}, whose state a "
+            f"trace does not see"
+        )
+
+    def _again(self, value: Any) -> bool:
+        """Whether it was described before: things are numbered in the order they come."""
+        number = self._seen.setdefault(id(value), len(self._seen))
+        self._add(number)
+        if number < len(self._alive):
+            return True
+        self._alive.append(value)
+        return False
+
+    def _named(self, owner: Any, get: Callable, name: str, keeps: bool = True) -> None:
+        """Describes ``get(name, default)``, which is there in any case, or is kept if need be."""
+        value = get(name, MISSING)
+        self._add(name)
+        self._where.append(name)
+        plain = value is MISSING or self._value(value)
+        self._where.pop()
+        self._put("put", owner, get, name, value, keeps or plain)
+
+    # --- modules
+
+    def _module(self, number: int, path: str, module: nn.Module, called: bool) -> None:
+        own, kind = module.__dict__, kind_of(module)
+        kind = NORMS[0] if kind in NORMS else kind
+        names = set(self._reads.attributes.get(path, ()))
+        if not called:
+            names.add("inplace")
+            self._add(kind)
+            if path:
+                self.children.append((path, kind, len(module._modules)))
+                self._add(has_hooks(module), *(name in own for name in _OVERRIDES))
+                self.modules.put_unhooked(number)
+                overrides = _OVERRIDES if isinstance(module, nn.Conv2d) else _OVERRIDES[:1]
+                for name in overrides:
+                    if name not in own:
+                        self.modules.put_absent(number, name)
+            if not _of_pytorch(kind.__module__) and path not in self._reads.leaves:
+                self._class(kind)
+        for name in sorted(names):
+            self._where.append(name)
+            self._attribute(number, path, module, name)
+            self._where.pop()
+
+    def _attribute(self, number: int, path: str, module: nn.Module, name: str) -> None:
+        own, in_class = module.__dict__, _in_class(kind_of(module), name)
+        if name in own and not hasattr(type(in_class), "__set__"):
+            self._add(name)
+            value = own[name]
+            if self._value(value):
+                self.modules.put(number, name, value)
+            else:
+                get = functools.partial(_look, weakref.ref(module))
+                self._put("put", module, get, name, value, False)
+            self._compare_compiled(path, name, value)
+        elif in_class is not MISSING:  # a method, a property, a constant: described with its class
+            self.modules.put_absent(number, name)
+        else:
+            for part in ("_parameters", "_buffers"):
+                if name in own[part]:
+                    self._add(name, own[part][name] is None)
+                    if own[part][name] is None:
+                        self.modules.put_none(number, part, name)
+
+    def _compare_compiled(self, path: str, name: str, value: Any) -> None:
+        if isinstance(value, (*_VALUES, *_FUNCTIONS)):
+            self.plain.append((path, (name,), value))
+        elif isinstance(value, (list, tuple, dict)):
+            if _is_plain(value):
+                self.plain.append((path, (name,), _copied(value)))
+        elif _has_dict(value) and not isinstance(value, (type, types.ModuleType)):
+            for inner in sorted(self._reads.names & vars(value).keys()):
+                if isinstance(vars(value)[inner], _VALUES):
+                    self.plain.append((path, (name, inner), vars(value)[inner]))
+
+    # --- values
+
+    def _value(self, value: Any) -> bool:
+        """Describes it; whether it may be kept alive: it cannot lead back to a module."""
+        kind = type(value)
+        if kind in _VALUES:
+            self._add(kind, repr(value))
+        elif isinstance(value, enum.Enum):
+            self._add(kind, value.name)
+        elif isinstance(value, _HIDE_STATE):
+            self._refuse(value)
+        elif isinstance(value, types.ModuleType):
+            self._namespace(value)
+        elif isinstance(value, type):
+            self._add(value)
+            if not _of_pytorch(value.__module__):
+                self._class(value)
+        elif isinstance(value, types.FunctionType):
+            return self._function(value)
+        elif isinstance(value, _FUNCTIONS):
+            return self._in_c(value)
+        elif isinstance(value, types.MethodType):
+            self._add(kind)
+            self._value(value.__func__)
+            self._value(value.__self__)
+            return False
+        elif isinstance(value, (property, staticmethod, classmethod, functools.cached_property)):
+            parts = ("fget", "fset", "__func__", "func")
+            return self._all(kind, [getattr(value, part, None) for part in parts])
+        elif kind is functools.partial:
+            return self._all(kind, [value.func, value.args, value.keywords])
+        elif kind in _CONTAINERS:
+            return self._container(value)
+        else:
+            return self._object(value)
+        return True
+
+    def _all(self, kind: type, values: list[Any]) -> bool:
+        self._add(kind)
+        return all([self._value(value) for value in values])
+
+    def _namespace(self, module: types.ModuleType) -> None:
+        if self._again(module):
+            return
+        for name in sorted(self._reads.names & vars(module).keys()):
+            value = vars(module)[name]
+            # PyTorch's switches are asked for by functions
+            known = isinstance(value, (*_FUNCTIONS, types.ModuleType))
+            if known or not _of_pytorch(module.__name__):
+                self._named(vars(module), vars(module).get, name)
+
+    def _class(self, kind: type) -> None:
+        """What those classes have of the names that were read that are not PyTorch's."""
+        self._add(kind)
+        if self._again(kind):
+            return
+        bases = [c for c in kind.__mro__ if not _of_pytorch(c.__module__) and c in _made(kind)]
+        for name in sorted(self._reads.names):
+            if any(name in vars(base) for base in bases):
+                for base in bases:
+                    self._named(base, vars(base).get, name)
+        if any("__getattribute__" in vars(base) for base in bases):
+            self._where.append("attributes by a __getattribute__ of its own")
+            self._refuse(kind)
+
+    def _function(self, function: types.FunctionType) -> bool:
+        self._add(function)
+        if _of_pytorch(function.__module__):
+            return function.__closure__ is None
+        if self._again(function):
+            return True
+        get, plain = functools.partial(getattr, function), True
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            value = get(name)
+            plain &= self._value(value) if name != "__code__" else not self._add(value)
+            self._put("put", function, get, name, value, True)
+        for cell in function.__closure__ or ():
+            get = functools.partial(getattr, cell)
+            value = get("cell_contents", MISSING)
+            inner = value is MISSING or self._value(value)
+            self._put("put", cell, get, "cell_contents", value, inner)
+            plain &= inner
+        for name in sorted(self._reads.names & vars(function).keys()):
+            self._named(vars(function), vars(function).get, name, keeps=False)
+        return plain
+
+    def _in_c(self, function: Any) -> bool:
+        of = getattr(function, "__self__", None)
+        if of is None or isinstance(of, (types.ModuleType, type)):
+            self._add(function)
+            return True
+        self._add(function.__name__)
+        self._value(of)
+        return False
+
+    def _container(self, value: Any) -> bool:
+        self._add(type(value), len(value))
+        if self._again(value):
+            return True
+        if isinstance(value, dict):
+            content = chain.from_iterable(value.items())
+        elif isinstance(value, (set, frozenset)):
+            content = sorted(value, key=repr)
+        else:
+            content = value
+        plain = all([self._value(v) for v in content])
+        if not plain:
+            self.places = None  # what it holds may lead back
+        elif type(value) is not tuple:
+            self._put("put_container", value)
+        return plain
+
+    def _object(self, value: Any) -> bool:
+        kind = type(value)
+        if id(value) in self._numbers:
+            self._add(self._numbers[id(value)])
+            return False
+        if kind.__module__ == "numpy" and not hasattr(value, "resize"):  # a number
+            self._add(kind, repr(value))
+            return True
+        if not all(c in _BASES_IN_C or c.__flags__ & _HEAP_TYPE for c in kind.__mro__):
+            if not _of_pytorch(kind.__module__):
+                self._refuse(value)
+            self._add(kind)
+            return True
+        self._add(kind)
+        if self._again(value):
+            return False
+        if not _of_pytorch(kind.__module__):
+            self._class(kind)
+        if isinstance(value, _CONTAINERS):
+            self.places = None
+            base = next(c for c in _CONTAINERS if isinstance(value, c))
+            self._container(dict(value) if issubclass(base, dict) else base(value))
+        own = vars(value) if _has_dict(value) else {}
+        slots = {s for c in kind.__mro__ for s in _slots(c)}
+        names = own.keys() | slots
+        if not self._reads.dynamic:
+            names &= self._reads.names
+        get = None
+        for name in sorted(names):
+            try:
+                get = get or functools.partial(_look, weakref.ref(value))
+            except TypeError:
+                self.places, get = None, functools.partial(getattr, value)
+            self._named(value, get, name, keeps=False)
+        return False
+
+
+def _made(kind: type) -> set[type]:
+    return {c for c in kind.__mro__ if c.__flags__ & _HEAP_TYPE}
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _has_dict(value: Any) -> bool:
+    return isinstance(getattr(value, "__dict__", None), dict)
+
+
+def _in_class(kind: type, name: str) -> Any:
+    """An attribute as it stands in the class."""
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), MISSING)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, chain.from_iterable(value.items())))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    return list(map(_copied, value)) if isinstance(value, list) else value
