@@ -263,6 +263,9 @@ class trained_once:
         ("timm:test_resnet", {"checkpoint_path": "last.pt"}),
         ("timm:test_resnet", {"pretrained_cfg": {"file": "last.pt"}, "pretrained": True}),
         ("timm:test_resnet", {"act_layer": "../relu"}),
+        ("torchvision:mine.py:net", {}),
+        ("torchvision:os:system", {"command": "echo ran"}),
+        ("transformers:/mine.py:net", {}),
         ("timm:hf-hub:someone/net", {}),
         ("timm:local-dir:.", {}),
         ("timm:someone/net", {}),
@@ -383,6 +386,13 @@ def test_a_model_of_ones_own_is_named_again(mine, tmp_path, capsys, monkeypatch)
     text = failed(capsys, "evaluate", out / "last.pt", "--model", f"{mine}:net",
                   "--model-arg", "width=6")  # fmt: skip
     assert "nets.fused.model.0.weight has shape (5, 3, 3, 3), the model's is (6, 3, 3, 3)" in text
+
+
+def test_a_model_of_ones_own_may_make_and_drop_large_parts(tmp_path):
+    source = tmp_path / "mine.py"
+    source.write_text(MINE.replace("    return", "    nn.Linear(2**11, 2**10)\n    return"))
+    out = train(tmp_path / "out", f"{source}:net", *NET[3:], "--epochs", "1")
+    assert cli.main(["evaluate", str(out / "last.pt"), "--model", f"{source}:net"]) == 0
 
 
 def stopped(monkeypatch, out, *argv, code=130):

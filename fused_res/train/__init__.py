@@ -97,7 +97,7 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: P
     kinds = settings.nets()
     models, about = {}, {}
     for kind in kinds:
-        with _within(state, kind, last):
+        with _within(settings, state, kind, last):
             models[kind], about[kind] = nets.make(
                 settings.model, arguments, kind == "fused", settings.seed
             )
@@ -133,11 +133,11 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: P
 
 
 def _within(
-    state: dict[str, Any] | None, kind: str, last: Path
+    settings: Settings, state: dict[str, Any] | None, kind: str, last: Path
 ) -> contextlib.AbstractContextManager:
     if state is None:
         return contextlib.nullcontext()
-    return nets.within(state["nets"][kind]["model"], str(last))
+    return nets.within(settings.model, state["nets"][kind]["model"], str(last))
 
 
 def _check_resumed(state: dict[str, Any], last: Path, pictures: data.Data, place: Place) -> None:

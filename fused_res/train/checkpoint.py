@@ -245,9 +245,10 @@ def load_weights(model: nn.Module, weights: Any, where: str) -> None:
             )
         if not is_like(found, t.dtype, t.shape):
             raise CheckpointError(f"{where}.{key} must be a dense tensor of {t.dtype}")
-        least = 0 if key.rpartition(".")[2] in COUNTS else -math.inf
         # a model may have infinities of its own, in a mask for example
-        wrong = (~found.isfinite() & t.isfinite().to(found.device)) | (found < least)
+        wrong = ~found.isfinite() & t.isfinite().to(found.device)
+        if key.rpartition(".")[2] in COUNTS:
+            wrong |= found < 0
         if wrong.any():
             raise CheckpointError(f"{where}.{key} has a value that cannot be: {found[wrong][0]}")
     model.load_state_dict(weights)

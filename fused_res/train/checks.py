@@ -91,15 +91,15 @@ def tensor(
     least: float = -math.inf,
     most: float = math.inf,
 ) -> Rule:
-    """A dense tensor on the CPU, of finite values between ``least`` and ``most``."""
+    """A dense tensor of finite values, between ``least`` and ``most`` if they are real."""
     words = f"a tensor of {str(dtype).removeprefix('torch.')}, shape {tuple(shape)}"
     if least > -math.inf or most < math.inf:
         words += f", values from {least} to {most}"
 
     def holds(value: Any) -> bool:
-        return is_like(value, dtype, shape) and bool(
-            (value.isfinite() & (value >= least) & (value <= most)).all()
-        )
+        if not is_like(value, dtype, shape) or not value.isfinite().all():
+            return False
+        return dtype.is_complex or bool(((value >= least) & (value <= most)).all())
 
     return Rule(f"{words}, all finite", holds)
 

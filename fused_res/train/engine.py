@@ -170,7 +170,8 @@ class Net:
                 for key, least in OPTIMIZER_STATE[self._settings.optimizer].items()
             }
             if "step" in rules:
-                rules["step"] = tensor(torch.float32, (), 0)
+                double = torch.get_default_dtype() is torch.float64
+                rules["step"] = tensor(torch.float64 if double else torch.float32, (), 0)
             if of_one.keys() - rules.keys() or (of_one and rules.keys() - of_one.keys()):
                 raise CheckpointError(f"{where}state.{i} must have keys {', '.join(rules)}")
             for key, value in of_one.items():

@@ -112,7 +112,7 @@ def _model(
     where = f"{args.checkpoint}: nets.{name}"
     net = state["nets"][name]
     arguments = nets.arguments(settings, len(state["classes"]))
-    with nets.within(net["model"], str(args.checkpoint)):
+    with nets.within(settings.model, net["model"], str(args.checkpoint)):
         model, _ = nets.make(settings.model, arguments, not args.plain, settings.seed)
     average = net.get("average")
     if args.ema and average is None:

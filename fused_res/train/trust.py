@@ -28,7 +28,7 @@ LARGEST = 2**20
 
 def untrusted(settings: Settings) -> list[str]:
     """The fields of ``settings``, a checkpoint's, that must be named again."""
-    found = [] if _is_known(settings.model) else ["model"]
+    found = [] if is_known(settings.model) else ["model"]
     ours = ":" not in settings.model  # whose arguments are those of its class, which opens nothing
     if any(not (_shapes(value) and (ours or key in ARGUMENTS) and not found)
            for key, value in settings.model_arg):  # fmt: skip
@@ -38,13 +38,15 @@ def untrusted(settings: Settings) -> list[str]:
     return found
 
 
-def _is_known(model: str) -> bool:
+def is_known(model: str) -> bool:
     """Whether it is made by name, by a library that runs its own code alone and reads no file."""
     library, colon, name = model.partition(":")
-    if not colon or library == "torchvision":
-        return True  # both look the name up in their lists
-    if library == "timm":  # hub:, folder: and paths have other characters
-        return re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII) is not None
+    if not colon:
+        return True  # it is looked up in a list
+    if not re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII):  # of hubs, folders, files
+        return False
+    if library in ("torchvision", "timm"):
+        return True
     if library == "transformers":  # its functions download
         try:
             made = getattr(importlib.import_module(library), name, None)
