@@ -444,13 +444,14 @@ def test_a_killed_trainer_holds_nothing(tmp_path, capsys):
     train(tmp_path, *NET, "--epochs", "1")
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.99])
+def test_a_full_disk_leaves_the_old_checkpoint(share, tmp_path, capsys, monkeypatch):
     """A real one: the system refuses files of more than so many bytes."""
     flags = [*NET, "--epochs", "2"]
     out = stopped(monkeypatch, tmp_path / "out", *flags)
     before = (out / "last.pt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 1000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before)), limits[1]))
     try:
         text = failed(capsys, "train", "--out", out, "--resume")
     finally:
