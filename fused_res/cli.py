@@ -56,6 +56,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: str = 
     return "\n".join(lines)
 
 
+def _one_line(error: Exception) -> str:
+    """Its text, without anything in it that a terminal would take for a command."""
+    text = " ".join(str(error).splitlines())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -81,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return modules[args.command].run(args)
     except (CommandError, BackendUnavailable, OSError) as error:
-        print(f"fused-res {args.command}: error: {error}", file=sys.stderr)
+        print(f"fused-res {args.command}: error: {_one_line(error)}", file=sys.stderr)
         return error.code if isinstance(error, CommandError) else 1
     except KeyboardInterrupt:
         print(f"fused-res {args.command}: interrupted", file=sys.stderr)

@@ -379,7 +379,7 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
 
 
-def named_model(name: str, num_classes: int | None = None, **arguments: object) -> nn.Module:
+def named_model(name: str, /, num_classes: int | None = None, **arguments: object) -> nn.Module:
     """The model that a command line names.
 
     Args:

@@ -125,7 +125,8 @@ def test_blocks_of_a_model_of_ones_own_are_fused(tmp_path):
     (start,) = records(out, "start")
     assert start["nets"]["fused"]["fused"] == ["1"] and start["nets"]["plain"]["fused"] == []
     assert weights(out)["0.weight"].shape == (9, 3, 3, 3)
-    assert cli.main(["evaluate", str(out / "best.pt")]) == 0
+    mine = ["--model", f"{source}:net", "--model-arg", "width=9"]
+    assert cli.main(["evaluate", str(out / "best.pt"), *mine]) == 0
 
 
 def test_it_learns(tmp_path):

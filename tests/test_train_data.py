@@ -1,9 +1,11 @@
 """Where pictures come from, what is wrong with them, and how a batch of them is prepared."""
 
+import contextlib
 import itertools
 import os
 import pickle
 import re
+import socket
 import struct
 
 import numpy as np
@@ -410,6 +412,28 @@ def test_images_that_cannot_be_read(folder):
         fails(f"^{path}: not a readable image: ", folder)
     # what is not asked for is not read
     assert len(load(folder, classes=["ant", "cat"], images=4).train_labels) == 4
+
+
+def test_pipes_sockets_and_folders_are_no_images(folder):
+    expected = load(folder).fingerprint
+    os.mkfifo(folder / "train/cat/pipe.png")
+    (folder / "val/bee/folder.jpg").mkdir()
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(folder / "train/bee"):
+        server.bind("socket.png")  # a long path is none
+    assert load(folder).fingerprint == expected
+    (folder / "train/bee/link.png").symlink_to(folder / "nothing.png")
+    fails(f"^{folder / 'train/bee/link.png'}: not a readable image: ", folder)
+
+
+def test_only_a_pipe_is_a_class_without_images(folder):
+    os.mkdir(folder / "train/emu")
+    os.mkfifo(folder / "train/emu/1.png")
+    fails(f"^{folder / 'train/emu'}: a class without images", folder)
+
+
+def test_more_pixels_than_memory():
+    with pytest.raises(DataError, match=r"^size=100000: 1797 images of it take \d+ GiB, this mach"):
+        load(size=100_000)
 
 
 def test_folders_that_cannot_be(folder):

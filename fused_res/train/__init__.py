@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import platform
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,13 @@ import torch
 from ..cli import CommandError, UsageError, table
 from ..tuned import processor
 from ..version import __version__
-from . import checkpoint, data, nets, report
+from . import checkpoint, data, nets, report, trust
 from . import settings as flags
 from .augment import prepare
 from .engine import Interrupted, Trainer
+from .lock import locked
 from .log import Log, now
-from .place import Place, at
+from .place import Place, at, launched, rank
 from .settings import Settings
 
 
@@ -38,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.resume and args.overwrite:
         raise UsageError("--resume and --overwrite must not be given together")
+    with contextlib.nullcontext() if rank() else locked(args.out):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     last, state = args.out / "last.pt", None
     if args.resume and last.exists():
         state = checkpoint.load(last)
@@ -47,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
             f"another folder"
         )
     settings = flags.of(args, None if state is None else state["settings"], str(last))
+    if state is not None:
+        _check_named(args, settings, last)
     threads = torch.get_num_threads()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -55,6 +64,21 @@ def run(args: argparse.Namespace) -> int:
             return _train(settings, args.out, state, place)
     finally:
         torch.set_num_threads(threads)
+
+
+def _check_named(args: argparse.Namespace, settings: Settings, last: Path) -> None:
+    """That the command line names what ``last`` must not name alone."""
+    missing = [name for name in trust.untrusted(settings) if not hasattr(args, name)]
+    if missing:
+        command = _resuming(settings, args.out)
+        raise UsageError(trust.refusal(settings, missing, str(last), command))
+
+
+def _resuming(settings: Settings, out: Path) -> str:
+    """The command that continues a run."""
+    command = "torchrun ... -m fused_res" if launched() else "fused-res"
+    words = trust.words(settings, trust.untrusted(settings))
+    return f"{command} train {words + ' ' if words else ''}--out {shlex.quote(str(out))} --resume"
 
 
 def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: Place) -> int:
@@ -70,12 +94,13 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: P
         _check_resumed(state, last, pictures, place)
     statistics = data.statistics(pictures.train_images)
     arguments = nets.arguments(settings, len(pictures.classes))
-    kinds = ["plain"] if settings.plain else ["fused", "plain"][: 1 + settings.compare]
+    kinds = settings.nets()
     models, about = {}, {}
     for kind in kinds:
-        models[kind], about[kind] = nets.make(
-            settings.model, arguments, kind == "fused", settings.seed
-        )
+        with _within(settings, state, kind, last):
+            models[kind], about[kind] = nets.make(
+                settings.model, arguments, kind == "fused", settings.seed
+            )
     some = prepare(pictures.train_images[:2], *statistics, None, None)
     nets.check(models[kinds[0]], settings.model, some, len(pictures.classes))
     if settings.compare:  # a user's model may draw its weights in a way of its own
@@ -99,13 +124,20 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: P
             ends = trainer.run(log)
     except Interrupted:
         if place.rank == 0:
-            command = "fused-res" if place.world == 1 else "torchrun ... -m fused_res"
-            message = f"saved in {last}; to go on: {command} train --out {out} --resume"
+            message = f"saved in {last}; to go on: {_resuming(settings, out)}"
             print(message, file=sys.stderr)
         return 130
     if place.rank == 0:
         _finish(out, ends, about)
     return 0
+
+
+def _within(
+    settings: Settings, state: dict[str, Any] | None, kind: str, last: Path
+) -> contextlib.AbstractContextManager:
+    if state is None:
+        return contextlib.nullcontext()
+    return nets.within(settings.model, state["nets"][kind]["model"], str(last))
 
 
 def _check_resumed(state: dict[str, Any], last: Path, pictures: data.Data, place: Place) -> None:
@@ -114,10 +146,25 @@ def _check_resumed(state: dict[str, Any], last: Path, pictures: data.Data, place
             f"{last} was trained on other data: its fingerprint is {state['data']:.12}, that of "
             f"--data now {pictures.fingerprint:.12}"
         )
+    if state["classes"] != list(pictures.classes):
+        raise CommandError(
+            f"{last}: classes are not those of --data: {', '.join(pictures.classes)}"
+        )
+    _check_log(last, state["log"])
     if state["processes"] != place.world:
         raise UsageError(
             f"{last} was trained by {state['processes']} processes, now there are {place.world}"
         )
+
+
+def _check_log(last: Path, size: int) -> None:
+    """That the log, if it is there, has a line that ends where it will be cut off."""
+    with contextlib.suppress(FileNotFoundError), open(last.with_name("log.jsonl"), "rb") as file:
+        file.seek(size - 1)
+        if file.read(1) not in (b"\n", b""):
+            raise checkpoint.CheckpointError(
+                f"{last}: log is {size}: no line of the log ends there"
+            )
 
 
 @contextlib.contextmanager

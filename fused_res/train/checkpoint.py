@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import math
 import os
 import random
+import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from ..cli import CommandError
-from .settings import Settings
+from . import nets
+from .checks import (
+    CheckpointError,
+    Rule,
+    each,
+    is_like,
+    is_plain,
+    maybe,
+    number,
+    one_of,
+    shown,
+    tensor,
+)
+from .settings import CLASSES, restored
 
 FORMAT, VERSION = "fused_res.train", 1
 KEYS = {
@@ -25,29 +40,91 @@ KEYS = {
     "data": str, "processes": int, "epoch": int, "net": int, "step": int, "nets": dict,
     "ranks": list, "best": float, "log": int,
 }  # fmt: skip
-
-
-class CheckpointError(CommandError):
-    """A file that is no checkpoint, or is damaged, or does not fit. Names the file and the key."""
+LARGE = 2**53
+# What each key must be. What depends on the model and the data, a ``Trainer`` checks in ``load``.
+RULES = {
+    "classes": each(list, CLASSES, 2, 100_000),
+    "mean": tensor(torch.float32, (3,), 0, 1),
+    "std": tensor(torch.float32, (3,), 1e-6, 1),
+    "data": Rule(
+        "64 hexadecimal digits",
+        lambda value: type(value) is str and re.fullmatch("[0-9a-f]{64}", value) is not None,
+    ),
+    "processes": number(int, 1, 2**20),
+    "epoch": number(int, 0, LARGE),
+    "net": number(int, 0, 1),
+    "step": number(int, 0, LARGE),
+    "best": number(float, -1, 1),
+    "log": number(int, 1, LARGE),
+}
+IS_DICT = Rule("a dict", lambda value: isinstance(value, dict))
+NET = {
+    "model": IS_DICT, "average": maybe(IS_DICT), "optimizer": IS_DICT, "schedule": IS_DICT,
+    "scaler": IS_DICT, "accuracy": number(float, 0, 1),
+}  # fmt: skip
+RANK = {
+    "rng": Rule(
+        "states of random number generators",
+        lambda value: type(value) is dict and _is_rng_state(value),
+    ),
+    "sums": tensor(torch.float64, (3,), 0),
+    "seconds": number(float, 0),
+}
+TENSOR_NAME = Rule(
+    "names with dots between them",
+    lambda value: type(value) is str and re.fullmatch(r"[\w.]{1,200}", value) is not None,
+)
+COUNTS = ("running_var", "num_batches_tracked", "n_averaged")  # they are never negative
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of ``path`` once all of it is on the disk."""
+    """A file to write to, which takes the place of ``path`` once all of it is on the disk.
+
+    Raises:
+        OSError: it cannot be written, with the name of ``path``, which stays as it was.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with _Written(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too
-    finally:
-        os.close(folder)
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name too
+        finally:
+            os.close(folder)
+
+
+class _Written(io.FileIO):
+    """A new file. What ``write`` raises is what leaving it raises: from ``torch.save`` comes a
+    RuntimeError that does not say why."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "wb")
+        self.error = None
+
+    def write(self, content: Any) -> int:
+        rest = memoryview(content).cast("B")
+        try:
+            while rest:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = error
+            raise
+        return memoryview(content).nbytes
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if self.error is not None:
+            raise self.error
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -61,37 +138,85 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: it cannot be read, is damaged (``torch.load`` does not look at the
-            checksums in the file), or is another program's or version's.
+            checksums in the file), is another program's or version's, or holds a value that it
+            must not.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is not a file")
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
+                if any(info.compress_type for info in archive.infolist()):
+                    raise ValueError("it is compressed")
                 damaged = archive.testzip()
             if damaged is None:
                 file.seek(0)
-                state = torch.load(file, map_location="cpu", weights_only=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
             raise CheckpointError(
-                f"{path} cannot be read as a checkpoint: {type(error).__name__}: {reason}"
+                f"{path} cannot be read as a checkpoint: {type(error).__name__}: {error}"
             ) from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if type(state) is not dict or not one_of([FORMAT]).holds(state.get("format")):
         raise CheckpointError(
             f"{path} is not a checkpoint of fused-res train: key 'format' must be {FORMAT!r}"
         )
-    if state.get("version") != VERSION:
+    if not one_of([VERSION]).holds(state.get("version")):
         raise CheckpointError(
-            f"{path}: key 'version' is {state.get('version')!r}, must be {VERSION}"
+            f"{path}: key 'version' is {shown(state.get('version'))}, must be {VERSION}"
         )
+    return _checked(state, path)
+
+
+def _checked(state: dict[Any, Any], path: Path) -> dict[str, Any]:
     for key, kind in KEYS.items():
         if not isinstance(state.get(key), kind):
             found = type(state[key]).__name__ if key in state else "missing"
             raise CheckpointError(f"{path}: key {key!r} must be a {kind.__name__}, is {found}")
-    for name in {f.name for f in fields(Settings)} ^ state["settings"].keys():
-        raise CheckpointError(f"{path}: key 'settings' does not fit: {name} is missing or unknown")
-    return {**state, "settings": Settings(**state["settings"])}
+    settings = restored(state["settings"], f"{path}: key 'settings'")
+    for key, rule in RULES.items():
+        rule.check(state[key], f"{path}: {key}")
+    if settings.classes is not None:
+        one_of([list(settings.classes)]).check(state["classes"], f"{path}: classes")
+    arguments = nets.arguments(settings, len(state["classes"]))
+    if not is_plain(state["arguments"]) or state["arguments"] != arguments:
+        raise CheckpointError(
+            f"{path}: arguments must be {shown(arguments)}, by settings and classes, is "
+            f"{shown(state['arguments'])}"
+        )
+    names = settings.nets()
+    number(int, 0, settings.epochs).check(state["epoch"], f"{path}: epoch")
+    done = state["epoch"] == settings.epochs
+    number(int, 0, 0 if done else len(names) - 1).check(state["net"], f"{path}: net")
+    number(int, 0, 0 if done else LARGE).check(state["step"], f"{path}: step")
+    _fields(state["nets"], dict.fromkeys(names, IS_DICT), f"{path}: nets")
+    for name, net in state["nets"].items():
+        where = f"{path}: nets.{name}"
+        _fields(net, NET, where)
+        if (net["average"] is None) != (settings.ema is None):
+            raise CheckpointError(f"{where}.average must be there if --ema is, and only then")
+    if len(state["ranks"]) != state["processes"]:
+        raise CheckpointError(
+            f"{path}: ranks must have {state['processes']} entries, as there were processes, has "
+            f"{len(state['ranks'])}"
+        )
+    for rank, mine in enumerate(state["ranks"]):
+        where = f"{path}: ranks.{rank}"
+        IS_DICT.check(mine, where)
+        _fields(mine, RANK, where)
+    return {**state, "settings": settings, "arguments": arguments}
+
+
+def _fields(found: dict[Any, Any], rules: dict[str, Rule], where: str) -> None:
+    for key, rule in rules.items():
+        if key not in found:
+            raise CheckpointError(f"{where}.{key} does not fit: key {key!r} is missing")
+        rule.check(found[key], f"{where}.{key}")
+    for key in found.keys() - rules.keys():
+        raise CheckpointError(f"{where} does not fit: key {shown(key)} is unknown")
 
 
 def load_weights(model: nn.Module, weights: Any, where: str) -> None:
@@ -102,19 +227,30 @@ def load_weights(model: nn.Module, weights: Any, where: str) -> None:
         weights: a state_dict.
         where: the file and the key of ``weights`` in it.
     """
-    if not isinstance(weights, dict):
-        raise CheckpointError(f"{where} must be a dict, is {type(weights).__name__}")
+    IS_DICT.check(weights, where)
     wanted = model.state_dict()
     for key in (*wanted, *weights):
         if key not in weights or key not in wanted:
             words = "is missing" if key in wanted else "is not in the model"
-            raise CheckpointError(f"{where}.{key} {words}")
+            named = key if TENSOR_NAME.holds(key) else shown(key)
+            raise CheckpointError(f"{where}.{named} {words}")
     for key, t in wanted.items():
-        if not isinstance(weights[key], Tensor) or weights[key].shape != t.shape:
-            shape = tuple(getattr(weights[key], "shape", ()))
+        found = weights[key]
+        if not isinstance(t, Tensor):  # get_extra_state's
+            continue
+        if not isinstance(found, Tensor) or found.shape != t.shape:
+            shape = tuple(getattr(found, "shape", ()))
             raise CheckpointError(
                 f"{where}.{key} has shape {shape}, the model's is {tuple(t.shape)}"
             )
+        if not is_like(found, t.dtype, t.shape):
+            raise CheckpointError(f"{where}.{key} must be a dense tensor of {t.dtype}")
+        # a model may have infinities of its own, in a mask for example
+        wrong = ~found.isfinite() & t.isfinite().to(found.device)
+        if key.rpartition(".")[2] in COUNTS:
+            wrong |= found < 0
+        if wrong.any():
+            raise CheckpointError(f"{where}.{key} has a value that cannot be: {found[wrong][0]}")
     model.load_state_dict(weights)
 
 
@@ -149,3 +285,42 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
     if "numpy" in state and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(state["numpy"])
+
+
+def _is_rng_state(state: dict[Any, Any]) -> bool:
+    """Whether generators take it, tried on others than those in use."""
+    if not {"torch", "python"} <= state.keys() <= {"torch", "python", "cuda", "numpy"}:
+        return False
+    if not is_like(state["torch"], torch.uint8, torch.get_rng_state().shape):
+        return False
+    if "cuda" in state:
+        cuda = state["cuda"]
+        if not is_like(cuda, torch.uint8, getattr(cuda, "shape", ())) or cuda.shape != (16,):
+            return False
+    python = state["python"]
+    if not is_plain(python) or type(python) is not tuple or len(python) != 3:
+        return False
+    try:
+        torch.Generator().set_state(state["torch"])
+        random.Random().setstate(python)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        return False
+    if python[2] is not None and not number(float, -math.inf).holds(python[2]):
+        return False
+    return "numpy" not in state or _is_numpy_state(state["numpy"])
+
+
+def _is_numpy_state(state: Any) -> bool:
+    word = number(int, 0, 2**32 - 1)
+    rules = (
+        one_of(["MT19937"]),
+        Rule("", lambda v: type(v) is list and len(v) == 624 and all(map(word.holds, v))),
+        number(int, 0, 624),
+        number(int, 0, 1),
+        number(float, -math.inf),
+    )
+    return (
+        type(state) is tuple
+        and len(state) == len(rules)
+        and all(rule.holds(value) for rule, value in zip(rules, state, strict=True))
+    )

@@ -87,8 +87,9 @@ def load(
     names = found.classes if classes is None else tuple(classes)
     unknown = [name for name in names if name not in found.classes]
     if unknown:
-        known = ", ".join(found.classes)
-        raise DataError(f"classes: no {', '.join(map(repr, unknown))} in {found.name}: {known}")
+        known, more = ", ".join(found.classes), " and more" if len(unknown) > 10 else ""
+        some = ", ".join(map(repr, unknown[:10])) + more
+        raise DataError(f"classes: no {some} in {found.name}: {known}")
     if len(names) < 2 or len(set(names)) < len(names):
         raise DataError(f"classes: {', '.join(names)} must be at least two, each once")
     number = torch.full((len(found.classes),), -1)
@@ -105,11 +106,26 @@ def load(
                 raise DataError(f"images={images}: there are {len(kept)} training images")
             count = images if part == "training" else max(images // 4, 1)
             kept = kept[torch.randperm(len(kept), generator=generator)[:count]]
+        _check_memory(len(kept), size)
         parts += [split.read(kept), labels[kept]]
     digest = hashlib.sha256(repr((found.name, names, [part.shape for part in parts])).encode())
     for part in parts:
         digest.update(part.numpy())
     return Data(found.name, names, *parts, digest.hexdigest())
+
+
+def _check_memory(count: int, size: int | None, of_pixel: int = 3) -> None:
+    """That this many images, of so many bytes a pixel, may fit into the machine's memory."""
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return
+    needed = count * (size or 32) ** 2 * of_pixel
+    if needed > there:
+        raise DataError(
+            f"size={size}: {count} images of it take {needed / 2**30:.0f} GiB, this machine has "
+            f"{there / 2**30:.0f} GiB of memory"
+        )
 
 
 def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,6 +158,7 @@ def _digits(size: int, seed: int) -> _Source:
     digits = load_digits()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(digits.target), generator=generator)
+    _check_memory(len(order), size, 32)  # two of 3 channels in float32, and the images
     grey = torch.from_numpy(digits.images).float()[order, None] / 16
     labels = torch.from_numpy(digits.target).long()[order]
     grey = F.interpolate(grey, size=(size, size), mode="bilinear", align_corners=False)
@@ -332,14 +349,16 @@ def _image_folder(folder: Path, size: int) -> _Source:
 
 
 def _listing(place: Path) -> dict[str, list[Path]]:
-    """The images of each class. Hidden files are none."""
+    """The images of each class. Hidden files are none, nor are pipes, sockets and folders."""
     out = {}
     for folder in sorted(place.iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
             out[folder.name] = sorted(
                 path
                 for path in folder.rglob("*")
-                if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+                if path.suffix.lower() in _SUFFIXES
+                and not path.name.startswith(".")
+                and (path.is_file() or not path.exists())  # a link to nothing is an error
             )
             if not out[folder.name]:
                 raise DataError(f"{folder}: a class without images ({', '.join(_SUFFIXES)})")

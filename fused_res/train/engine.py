@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..cli import CommandError
 from . import checkpoint
 from .augment import Augment, prepare
+from .checks import FLAG, CheckpointError, Rule, number, one_of, shown, tensor
 from .data import Data
 from .log import Log
 from .place import Place, synchronize_
@@ -123,6 +124,7 @@ class Net:
             )
         self.schedule = _schedule(self.optimizer, settings, steps)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=settings.amp == "fp16")
+        self._settings, self._progress = settings, _progress(settings, steps)
         self.accuracy = 0.0  # of validation, after the last epoch
 
     def state(self) -> dict[str, Any]:
@@ -136,16 +138,102 @@ class Net:
         }
 
     def load(self, state: dict[str, Any], where: str) -> None:
-        """Takes what ``state`` gave; ``where`` names it in errors."""
+        """Takes what ``state`` gave; ``where`` names it in errors.
+
+        Raises:
+            CheckpointError: something is not of the sizes, or not in the range, that it has in this
+                net with these settings.
+        """
         checkpoint.load_weights(self.model, state["model"], f"{where}.model")
         if self.average is not None:
             checkpoint.load_weights(self.average, state["average"], f"{where}.average")
-        for part in ("optimizer", "schedule", "scaler"):
-            try:
-                getattr(self, part).load_state_dict(state[part])
-            except (KeyError, TypeError, ValueError) as error:
-                raise checkpoint.CheckpointError(f"{where}.{part} does not fit: {error}") from error
+        fitted = self._optimizer_state(state["optimizer"], f"{where}.optimizer does not fit: ")
+        self.optimizer.load_state_dict(fitted)
+        for part in ("schedule", "scaler"):
+            mine, there = getattr(self, part), f"{where}.{part} does not fit: "
+            mine.load_state_dict(_fitted(state[part], mine.state_dict(), self._progress, there))
         self.accuracy = state["accuracy"]
+
+    def _optimizer_state(self, found: dict[Any, Any], where: str) -> dict[str, Any]:
+        fresh = {"param_groups": self.optimizer.state_dict()["param_groups"]}
+        groups = _fitted(found, fresh, self._progress, where)
+        state = found.get("state")
+        checkpoint.IS_DICT.check(state, f"{where}state")
+        parameters = self.optimizer.param_groups[0]["params"]
+        for i, of_one in state.items():
+            if type(i) is not int or not 0 <= i < len(parameters):
+                raise CheckpointError(f"{where}state has no parameter {shown(i)}")
+            checkpoint.IS_DICT.check(of_one, f"{where}state.{i}")
+            p = parameters[i]
+            rules = {
+                key: tensor(p.dtype, p.shape, least)
+                for key, least in OPTIMIZER_STATE[self._settings.optimizer].items()
+            }
+            if "step" in rules:
+                double = torch.get_default_dtype() is torch.float64
+                rules["step"] = tensor(torch.float64 if double else torch.float32, (), 0)
+            if of_one.keys() - rules.keys() or (of_one and rules.keys() - of_one.keys()):
+                raise CheckpointError(f"{where}state.{i} must have keys {', '.join(rules)}")
+            for key, value in of_one.items():
+                if value is not None or key != "momentum_buffer":
+                    rules[key].check(value, f"{where}state.{i}.{key}")
+        return {"state": state, **groups}
+
+
+# what an optimizer keeps of each parameter, and the least that its values may be
+OPTIMIZER_STATE = {
+    "sgd": {"momentum_buffer": -math.inf},
+    "adamw": {"step": 0, "exp_avg": -math.inf, "exp_avg_sq": 0},
+}
+
+
+def _progress(settings: Settings, steps: int) -> dict[str, Rule]:
+    """What the values must be that change as an optimizer, a schedule and a scaler go on."""
+    slack = 1e-6 * settings.lr
+    rate = number(float, -slack, settings.lr + slack)
+    total = steps * settings.epochs
+    return {
+        "lr": rate,
+        "_last_lr": Rule(
+            f"a list of {rate.words}",
+            lambda value: type(value) is list and len(value) == 1 and rate.holds(value[0]),
+        ),
+        "last_epoch": number(int, -1, total),
+        "_step_count": number(int, 0, total + 2),
+        "_is_initial": FLAG,
+        "_get_lr_called_within_step": FLAG,
+        "scale": number(float, 0, above=True),
+        "_growth_tracker": number(int, 0, 2**31 - 1),
+    }
+
+
+def _fitted(found: Any, fresh: Any, rules: dict[str, Rule], where: str) -> Any:
+    """``fresh`` with what ``found``, of a checkpoint, has for the keys in ``rules``.
+
+    All else must be the same in both, but for constants that one version of PyTorch keeps and
+    another does not.
+    """
+    if isinstance(fresh, dict):
+        checkpoint.IS_DICT.check(found, where)
+        fitted = copy.copy(fresh)
+        for key, value in fresh.items():
+            inner = where + (f".{key}" if where[-1] != " " else str(key))
+            if key not in found:
+                if key in rules or isinstance(value, (dict, list)):
+                    raise CheckpointError(f"{inner} is missing")
+            elif key in rules:
+                rules[key].check(found[key], inner)
+                fitted[key] = found[key]
+            else:
+                fitted[key] = _fitted(found[key], value, rules, inner)
+        return fitted
+    if isinstance(fresh, (list, tuple)):
+        if type(found) is not type(fresh) or len(found) != len(fresh):
+            raise CheckpointError(f"{where} must be {shown(fresh)}, is {shown(found)}")
+        pairs = enumerate(zip(found, fresh, strict=True))
+        return type(fresh)(_fitted(a, b, rules, f"{where}.{i}") for i, (a, b) in pairs)
+    one_of([fresh]).check(found, where)
+    return fresh
 
 
 def _laid_out(x: Tensor, settings: Settings) -> Tensor:
@@ -267,15 +355,27 @@ class Trainer:
         Raises:
             CheckpointError: what a key holds does not fit.
         """
-        try:
-            for net in self.nets:
-                net.load(state["nets"][net.name], f"{where}: nets.{net.name}")
-            mine = state["ranks"][self.place.rank]
-            self.sums.copy_(mine["sums"])
-            self.seconds = mine["seconds"]
-            checkpoint.set_rng_state(mine["rng"])
-        except (KeyError, IndexError) as error:
-            raise checkpoint.CheckpointError(f"{where}: key {error} is missing") from error
+        steps, rank = self._steps(), self.place.rank
+        number(int, 0, len(steps)).check(state["step"], f"{where}: step")
+        for i, net in enumerate(self.nets):
+            there = f"{where}: nets.{net.name}"
+            net.load(state["nets"][net.name], there)
+            done = (state["epoch"] + (i < state["net"])) * len(steps)
+            done += state["step"] * (i == state["net"])
+            at = net.schedule.last_epoch
+            if at != done:
+                raise CheckpointError(
+                    f"{there}.schedule.last_epoch must be {done}, by epoch, net and step, is {at}"
+                )
+        mine = state["ranks"][rank]
+        seen = sum(len(self.place.share(i)) for part in steps[: state["step"]] for i in part)
+        if mine["sums"][2] != seen or mine["sums"][1] > seen:
+            raise CheckpointError(
+                f"{where}: ranks.{rank}.sums must be of {seen} images, is {mine['sums'].tolist()}"
+            )
+        self.sums.copy_(mine["sums"])
+        self.seconds = mine["seconds"]
+        checkpoint.set_rng_state(mine["rng"])
         self.epoch, self.net, self.step = state["epoch"], state["net"], state["step"]
         self.best = state["best"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,26 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..cli import UsageError, table
-from . import checkpoint, data, nets
+from . import checkpoint, data, nets, trust
+from .augment import prepare
 from .engine import accuracy, evaluate
 from .place import at
-from .settings import Settings, number
+from .settings import Settings, argument, parsed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="of fused-res train")
-    parser.add_argument("--data", help="default: what it was trained on")
+    parser.add_argument("--model", dest="named", metavar="MODEL",
+                        help="what was trained, where a checkpoint alone may not name it: the "
+                        "code of others")  # fmt: skip
+    parser.add_argument("--model-arg", action="append", type=argument, metavar="KEY=VALUE",
+                        help="its arguments, as in training; repeatable")  # fmt: skip
+    parser.add_argument("--data", help="default: digits, if it was trained on them")
     parser.add_argument("--plain", action="store_true",
                         help="in plain PyTorch, the plain net if both were trained")  # fmt: skip
     parser.add_argument("--ema", action=argparse.BooleanOptionalAction,
                         help="the average of the weights; default: if it is there")  # fmt: skip
-    parser.add_argument("--batch-size", type=number(int, 1), metavar="N",
+    parser.add_argument("--batch-size", type=parsed(int, 1, 2**31 - 1), metavar="N",
                         help="default: that of the training")  # fmt: skip
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
                         help="auto: a GPU")  # fmt: skip
@@ -35,17 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     state = checkpoint.load(args.checkpoint)
-    settings = state["settings"]
-    if args.batch_size is not None:
-        settings = dataclasses.replace(settings, batch_size=args.batch_size)
+    settings = _settings(args, state["settings"])
     pictures = data.load(
-        settings.data if args.data is None else args.data,
+        settings.data,
         classes=state["classes"],
         size=settings.size,
         images=settings.images if args.data is None else None,
         seed=settings.seed,
     )
     model, name = _model(args, settings, state)
+    some = prepare(pictures.val_images[:2], state["mean"], state["std"], None, None)
+    nets.check(model, settings.model, some, len(state["classes"]))
     parts = {
         "validation": (pictures.val_images, pictures.val_labels),
         "training": (pictures.train_images, pictures.train_labels),
@@ -73,17 +80,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _settings(args: argparse.Namespace, saved: Settings) -> Settings:
+    """Those of the checkpoint, with what the command line names in their place.
+
+    Raises:
+        UsageError: the command line must name more.
+    """
+    given = {
+        "model": args.named,
+        "model_arg": None if args.model_arg is None else tuple(args.model_arg),
+        "data": args.data,
+        "batch_size": args.batch_size,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = dataclasses.replace(saved, **given)
+    wanted = trust.untrusted(settings)
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        words = trust.words(settings, wanted, "--model ")
+        command = f"fused-res evaluate {shlex.quote(str(args.checkpoint))} {words}"
+        raise UsageError(trust.refusal(settings, missing, str(args.checkpoint), command))
+    return settings
+
+
 def _model(
     args: argparse.Namespace, settings: Settings, state: dict[str, Any]
 ) -> tuple[nn.Module, str]:
     """The model with the weights that the command line asks for, and their name."""
     wanted = "plain" if args.plain else "fused"
-    name = wanted if wanted in state["nets"] else next(iter(state["nets"]), wanted)
+    name = wanted if wanted in state["nets"] else next(iter(state["nets"]))
     where = f"{args.checkpoint}: nets.{name}"
-    net = state["nets"].get(name)
-    if not isinstance(net, dict) or "model" not in net:
-        raise checkpoint.CheckpointError(f"{where}.model is missing")
-    model, _ = nets.make(settings.model, state["arguments"], not args.plain, settings.seed)
+    net = state["nets"][name]
+    arguments = nets.arguments(settings, len(state["classes"]))
+    with nets.within(settings.model, net["model"], str(args.checkpoint)):
+        model, _ = nets.make(settings.model, arguments, not args.plain, settings.seed)
     average = net.get("average")
     if args.ema and average is None:
         raise UsageError(f"--ema: {args.checkpoint} was trained without")

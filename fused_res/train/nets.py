@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from ..cli import UsageError
 from ..nn.blocks import FusedForward
 from ..surgery import fuse_
 from ..tuning import named_model
+from .checks import CheckpointError, is_like
 from .settings import Settings
+from .trust import is_known
 
 
 def arguments(settings: Settings, classes: int) -> dict[str, Any]:
@@ -39,7 +43,9 @@ def make(
     else:
         try:
             model = models.create(name, fused=fused, **arguments)
-        except (TypeError, ValueError) as error:
+        except BackendUnavailable:
+            raise
+        except Exception as error:  # arguments of any type and size can raise anything
             raise UsageError(f"MODEL {name}: {error}") from error
     report = None
     if fused:
@@ -51,6 +57,49 @@ def make(
         "fused": [n for n, m in model.named_modules() if isinstance(m, FusedForward)],
         "skipped": [] if report is None else [list(pair) for pair in report.skipped],
     }
+
+
+@contextlib.contextmanager
+def within(model: str, weights: dict[str, Any], where: str) -> Iterator[None]:
+    """Models that are made while it is entered have about as many parameters and modules as there
+    are ``weights``, a checkpoint's: its arguments could ask for more than a machine has.
+
+    Args:
+        model: its name; one that only a command line may name does as it likes.
+        where: the checkpoint, in errors.
+
+    Raises:
+        CheckpointError: one has far more, or cannot be made.
+    """
+    if not is_known(model):
+        yield
+        return
+    tensors = [t for t in weights.values() if is_like(t)]
+    # 4 and 64: parts that a model makes and then replaces; modules without weights
+    left = {
+        "elements": 2**20 + 4 * sum(min(t.numel(), t.untyped_storage().nbytes()) for t in tensors),
+        "modules": 2**12 + 64 * len(tensors),
+    }
+
+    def count(what: str, found: int) -> None:
+        left[what] -= found
+        if left[what] < 0:
+            raise ValueError(f"it has more {what} than the checkpoint has weights for")
+
+    def tensor(module: nn.Module, name: str, t: Tensor) -> None:
+        count("elements", 0 if nn.parameter.is_lazy(t) else t.numel())
+
+    hooks = [
+        nn.modules.module.register_module_parameter_registration_hook(tensor),
+        nn.modules.module.register_module_module_registration_hook(lambda *_: count("modules", 1)),
+    ]
+    try:
+        yield
+    except UsageError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

@@ -54,13 +54,22 @@ class Place(NamedTuple):
                 dist.broadcast(buffer, 0)
 
 
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def rank() -> int:
+    return int(os.environ["RANK"]) if launched() else 0
+
+
 @contextlib.contextmanager
 def at(device: str) -> Iterator[Place]:
     """The place for ``--device``, with the process group where torchrun started the process."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch finds no GPU")
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
+    if not launched():
         yield Place(torch.device(kind))
         return
     local = int(os.environ["LOCAL_RANK"])

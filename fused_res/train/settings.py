@@ -9,22 +9,32 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..cli import UsageError
+from .checks import (
+    FLAG,
+    IDENTIFIER,
+    CheckpointError,
+    Rule,
+    each,
+    is_plain,
+    maybe,
+    number,
+    one_of,
+    shown,
+    text,
+)
 
 
-def number(kind: type, least: float, most: float = float("inf"), above: bool = False) -> Callable:
+def parsed(kind: type, least: float, most: float = float("inf"), above: bool = False) -> Callable:
     """What parses a number that is at least (or above) ``least`` and at most ``most``."""
-    words = f"{'above' if above else 'at least'} {least}" + (
-        f" and at most {most}" if most < float("inf") else ""
-    )
+    rule = number(kind, least, most, above)
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not least <= value <= most or (above and value == least):
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} must be {noun} {words}")
+        if not rule.holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} must be {rule.words}")
         return value
 
     return parse
@@ -34,7 +44,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _argument(text: str) -> tuple[str, Any]:
+def argument(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} must be key=value")
@@ -44,81 +54,112 @@ def _argument(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _flag(default: Any, help: str, free: bool = False, **keywords: Any) -> Any:
-    metadata = {"help": help, "free": free, "keywords": keywords}
+def _flag(default: Any, help: str, rule: Rule, free: bool = False, **keywords: Any) -> Any:
+    """``rule``: what it must be, on the command line and in a checkpoint."""
+    if default is None:
+        rule = maybe(rule)
+    metadata = {"help": help, "rule": rule, "free": free, "keywords": keywords}
     return field(default=default, metadata=metadata)
 
 
-def _count(default: int | None, help: str, least: int = 1, **keywords: Any) -> Any:
-    return _flag(default, help, type=number(int, least), metavar="N", **keywords)
+def _count(
+    default: int | None, help: str, least: int = 1, most: int = 2**31 - 1, **keywords: Any
+) -> Any:
+    limits = int, least, most
+    return _flag(
+        default, help, number(*limits), type=parsed(*limits), **{"metavar": "N", **keywords}
+    )
 
 
 def _real(default: float | None, help: str, *limits: float, **keywords: Any) -> Any:
-    return _flag(default, help, type=number(float, *limits, **keywords), metavar="X")
+    rule, parse = (make(float, *limits, **keywords) for make in (number, parsed))
+    return _flag(default, help, rule, type=parse, metavar="X")
+
+
+def _choice(default: str, help: str, *choices: str, **keywords: Any) -> Any:
+    return _flag(default, help, one_of(choices), choices=choices, **keywords)
 
 
 def _switch(default: bool, help: str) -> Any:
-    return _flag(default, help, action=argparse.BooleanOptionalAction)
+    return _flag(default, help, FLAG, action=argparse.BooleanOptionalAction)
+
+
+def _on(help: str) -> Any:
+    return _flag(False, help, FLAG, action="store_true")
+
+
+def _is_argument(value: Any) -> bool:
+    return (
+        type(value) is tuple
+        and len(value) == 2
+        and IDENTIFIER.holds(value[0])
+        and is_plain(value[1])
+    )
+
+
+_ARGUMENTS = Rule(
+    "a tuple of (name, value), at most 100, of Python's literals",
+    lambda value: type(value) is tuple and len(value) <= 100 and all(map(_is_argument, value)),
+)
+CLASSES = text(1000)  # a name of one
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a run is made of. A field is a flag, ``model`` the positional argument.
 
-    All but the ``free`` ones, which say where it runs, stay as they are when it is resumed.
+    All but the ``free`` ones, which say where it runs and where the data is, stay as they are when
+    it is resumed.
     """
 
     model: str = _flag(
         "resnet20",
         "a name of fused_res.models, or torchvision:NAME, timm:NAME, package.module:NAME or "
         "file.py:NAME",
+        text(4096),
     )
     model_arg: tuple[tuple[str, Any], ...] = _flag(
-        (), "an argument of the model; repeatable", action="append", type=_argument,
+        (), "an argument of the model; repeatable", _ARGUMENTS, action="append", type=argument,
         metavar="KEY=VALUE",
     )  # fmt: skip
-    data: str | None = _flag(None, "what to train on; default: digits, which needs no download")
-    classes: tuple[str, ...] | None = _flag(
-        None, "train on these classes alone", type=_names, metavar="A,B"
+    data: str | None = _flag(
+        None, "what to train on; default: digits, which needs no download", text(4096), free=True
     )
-    size: int | None = _count(None, "pixels of an image's sides")
+    classes: tuple[str, ...] | None = _flag(
+        None, "train on these classes alone", each(tuple, CLASSES, 2, 100_000), type=_names,
+        metavar="A,B",
+    )  # fmt: skip
+    size: int | None = _count(None, "pixels of an image's sides", most=2**14)
     images: int | None = _count(None, "use only this many images")
     epochs: int = _count(10, "passes over the training images")
     batch_size: int = _count(64, "images of a batch, of all processes together")
-    optimizer: str = _flag("sgd", "torch.optim.SGD or AdamW", choices=("sgd", "adamw"))
+    optimizer: str = _choice("sgd", "torch.optim.SGD or AdamW", "sgd", "adamw")
     lr: float = _real(1e-2, "learning rate", 0)
     momentum: float = _real(0.9, "of sgd", 0, 1)
     weight_decay: float = _real(0.0, "of the optimizer", 0)
     l2: float = _real(0.0, "times the sum of squares of all parameters, added to the loss", 0)
-    schedule: str = _flag(
-        "none", "of the learning rate", choices=("none", "cosine", "step", "onecycle")
-    )
+    schedule: str = _choice("none", "of the learning rate", "none", "cosine", "step", "onecycle")
     warmup: int = _count(0, "epochs of a learning rate that rises linearly", 0)
     dropout: float | None = _real(None, "the model's argument of that name", 0, 1)
     label_smoothing: float = _real(0.0, "of the cross entropy", 0, 1)
     ema: float | None = _real(None, "decay of an exponential moving average of the weights", 0, 1)
-    amp: str = _flag("fp32", "autocast to this dtype", choices=("fp32", "bf16", "fp16"))
+    amp: str = _choice("fp32", "autocast to this dtype", "fp32", "bf16", "fp16")
     grad_accumulation: int = _count(1, "batches of each step of the optimizer")
     clip_grad: float | None = _real(None, "largest norm of the gradients", 0, above=True)
     augment: bool = _switch(False, "shift, flip and cut out at random")
     crop: int = _count(4, "pixels of padding a random crop is taken from", 0)
     flip: bool = _switch(True, "mirror every other image")
     cutout: int = _count(0, "pixels of the sides of a square that is blanked", 0)
-    compare: bool = _flag(
-        False, "train the plain twin too: same weights, same batches", action="store_true"
-    )
-    plain: bool = _flag(False, "train the plain net instead of the fused", action="store_true")
-    compile: bool = _flag(False, "torch.compile", action="store_true")
+    compare: bool = _on("train the plain twin too: same weights, same batches")
+    plain: bool = _on("train the plain net instead of the fused")
+    compile: bool = _on("torch.compile")
     channels_last: bool = _switch(True, "memory format of weights and images")
-    sync_bn: bool = _flag(
-        False, "BatchNorm by the statistics of all processes", action="store_true"
+    sync_bn: bool = _on("BatchNorm by the statistics of all processes")
+    device: str = _choice("auto", "auto: a GPU", "auto", "cpu", "cuda", free=True)
+    threads: int | None = _count(
+        None, "PyTorch may use; default: its own choice", most=1024, free=True
     )
-    device: str = _flag("auto", "auto: a GPU", free=True, choices=("auto", "cpu", "cuda"))
-    threads: int | None = _count(None, "PyTorch may use; default: its own choice", free=True)
-    seed: int = _flag(
-        0, "of weights, order, augmentation and dropout", type=number(int, 0, 2**63 - 1),
-        metavar="N",
-    )  # fmt: skip
+    seed: int = _count(0, "of weights, order, augmentation and dropout", 0, 2**63 - 1)
     save_every: int | None = _count(
         None, "save after so many steps too, not only after epochs", free=True
     )
@@ -126,6 +167,10 @@ class Settings:
     def flags(self) -> dict[str, Any]:
         """Every flag, by its name on the command line without dashes in front, and its value."""
         return {name.replace("_", "-"): value for name, value in asdict(self).items()}
+
+    def nets(self) -> list[str]:
+        """The names of the nets that are trained, in order."""
+        return ["plain"] if self.plain else ["fused", "plain"][: 1 + self.compare]
 
 
 def _spelled(name: str) -> str:
@@ -168,12 +213,39 @@ def of(args: argparse.Namespace, saved: Settings | None = None, where: str = "")
         if value != before:
             flag = "MODEL" if f.name == "model" else _spelled(f.name)
             raise UsageError(
-                f"{flag} is {value!r}, but {where} was trained with {before!r}: a resumed run "
-                f"keeps its settings"
+                f"{flag} is {value!r}, but {where} was trained with {shown(before)}: a resumed "
+                f"run keeps its settings"
             )
     settings = replace(saved or Settings(), **given)
-    if settings.compare and settings.plain:
-        raise UsageError("--compare and --plain must not be given together")
-    if settings.warmup and settings.warmup >= settings.epochs:
-        raise UsageError(f"--warmup {settings.warmup} must be less than --epochs {settings.epochs}")
+    problem = _contradiction(settings)
+    if problem:
+        raise UsageError(problem)
     return settings
+
+
+def restored(values: dict[str, Any], where: str) -> Settings:
+    """The settings in a checkpoint.
+
+    Raises:
+        CheckpointError: one is missing, unknown, or not what its flag must be; or two contradict
+            each other.
+    """
+    for f in fields(Settings):
+        if f.name not in values:
+            raise CheckpointError(f"{where} does not fit: {f.name} is missing or unknown")
+        f.metadata["rule"].check(values[f.name], f"{where}: {f.name}")
+    for name in values.keys() - {f.name for f in fields(Settings)}:
+        raise CheckpointError(f"{where} does not fit: {shown(name)} is missing or unknown")
+    settings = Settings(**values)
+    problem = _contradiction(settings)
+    if problem:
+        raise CheckpointError(f"{where}: {problem}")
+    return settings
+
+
+def _contradiction(settings: Settings) -> str | None:
+    if settings.compare and settings.plain:
+        return "--compare and --plain must not be given together"
+    if settings.warmup and settings.warmup >= settings.epochs:
+        return f"--warmup {settings.warmup} must be less than --epochs {settings.epochs}"
+    return None

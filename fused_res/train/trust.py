@@ -1,0 +1,110 @@
+"""What a checkpoint may decide by itself. The file may come from a stranger, so whatever could run
+code, open another file or ask the network is taken from the command line alone."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from typing import Any
+
+from torch import nn
+
+from .checks import shown
+from .settings import Settings
+
+# Arguments of other libraries' models that shape a net and do nothing else. Not among them:
+# pretrained, weights, checkpoint_path, pretrained_cfg, cache_dir, file, trust_remote_code, ...
+ARGUMENTS = frozenset({
+    "act_layer", "aux_logits", "avg_down", "base_width", "block_reduce_first", "cardinality",
+    "channels", "drop_block_rate", "drop_path_rate", "drop_rate", "dropout", "global_pool",
+    "groups", "growth_rate", "in_chans", "init_weights", "layers", "memory_efficient", "norm_layer",
+    "num_classes", "output_stride", "progress", "replace_stride_with_dilation", "stem_type",
+    "stem_width", "stochastic_depth_prob", "transform_input", "width_mult", "width_per_group",
+    "zero_init_last", "zero_init_residual",
+})  # fmt: skip
+LARGEST = 2**20
+
+
+def untrusted(settings: Settings) -> list[str]:
+    """The fields of ``settings``, a checkpoint's, that must be named again."""
+    found = [] if is_known(settings.model) else ["model"]
+    ours = ":" not in settings.model  # whose arguments are those of its class, which opens nothing
+    if any(not (_shapes(value) and (ours or key in ARGUMENTS) and not found)
+           for key, value in settings.model_arg):  # fmt: skip
+        found.append("model_arg")
+    if settings.data not in (None, "digits"):
+        found.append("data")
+    return found
+
+
+def is_known(model: str) -> bool:
+    """Whether it is made by name, by a library that runs its own code alone and reads no file."""
+    library, colon, name = model.partition(":")
+    if not colon:
+        return True  # it is looked up in a list
+    if not re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII):  # of hubs, folders, files
+        return False
+    if library in ("torchvision", "timm"):
+        return True
+    if library == "transformers":  # its functions download
+        try:
+            made = getattr(importlib.import_module(library), name, None)
+        except Exception:
+            return False
+        return isinstance(made, type) and issubclass(made, nn.Module)
+    return False
+
+
+def _shapes(value: Any) -> bool:
+    """Whether it is of numbers that are not huge, switches, and names without any path in them."""
+    if type(value) in (tuple, list):
+        return len(value) <= 100 and all(map(_shapes, value))
+    if type(value) is str:
+        return re.fullmatch(r"\w{,40}", value, re.ASCII) is not None
+    return value is None or (type(value) in (bool, int, float) and abs(value) <= LARGEST)
+
+
+def words(settings: Settings, fields: list[str], model: str = "") -> str:
+    """How ``fields`` are given on a command line.
+
+    Texts that are more than a name are left out: nobody shall run what a stranger wrote by copying
+    it from a message.
+
+    Args:
+        model: the flag that names the model, with a space; default: none is needed.
+    """
+    found = []
+    for field in fields:
+        if field == "model":
+            found.append(model + _quoted(settings.model))
+        elif field == "data":
+            found.append(f"--data {_quoted(settings.data)}")
+        else:
+            for key, value in settings.model_arg:
+                text = str(value) if _shapes(value) else "..."
+                found.append(f"--model-arg {shlex.quote(f'{key}={text}'.replace(' ', ''))}")
+    return " ".join(found)
+
+
+def _quoted(text: str) -> str:
+    return shlex.quote(text) if text.isprintable() else "..."
+
+
+def refusal(settings: Settings, fields: list[str], where: str, command: str) -> str:
+    """Why a checkpoint is not used, and what to do.
+
+    Args:
+        where: the file.
+        command: what uses it, with the fields.
+    """
+    values = {"model": settings.model, "model_arg": dict(settings.model_arg), "data": settings.data}
+    named = " and ".join(
+        f"{'MODEL' if f == 'model' else '--' + f.replace('_', '-')} "
+        + (", ".join(values[f]) if f == "model_arg" else shown(values[f]))
+        for f in fields
+    )
+    return (
+        f"{where} names {named}: a checkpoint alone runs no code and opens no other file; if that "
+        f"is yours, name it again: {command}"
+    )
