@@ -530,7 +530,8 @@ def run_block(
         residual: what the shortcut starts from; default: ``x``.
     """
     last = plan.branch[-1]
-    act = "relu_before_add" if last.relu else "relu" if plan.relu else "none"
+    # after a concatenation the second of two ReLUs does what the first does
+    act = "relu" if plan.relu else "relu_before_add" if last.relu else "none"
     y = _run_inference(block, plan, act, x, residual)
     if y is None and residual is None:
         y = _run_whole(block, plan, act, x)
