@@ -53,7 +53,7 @@ def _tensors(conv: ConvNorm) -> list[Tensor]:
     return [t for t in (conv.weight, conv.bias, *(conv.norm or ())[:4]) if t is not None]
 
 
-_steps = 0
+_steps: int | None = None  # while nothing has a stamp, programs without fused blocks have no hook
 
 
 def _count_step(*_) -> None:
@@ -61,11 +61,16 @@ def _count_step(*_) -> None:
     _steps += 1
 
 
-register_optimizer_step_post_hook(_count_step)
+def _count_steps() -> None:
+    global _steps
+    _steps = _steps or 0
+    register_optimizer_step_post_hook(_count_step)
 
 
 def stamp(tensors: list[Tensor]) -> tuple:
     """Changes whenever what is made of ``tensors``, which are no inference tensors, may."""
+    if _steps is None:
+        _count_steps()
     return _steps, torch.ops.fused_res.stamp(tensors), *[t._version for t in tensors]
 
 

@@ -618,8 +618,11 @@ class FusedForward:
         return True
 
 
+_DOC = reference.ResBlock.__doc__ or ""  # there is none with python -OO
+
+
 class FusedResBlock(FusedForward, reference.ResBlock):
-    __doc__ = reference.ResBlock.__doc__.replace(
+    __doc__ = _DOC.replace(
         "A residual block in plain PyTorch, of any kind ``fused_res.FusedResBlock`` has.",
         "A residual block with fused BatchNorm, add and ReLU, forward and backward.\n\n"
         "    ``FusedResBlock(in_channels, out_channels, stride=1)`` is the basic block.\n"
