@@ -170,7 +170,6 @@ def _expected(key: Key, able: list[str]) -> str:
     return "direct" if wins[backends.cpu_isa()] or not key.channels_last else able[0]
 
 
-MOST_CHOICES = 10_000
 _chosen: dict[tuple[Key, str, bool], Choice] = {}
 _recorded: dict[Key, object] | None = None
 _forgotten = 0
@@ -183,8 +182,8 @@ def choose(call, backend: str) -> Choice:
     known = _chosen.get(place)
     if known is None:
         known = _chosen[place] = _first(call, key, backend)
-        while len(_chosen) > MOST_CHOICES:
-            _chosen.pop(next(iter(tuple(_chosen))), None)
+        while len(_chosen) > measured.MOST_SHAPES:
+            _chosen.pop(next(iter(tuple(_chosen)), None), None)
     return known
 
 

@@ -58,6 +58,8 @@ def _choices() -> list[str]:
 def _tuned(device: torch.device, op: str, option: str) -> str:
     """What ``tune`` has found of an op for a device, in words."""
     path = tuned.path_of(tuned.made_by(device))
+    if tuned.settings.cache is None:
+        path = "no file: there is no home directory; set FUSED_RES_CACHE"
     rows = tuned.table(device).values()
     found = collections.Counter(choices.taken(row) for row in rows if row.op == op)
     if not found:

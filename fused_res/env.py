@@ -10,8 +10,9 @@ FUSED_RES_LOG           off dispatch                ``dispatch``: say on stderr 
 FUSED_RES_WINOGRAD      4 2 0                       largest Winograd tile on a CPU (training: 2)
 ======================  ==========================  =============================================
 
-They are read once, when ``fused_res`` is imported. ``XDG_CACHE_HOME``, where it is set, stands for
-``~/.cache``. Build-time variables are in ``setup.py``.
+They are read once, when ``fused_res`` is imported. ``XDG_CACHE_HOME``, where it is an absolute
+path, stands for ``~/.cache``. Where there is no home directory either, nothing is kept in files.
+Build-time variables are in ``setup.py``.
 """
 
 from __future__ import annotations
@@ -28,10 +29,23 @@ WINOGRADS = ("4", "2", "0")
 
 class Settings(NamedTuple):
     backend: str
-    cache: str
+    cache: str | None
     cpu_isa: str
     log: str
     winograd: int
+
+
+def _cache(environ: Mapping[str, str]) -> str | None:
+    """The folder; None where no home directory is known."""
+    given = environ.get("FUSED_RES_CACHE")
+    if given:
+        folder = os.path.expanduser(given)
+        return None if folder.startswith("~") else folder  # nobody's home
+    caches = environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(caches):  # its specification: is to be ignored
+        home = os.path.expanduser("~") if os.environ.get("HOME") != "" else ""
+        caches = os.path.join(home, ".cache")
+    return os.path.join(caches, "fused_res") if os.path.isabs(caches) else None
 
 
 def read(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -49,10 +63,9 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
             )
         return value
 
-    caches = environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     return Settings(
         one_of("FUSED_RES_BACKEND", BACKENDS),
-        os.path.expanduser(environ.get("FUSED_RES_CACHE") or os.path.join(caches, "fused_res")),
+        _cache(environ),
         one_of("FUSED_RES_CPU_ISA", CPU_ISAS),
         one_of("FUSED_RES_LOG", LOGS),
         int(one_of("FUSED_RES_WINOGRAD", WINOGRADS)),

@@ -20,6 +20,9 @@ from torch import Tensor
 # A kernel is taken where it was measured to be this much faster than PyTorch's own ops: on the
 # device itself, more than timings differ from run to run; on a sibling, more than siblings differ.
 LEAST_GAIN, LEAST_GAIN_OF_SIBLING = 1.03, 1.10
+# Of each thing that is kept for shapes of inputs, so many: a network of a hundred convolutions has
+# that many for five sizes of its input, and 5 KB are kept of each.
+MOST_SHAPES = 512
 # Values per channel and channels of a shape may differ from the measured one's by this factor.
 NEAR = 4.0
 
@@ -101,7 +104,7 @@ def _words(row: Row, backend: str) -> str:
     return f"{gain:.2f}x PyTorch at {shape} {row.layout} on {row.device}"
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=MOST_SHAPES)
 def verdict(
     op: str, device: tuple[str, str], dtype: str, layout: str, shape: tuple[int, ...],
     backends: tuple[str, ...], like: str = "",

@@ -81,6 +81,23 @@ def _stages(nodes: Nodes, chain: list[fx.Node], opaque: bool) -> list[Stage]:
     return stages
 
 
+def _before_convs(nodes: Nodes, chain: list[fx.Node]) -> list[fx.Node]:
+    """What comes before the first convolution of a chain: its result may be the input itself."""
+    convs = (i for i, n in enumerate(chain) if isinstance(nodes.module(n), nn.Conv2d))
+    return chain[: next(convs, len(chain))]
+
+
+def _refuse_writes(nodes: Nodes, end: fx.Node, chains: list[list[fx.Node]]) -> None:
+    """Branch and shortcut, which run in an order of their own, may not write into the input that
+    both read. ``end`` joins the ``chains``: in place, it writes into the first of them."""
+    early = [_before_convs(nodes, chain) for chain in chains]
+    for node in (*early[0], *early[1]):
+        if getattr(nodes.module(node), "inplace", False):
+            raise Unfusable(f"{nodes.describe(node)} may write into its input")
+    if end.target in IN_PLACE_ADDS and early[0] == chains[0]:
+        raise Unfusable("it may write its output into its input")
+
+
 def _refuse_others(nodes: Nodes, known: set[fx.Node]) -> None:
     """What is not ``known`` is not run: it may have no effect but its result, which is not used."""
     for node in nodes.graph.nodes:
@@ -105,8 +122,6 @@ def _parse(nodes: Nodes) -> BlockPlan:
     if relu:
         (end,) = end.all_input_nodes
     operands = nodes.operands_of_add(end)
-    if operands and operands[0] is x and end.target in IN_PLACE_ADDS:
-        raise Unfusable("it writes its output into its input")
     skip = "add" if operands else "concat"
     if operands is None:
         operands = nodes.operands_of_cat(end)
@@ -115,6 +130,7 @@ def _parse(nodes: Nodes) -> BlockPlan:
         if len(operands) != 2 or operands[0] is not x:
             raise Unfusable("it concatenates something else than (input, branch)")
     chains = [_chain(nodes, operand, x) for operand in operands]
+    _refuse_writes(nodes, end, chains)
     if skip == "concat":
         shortcut_chain, branch_chain = chains
     else:  # the branch is the side that does more; of equals, the left one
@@ -134,8 +150,10 @@ def _parse(nodes: Nodes) -> BlockPlan:
         raise Unfusable("no convolution in the branch")
     if len(shortcut) > 1 or (shortcut and shortcut[0].relu):
         raise Unfusable("its shortcut is more than one convolution and norm")
-    if branch[-1].relu and relu and skip == "add":
-        raise Unfusable("a ReLU both before and after the add")
+    if branch[-1].relu and relu:
+        if skip == "add":
+            raise Unfusable("a ReLU both before and after the add")
+        branch[-1] = branch[-1]._replace(relu=False)  # the one after does what it does
     if not any(stage.norm for stage in branch):
         raise Unfusable("it has no normalisation, which is what is fused")
     end_of_shortcut = shortcut[0] if shortcut else None

@@ -146,7 +146,7 @@ def tensors_of(call: Call, device: torch.device | str) -> tuple[Tensor, ConvNorm
     return x, ConvNorm(weight, None, *call[5:9], None)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=measured.MOST_SHAPES)
 def _choose(call: Call, named: bool, forgotten: int) -> int:
     """``forgotten``: what was chosen before the tables changed does not count."""
     from .kernels import conv_bn_act, training_convolution
@@ -218,7 +218,7 @@ def plan(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, backend: str | N
     return list(_plan(block, not backends.is_auto(backend), choices.state()[0]))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=measured.MOST_SHAPES)
 def _plan(block: Block, named: bool, forgotten: int) -> tuple[int, ...]:
     found = calls(block)
     if not found:  # which the op finds too

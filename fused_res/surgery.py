@@ -3,6 +3,7 @@ back."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,21 +101,15 @@ def _reduce_ex(self, protocol):
 
 
 def _set_state(self, state):
-    type(self).original.__setstate__(self, state)
-    if isinstance(self.plan, Unplanned):
-        try:
-            plan = plan_of(self, self.plan.opaque)
-        except Unfusable:
-            plan = None
-        put_class(self, plan, self.recompute)
-
-
-def put_class(block: nn.Module, plan: BlockPlan | PartsPlan | None, recompute: str | None) -> None:
-    """Gives a block the class that runs a plan; None: its own."""
-    own = kind_of(block)
-    made = own if plan is None else fused_class(own, plan, recompute)
-    served = type(block).__dict__.get("model_class")
-    block.__class__ = made if served is None else type(block).serving(made)
+    cls = type(self)
+    cls.original.__setstate__(self, state)
+    if isinstance(cls.plan, Unplanned):
+        self.__class__ = made = cls.original
+        with contextlib.suppress(Unfusable):
+            plan = plan_of(self, cls.plan.opaque)
+            made = made if plan is None else fused_class(made, plan, cls.recompute)
+        served = "model_class" in cls.__dict__
+        self.__class__ = cls.serving(made) if served else made
 
 
 def refuse_wrapped(model: nn.Module, caller: str = "fuse_") -> None:

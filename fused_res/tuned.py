@@ -1,8 +1,8 @@
 """The user's own measurements: the table that ``fused_res.tune`` writes and every process reads.
 
 One JSON file per device, versions and (on a CPU) instruction set and number of threads, in the
-folder ``FUSED_RES_CACHE``. It is read when it is first asked for, once. A file that cannot be used
-is ignored with a warning.
+folder ``FUSED_RES_CACHE``, if there is one. It is read when it is first asked for, once. A file
+that cannot be used is ignored with a warning.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .version import __version__
 
 # (op, dtype, layout, shape, like) -> measurement
 Table = dict[tuple, Row]
+MOST_ROWS = 10_000  # of a table: a kilobyte each
 _OF_DEVICE = ("device", "isa")  # fields of a row that the whole file has in common
 
 _tables: dict[Path, Table] = {}
@@ -61,7 +62,7 @@ def made_by(device: torch.device) -> dict[str, str]:
 def path_of(made: dict[str, str]) -> Path:
     device = re.sub(r"[^A-Za-z0-9.]+", "-", made["device"])
     versions = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(settings.cache) / f"tuned-{device}-{versions}.json"
+    return Path(settings.cache or "", f"tuned-{device}-{versions}.json")
 
 
 def _row(given: object) -> Row:
@@ -104,6 +105,8 @@ def load(path: Path) -> tuple[dict[str, str], list[Row]]:
 
 def _read(made: dict[str, str]) -> tuple[Table, str | None]:
     """The table for a device, and what is wrong with it."""
+    if settings.cache is None:
+        return {}, None
     try:
         of, rows = load(path_of(made))
     except (FileNotFoundError, NotADirectoryError):
@@ -136,9 +139,18 @@ def forget() -> None:
     _tables.clear()
 
 
+def _add(known: Table, rows: Iterable[Row]) -> None:
+    """The oldest give way to more than are kept."""
+    for row in rows:
+        known.pop(key_of(row), None)
+        known[key_of(row)] = row
+    for old in tuple(known)[: max(len(known) - MOST_ROWS, 0)]:
+        known.pop(old, None)
+
+
 def keep(device: torch.device, rows: Iterable[Row]) -> None:
     """Adds measurements in this process."""
-    table(device).update((key_of(row), row) for row in rows)
+    _add(table(device), rows)
 
 
 def write(device: torch.device, rows: Iterable[Row]) -> Path:
@@ -147,9 +159,12 @@ def write(device: torch.device, rows: Iterable[Row]) -> Path:
     Raises:
         OSError: it cannot be written.
     """
+    if settings.cache is None:
+        raise OSError("there is no home directory")
     made = made_by(device)
     path = path_of(made)
-    merged = _read(made)[0] | {key_of(row): row for row in rows}
+    merged = _read(made)[0]
+    _add(merged, rows)
     lines = []
     for row in merged.values():
         fields = {k: v for k, v in row._asdict().items() if k not in _OF_DEVICE}
@@ -175,4 +190,4 @@ def devices() -> list[torch.device]:
 
 def files() -> list[Path]:
     """The tables in the folder, of any device and version."""
-    return sorted(Path(settings.cache).glob("tuned-*.json"))
+    return [] if settings.cache is None else sorted(Path(settings.cache).glob("tuned-*.json"))

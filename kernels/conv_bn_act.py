@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_res.measured import MOST_SHAPES
 from fused_res.reference import ACTS, Act, ConvNorm, Norm
 
 from .bn_act import _WARP, _channels, _on
@@ -380,7 +381,7 @@ def _problem(x, conv, residual, shortcut, concat) -> Problem:
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=MOST_SHAPES)
 def _box(n: int, p: int, q: int, pixels: int) -> tuple[int, int, int]:
     """Images, rows and columns of a tile: the powers of 2 of which the fewest cover the output.
     Those of 28x28 are 4x4 of several images; of equals, the one with the fewest images."""
@@ -425,7 +426,7 @@ def _fitted(problem: Problem, config: Config) -> Config:
     return config._replace(BN=bn, BK=max(16, min(bk, depth)))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=MOST_SHAPES)
 def _ranked(problem: Problem) -> list[Config]:
     narrow = problem.C2 > 0 or problem.itemsize == 4
     fitted = {

@@ -508,7 +508,8 @@ def run_block(
         residual: what the shortcut starts from; default: ``x``.
     """
     last = plan.branch[-1]
-    act = "relu_before_add" if last.relu else "relu" if plan.relu else "none"
+    # after a concatenation the second of two ReLUs does what the first does
+    act = "relu" if plan.relu else "relu_before_add" if last.relu else "none"
     y = _run_inference(block, plan, act, x, residual)
     if y is None and residual is None:
         y = _run_whole(block, plan, act, x)
@@ -609,8 +610,11 @@ class FusedForward:
         return not _has_any_global_hook() and guard_of(self, record).same
 
 
+_DOC = reference.ResBlock.__doc__ or ""  # there is none with python -OO
+
+
 class FusedResBlock(FusedForward, reference.ResBlock):
-    __doc__ = reference.ResBlock.__doc__.replace(
+    __doc__ = _DOC.replace(
         "A residual block in plain PyTorch, of any kind ``fused_res.FusedResBlock`` has.",
         "A residual block with fused BatchNorm, add and ReLU, forward and backward.\n\n"
         "    ``FusedResBlock(in_channels, out_channels, stride=1)`` is the basic block.\n"

@@ -81,7 +81,7 @@ def linked(block: nn.Module) -> Linked | None:
         convs.append(conv)
         tensors += found
     before = block.plan.branch[-1].relu
-    act = "relu_before_add" if before else "relu" if block.plan.relu else "none"
+    act = "relu" if block.plan.relu else "relu_before_add" if before else "none"
     return Linked(Link(tuple(convs), act), tensors, places)
 
 

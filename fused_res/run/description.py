@@ -141,7 +141,7 @@ class Modules:
         self._hookable: list[int] = []
         self._values: list[tuple[int, str, Any]] = []
         self._absent: list[tuple[int, str]] = []
-        self._nones: list[tuple[int, str, str]] = []
+        self._inside: list[tuple[int, str, str, Any]] = []
 
     def put(self, number: int, name: str, value: Any) -> None:
         """An attribute's value, which is kept alive."""
@@ -151,9 +151,9 @@ class Modules:
         """There is no attribute that stands before its class'."""
         self._absent.append((number, name))
 
-    def put_none(self, number: int, part: str, name: str) -> None:
-        """A parameter or buffer is None."""
-        self._nones.append((number, part, name))
+    def put_inside(self, number: int, part: str, name: str, what: Any) -> None:
+        """Whether there is a parameter or buffer: True, None or MISSING."""
+        self._inside.append((number, part, name, what))
 
     def put_unhooked(self, number: int) -> None:
         self._hookable.append(number)
@@ -182,8 +182,13 @@ class Modules:
         return (
             not any([name in own[i] for i, name in self._absent])
             and all([own[i].get(name, MISSING) is value for i, name, value in self._values])
-            and all([own[i][part].get(name, MISSING) is None for i, part, name in self._nones])
+            and all([_is_there(own[i][part], name) is what for i, part, name, what in self._inside])
         )
+
+
+def _is_there(tensors: dict[str, Tensor | None], name: str) -> Any:
+    found = tensors.get(name, MISSING)
+    return found if found is None or found is MISSING else True
 
 
 def walk(
@@ -288,11 +293,16 @@ class Description:
     def _named(self, owner: Any, get: Callable, name: str, keeps: bool = True) -> None:
         """Describes ``get(name, default)``, which is there in any case, or is kept if need be."""
         value = get(name, MISSING)
+        plain = self._described(name, value)
+        self._put("put", owner, get, name, value, keeps or plain)
+
+    def _described(self, name: str, value: Any) -> bool:
+        """Whether the value of that name may be kept alive."""
         self._add(name)
         self._where.append(name)
         plain = value is MISSING or self._value(value)
         self._where.pop()
-        self._put("put", owner, get, name, value, keeps or plain)
+        return plain
 
     # --- modules
 
@@ -305,18 +315,26 @@ class Description:
             self._add(kind)
             if path:
                 self.children.append((path, kind, len(module._modules)))
-                self._add(has_hooks(module), *(name in own for name in _OVERRIDES))
-                self.modules.put_unhooked(number)
-                overrides = _OVERRIDES if isinstance(module, nn.Conv2d) else _OVERRIDES[:1]
-                for name in overrides:
-                    if name not in own:
-                        self.modules.put_absent(number, name)
+                self._unchanged(number, module)
             if not _of_pytorch(kind.__module__) and path not in self._reads.leaves:
                 self._class(kind)
         for name in sorted(names):
             self._where.append(name)
             self._attribute(number, path, module, name)
             self._where.pop()
+
+    def _unchanged(self, number: int, module: nn.Module) -> None:
+        """Describes that it has neither hooks nor a forward of its own."""
+        names = _OVERRIDES if isinstance(module, nn.Conv2d) else _OVERRIDES[:1]
+        overrides = [name for name in names if name in module.__dict__]
+        hooked = has_hooks(module)
+        self._add(hooked, *overrides)
+        if hooked or overrides:
+            self.places = None
+            return
+        self.modules.put_unhooked(number)
+        for name in names:
+            self.modules.put_absent(number, name)
 
     def _attribute(self, number: int, path: str, module: nn.Module, name: str) -> None:
         own, in_class = module.__dict__, _in_class(kind_of(module), name)
@@ -332,11 +350,11 @@ class Description:
         elif in_class is not MISSING:  # a method, a property, a constant: described with its class
             self.modules.put_absent(number, name)
         else:
+            self.modules.put_absent(number, name)
             for part in ("_parameters", "_buffers"):
-                if name in own[part]:
-                    self._add(name, own[part][name] is None)
-                    if own[part][name] is None:
-                        self.modules.put_none(number, part, name)
+                what = _is_there(own[part], name)
+                self._add(name, what is None, what is MISSING)
+                self.modules.put_inside(number, part, name, what)
 
     def _compare_compiled(self, path: str, name: str, value: Any) -> None:
         if isinstance(value, (*_VALUES, *_FUNCTIONS)):
@@ -485,17 +503,27 @@ class Description:
             self._container(dict(value) if issubclass(base, dict) else base(value))
         own = vars(value) if _has_dict(value) else {}
         slots = {s for c in kind.__mro__ for s in _slots(c)}
-        names = own.keys() | slots
-        if not self._reads.dynamic:
-            names &= self._reads.names
-        get = None
+        names = set(self._reads.names)
+        if self._reads.dynamic:
+            names |= own.keys() | slots
+            self.places = None  # another attribute counts too
+        names &= {*own, *slots, *chain.from_iterable(map(vars, _made(kind)))}
         for name in sorted(names):
+            look = functools.partial(getattr, value) if name in slots else own.get
+            plain = self._described(name, look(name, MISSING))
             try:
-                get = get or functools.partial(_look, weakref.ref(value))
+                get = functools.partial(
+                    _look if name in slots else _look_inside, weakref.ref(value)
+                )
+                self._put("put", value, get, name, look(name, MISSING), plain)
             except TypeError:
-                self.places, get = None, functools.partial(getattr, value)
-            self._named(value, get, name, keeps=False)
+                self.places = None
         return False
+
+
+def _look_inside(of: weakref.ref, name: str, default: Any) -> Any:
+    """What an object has itself, not by its class."""
+    return vars(of()).get(name, default)
 
 
 def _made(kind: type) -> set[type]:

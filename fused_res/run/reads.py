@@ -271,7 +271,7 @@ class Recorder:
     def _look_up(self, module: nn.Module, name: str) -> Any:
         if threading.get_ident() == self._thread:
             path = self._paths.get(id(module))
-            ours = name.startswith("_serving")  # a served model's
+            ours = name.startswith("_serving") or name == "parametrizations"  # what this asks
             if path is not None and not ours and name not in _OF_EVERY_MODULE:
                 self._attributes[path].add(name)
             if name in ("__dict__", "_parameters", "_buffers") and self._is_users(sys._getframe(1)):

@@ -55,7 +55,9 @@ def _tensors(conv: ConvNorm) -> list[Tensor]:
     return [t for t in (conv.weight, conv.bias, *(conv.norm or ())[:4]) if t is not None]
 
 
-_changes = 0  # that fingerprints of tensors do not show: optimizers' steps, and what users tell
+# That fingerprints of tensors do not show: optimizers' steps, and what users tell. None: nothing has
+# a fingerprint yet, and programs without fused blocks have no hook on their optimizers.
+_changes: int | None = None
 
 
 def _count_change(*_) -> None:
@@ -63,16 +65,22 @@ def _count_change(*_) -> None:
     _changes += 1
 
 
-register_optimizer_step_post_hook(_count_change)
+def _count_changes() -> None:
+    global _changes
+    _changes = 0
+    register_optimizer_step_post_hook(_count_change)
 
 
 def forget_weights() -> None:
     """Makes all packed weights new, and all that was made from them, when they are used next."""
-    _count_change()
+    if _changes is not None:
+        _count_change()
 
 
 def fingerprint(tensors: list[Tensor]) -> tuple:
     """Changes whenever what is made of ``tensors``, which are no inference tensors, may."""
+    if _changes is None:
+        _count_changes()
     if not tensors:
         return (_changes,)
     return _changes, torch.ops.fused_res.stamp(tensors), *[t._version for t in tensors]
