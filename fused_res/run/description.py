@@ -239,6 +239,8 @@ class Description:
         self.plain: list[tuple[str, tuple[str, ...], Any]] = []
         self._tokens: list[Any] = []
         self._reads = reads
+        self._names = reads.names.union(*reads.attributes.values())
+        self._plain: dict[int, bool] = {}  # whether a thing that has been seen may be kept alive
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []  # what has been seen: no address is used twice
         self._where: list[str] = []
@@ -307,7 +309,7 @@ class Description:
     # --- modules
 
     def _module(self, number: int, path: str, module: nn.Module, called: bool) -> None:
-        own, kind = module.__dict__, kind_of(module)
+        kind = kind_of(module)
         kind = NORMS[0] if kind in NORMS else kind
         names = set(self._reads.attributes.get(path, ()))
         if not called:
@@ -424,7 +426,7 @@ class Description:
         if self._again(kind):
             return
         bases = [c for c in kind.__mro__ if not _of_pytorch(c.__module__) and c in _made(kind)]
-        for name in sorted(self._reads.names):
+        for name in sorted(self._names):
             if any(name in vars(base) for base in bases):
                 for base in bases:
                     self._named(base, vars(base).get, name)
@@ -437,7 +439,7 @@ class Description:
         if _of_pytorch(function.__module__):
             return function.__closure__ is None
         if self._again(function):
-            return True
+            return self._plain.get(id(function), False)
         get, plain = functools.partial(getattr, function), True
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             value = get(name)
@@ -451,6 +453,7 @@ class Description:
             plain &= inner
         for name in sorted(self._reads.names & vars(function).keys()):
             self._named(vars(function), vars(function).get, name, keeps=False)
+        self._plain[id(function)] = plain
         return plain
 
     def _in_c(self, function: Any) -> bool:
@@ -465,7 +468,7 @@ class Description:
     def _container(self, value: Any) -> bool:
         self._add(type(value), len(value))
         if self._again(value):
-            return True
+            return self._plain.get(id(value), False)
         if isinstance(value, dict):
             content = chain.from_iterable(value.items())
         elif isinstance(value, (set, frozenset)):
@@ -477,6 +480,7 @@ class Description:
             self.places = None  # what it holds may lead back
         elif type(value) is not tuple:
             self._put("put_container", value)
+        self._plain[id(value)] = plain
         return plain
 
     def _object(self, value: Any) -> bool:

@@ -55,8 +55,8 @@ def _tensors(conv: ConvNorm) -> list[Tensor]:
     return [t for t in (conv.weight, conv.bias, *(conv.norm or ())[:4]) if t is not None]
 
 
-# That fingerprints of tensors do not show: optimizers' steps, and what users tell. None: nothing has
-# a fingerprint yet, and programs without fused blocks have no hook on their optimizers.
+# Changes that tensors do not show: optimizers' steps, and what users tell. None: nothing has a
+# fingerprint yet, and programs without fused blocks have no hook on their optimizers.
 _changes: int | None = None
 
 
