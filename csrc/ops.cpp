@@ -1,6 +1,7 @@
 // Every op of the CPU library, one line each. Schemas live beside their meaning in fused_res/ops/.
 #include "cpu/bn_act.h"
 #include "cpu/convolutions.h"
+#include "cpu/cores.h"
 #include "cpu/direct.h"
 #include "cpu/isa.h"
 #include "cpu/pool.h"
@@ -25,7 +26,9 @@ STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&fused_res::cpu_isa));
+  m.impl("cpu_quota", TORCH_BOX(&fused_res::cpu_quota));
   m.impl("empty_cache", TORCH_BOX(&fused_res::pool_release));
+  m.impl("team_size", TORCH_BOX(&fused_res::team_size));
   m.impl("training_convolutions", TORCH_BOX(&fused_res::training_convolutions));
   m.impl("training_winograd", TORCH_BOX(&fused_res::training_winograd));
 }

@@ -129,8 +129,8 @@ if STATUS["cpu"] is None:
 
 
 def empty_cache() -> int:
-    """Frees the memory of large outputs that the CPU kernels keep for the next ones, up to 256 MB
-    of it; returns how many bytes that was."""
+    """Frees the memory that the CPU kernels keep for what they hold within an op, up to 256 MB of
+    it; returns how many bytes that was. Outputs are PyTorch's own memory, of which none is kept."""
     return 0 if STATUS["cpu"] else torch.ops.fused_res.empty_cache()
 
 

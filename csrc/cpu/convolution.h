@@ -70,12 +70,13 @@ inline Filters filters_of(const Tensor& weight) {
   return f;
 }
 
-// (images, channels, height, width) of float32, channels_last
-inline Tensor uninitialised_nhwc(int64_t images, int64_t channels, int64_t height, int64_t width) {
+// (images, channels, height, width) of float32, channels_last; `inside`: never leaves the op
+inline Tensor uninitialised_nhwc(int64_t images, int64_t channels, int64_t height, int64_t width,
+                                 bool inside) {
   const int64_t size[] = {images, channels, height, width};
   const int64_t stride[] = {channels * height * width, 1, width * channels, channels};
   const size_t bytes = images * channels * height * width * sizeof(float);
-  if (bytes < kLeastPooled) return empty_strided(4, size, stride, ScalarType::Float);
+  if (!inside || bytes < kLeastPooled) return empty_strided(4, size, stride, ScalarType::Float);
   return torch::stable::from_blob(pool_take(bytes), size, stride,
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                   ScalarType::Float, pool_give);
@@ -103,7 +104,7 @@ inline void put_before(const Tensor& before, bool relu, float* y, int64_t y_stri
 
 // Checks `residual`, and puts it before the output's channels if `concat`.
 inline Output output_of(int64_t images, int64_t channels, int64_t height, int64_t width,
-                        const OptTensor& residual, bool concat, int64_t act) {
+                        const OptTensor& residual, bool concat, int64_t act, bool inside) {
   STD_TORCH_CHECK(0 <= act && act <= 2, "act must be 0, 1 or 2");
   STD_TORCH_CHECK(channels > 0 && height > 0 && width > 0,
                   "x must be at least as large as the kernel");
@@ -114,7 +115,7 @@ inline Output output_of(int64_t images, int64_t channels, int64_t height, int64_
                         residual->size(3) == width,
                     "residual must be float32, channels_last and of the output's size");
   const int64_t before = concat ? residual->size(1) : 0, all = before + channels;
-  Tensor y = uninitialised_nhwc(images, all, height, width);
+  Tensor y = uninitialised_nhwc(images, all, height, width, inside);
   float* data = (float*)y.mutable_data_ptr();
   if (before && y.numel()) put_before(*residual, (Act)act == Act::relu, data, all);
   return {y, data + before, all};

@@ -40,14 +40,17 @@ Tensor convolutions_cpu(const Tensor& x, const OptTensor& residual,
     const Residual role = (Residual)read.next();
     const std::vector<int64_t> sizes = read.list(read.next());
     STD_TORCH_CHECK(role == Residual::none || residual, "residual must be given");
+    const bool inside = i + 1 < weights.size();
     const bool concat = role == Residual::concat;
     const OptTensor added = concat || role == Residual::add ? residual : OptTensor();
     if (tile) {
-      out = winograd_cpu(out, weights[i], biases[i], added, out_channels, sizes, tile, concat, act);
+      out = winograd_cpu(out, weights[i], biases[i], added, out_channels, sizes, tile, concat, act,
+                         inside);
     } else {
       std::vector<Tensor> inputs = {out};
       if (role == Residual::convolve) inputs.push_back(*residual);
-      out = direct_cpu(inputs, weights[i], biases[i], added, out_channels, sizes, concat, act);
+      out = direct_cpu(inputs, weights[i], biases[i], added, out_channels, sizes, concat, act,
+                       inside);
     }
   }
   STD_TORCH_CHECK(read.at == program.size(), "program is longer than its convolutions");

@@ -127,11 +127,12 @@ namespace {
 
 // args: the sources and the output's size. u: what pack_direct made
 Tensor run_direct(DirectArgs args, int64_t images, const float* u, const OptTensor& bias,
-                  const OptTensor& residual, int64_t out_channels, bool concat, int64_t act) {
+                  const OptTensor& residual, int64_t out_channels, bool concat, int64_t act,
+                  bool inside) {
   const int64_t panels = ceil_div(out_channels, kPanel);
   const std::vector<float> shift = padded(bias, out_channels, panels * kPanel);
-  const Output output =
-      output_of(images, out_channels, args.out_height, args.out_width, residual, concat, act);
+  const Output output = output_of(images, out_channels, args.out_height, args.out_width, residual,
+                                  concat, act, inside);
   if (output.y.numel() == 0) return output.y;
   args.u = u;
   args.bias = shift.data();
@@ -166,7 +167,7 @@ DirectArgs args_of(const Tensor& x, int64_t height, int64_t width, const int64_t
 
 Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptTensor& bias,
                   const OptTensor& residual, int64_t out_channels,
-                  const std::vector<int64_t>& sizes, bool concat, int64_t act) {
+                  const std::vector<int64_t>& sizes, bool concat, int64_t act, bool inside) {
   STD_TORCH_CHECK(
       (inputs.size() == 1 || inputs.size() == 2) && sizes.size() == kSizes * inputs.size(),
       "inputs must be one or two, with 9 sizes each");
@@ -204,7 +205,7 @@ Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptT
                       u.numel() == ceil_div(out_channels, kPanel) * args.depth * kPanel,
                   "u must be what direct_weight made for ", args.depth, " -> ", out_channels);
   return run_direct(args, inputs[0].size(0), (const float*)u.const_data_ptr(), bias, residual,
-                    out_channels, concat, act);
+                    out_channels, concat, act, inside);
 }
 
 Tensor direct_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
@@ -213,7 +214,7 @@ Tensor direct_once(const Tensor& x, const Filters& filters, const OptTensor& bia
   Pooled u(ceil_div(channels, kPanel) * filters.depth() * kPanel);
   pack_direct(filters, std::vector<double>(channels, 1.0), filters.depth(), u.data());
   return run_direct(args_of(x, filters.size[2], filters.size[3], padding), x.size(0), u.data(),
-                    bias, add, channels, false, 0);
+                    bias, add, channels, false, 0, false);
 }
 
 // Pixels are summed in parts, which threads share, each from first to last and then one part after

@@ -8,7 +8,7 @@ namespace fused_res {
 Tensor direct_weight_cpu(const std::vector<Tensor>& weights, const std::vector<OptTensor>& scales);
 Tensor direct_cpu(const std::vector<Tensor>& inputs, const Tensor& u, const OptTensor& bias,
                   const OptTensor& residual, int64_t out_channels,
-                  const std::vector<int64_t>& sizes, bool concat, int64_t act);
+                  const std::vector<int64_t>& sizes, bool concat, int64_t act, bool inside);
 
 // With weights that are used once: stride 1, no groups or dilation; filters of filters_of(weight).
 struct Filters;

@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
@@ -75,6 +77,14 @@ int64_t pool_release() {
   }
   for (char* b : old) std::free(b);
   return (int64_t)bytes;
+}
+
+void use_huge_pages(void* data, size_t bytes) {
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = ((uintptr_t)data + kPage - 1) / kPage * kPage;
+  const uintptr_t end = ((uintptr_t)data + bytes) / kPage * kPage;
+  // fails where the system has none, or other pages than these: nothing is lost
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 }
 
 }  // namespace fused_res

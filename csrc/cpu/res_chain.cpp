@@ -1,5 +1,7 @@
 #include "res_chain.h"
 
+#include <algorithm>
+#include <atomic>
 #include <memory>
 
 #include "convolution.h"
@@ -218,16 +220,22 @@ Tensor res_chain_cpu(const Tensor& x, const Tensor& packed) {
   STD_TORCH_CHECK(x.size(1) == chain.channels, "x must have ", chain.channels, " channels, got ",
                   x.size(1));
   const Maps maps = {x.size(0), x.size(2), x.size(3)};
-  const Tensor y = uninitialised_nhwc(maps.images, chain.channels, maps.height, maps.width);
+  const Tensor y = uninitialised_nhwc(maps.images, chain.channels, maps.height, maps.width, false);
   if (y.numel() == 0) return y;
   const float* from = (const float*)x.const_data_ptr();
   float* to = (float*)y.mutable_data_ptr();
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), cores());
   if (maps.images % threads == 0 || maps.images >= 4 * threads)
     chain.run_alone(from, to, maps);
   else
     chain.run_together(from, to, maps);
   return y;
+}
+
+int64_t team_size(int64_t threads) {
+  std::atomic<int64_t> size{0};
+  Team::run(threads, [&](Team& team, int64_t) { size = team.size(); });
+  return size;
 }
 
 }  // namespace fused_res

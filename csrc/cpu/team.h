@@ -1,5 +1,5 @@
 // Threads that work on one small thing together, step by step: a parallel_for a step would cost
-// several times what the step does.
+// several times what the step does. They spin while they wait, so each needs a core of its own.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -7,14 +7,18 @@
 #include <cstdint>
 #include <thread>
 
+#include "cores.h"
+
 namespace fused_res {
 
 class Team {
  public:
-  // f(team, member) on up to `threads` threads at a time, members 0 to team.size() - 1. There may
-  // be fewer, in a parallel region one. f must not throw.
+  // f(team, member) on up to `most` threads at a time, members 0 to team.size() - 1. There are no
+  // more than cores that no other team has, and in a parallel region one. f must not throw.
   template <class F>
-  static void run(int64_t threads, const F& f) {
+  static void run(int64_t most, const F& f) {
+    const ShareOfCores share(most);
+    const int64_t threads = share.count();
     Team team;
     torch::stable::parallel_for(0, threads, 1, [&](int64_t lo, int64_t hi) {
       const int64_t member = team.joined_.fetch_add(1);
@@ -39,7 +43,7 @@ class Team {
   }
 
  private:
-  // A member's core may be another process', so after a while this one's is given away.
+  // Another process may have a member's core, so after a while this one's is given away.
   template <class Done>
   static void spin(const Done& done) {
     for (int i = 0; !done(); i++) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "elements.h"
+#include "pool.h"
 
 namespace fused_res {
 
@@ -49,7 +50,11 @@ inline Tensor empty_strided(int64_t dim, const int64_t* size, const int64_t* str
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size, stride, static_cast<int32_t>(dtype),
                                                   aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  const Tensor t(handle);
+  int64_t bytes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
+  if (bytes >= (int64_t)kLeastHuge) use_huge_pages(t.mutable_data_ptr(), bytes);
+  return t;
 }
 
 inline Tensor uninitialised_like(const Tensor& x) {  // x is dense

@@ -135,12 +135,13 @@ struct Made {
 
 // u: what pack_winograd made
 Made make(const Tensor& x, const float* u, const OptTensor& bias, const OptTensor& residual,
-          int64_t out_channels, const int64_t* padding, int64_t tile, bool concat, int64_t act) {
+          int64_t out_channels, const int64_t* padding, int64_t tile, bool concat, int64_t act,
+          bool inside) {
   const int64_t images = x.size(0), out_height = x.size(2) + 2 * padding[0] - 2;
   const int64_t out_width = x.size(3) + 2 * padding[1] - 2;
   std::vector<float> shift = padded(bias, out_channels, ceil_div(out_channels, kPanel) * kPanel);
   const Output output =
-      output_of(images, out_channels, out_height, out_width, residual, concat, act);
+      output_of(images, out_channels, out_height, out_width, residual, concat, act, inside);
   const bool add = residual && !concat;
   const WinogradArgs args = {
       (const float*)x.const_data_ptr(),
@@ -169,8 +170,8 @@ Made make(const Tensor& x, const float* u, const OptTensor& bias, const OptTenso
 
 Tensor run_winograd(const Tensor& x, const float* u, const OptTensor& bias,
                     const OptTensor& residual, int64_t out_channels, const int64_t* padding,
-                    int64_t tile, bool concat, int64_t act) {
-  const Made made = make(x, u, bias, residual, out_channels, padding, tile, concat, act);
+                    int64_t tile, bool concat, int64_t act, bool inside) {
+  const Made made = make(x, u, bias, residual, out_channels, padding, tile, concat, act, inside);
   if (made.output.y.numel()) made.winograd.run();
   return made.output.y;
 }
@@ -187,7 +188,8 @@ void winograd_alone(const WinogradArgs& args, int64_t tile, int64_t begin, int64
 
 Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
                     const OptTensor& residual, int64_t out_channels,
-                    const std::vector<int64_t>& padding, int64_t tile, bool concat, int64_t act) {
+                    const std::vector<int64_t>& padding, int64_t tile, bool concat, int64_t act,
+                    bool inside) {
   check_tile(tile);
   const int64_t points = (tile + 2) * (tile + 2), panels = ceil_div(out_channels, kPanel);
   STD_TORCH_CHECK(is_nhwc(x), "x must be float32 on a CPU, 4-dimensional and channels_last");
@@ -198,14 +200,14 @@ Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
   STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0,
                   "padding must be two numbers of at least 0");
   return run_winograd(x, (const float*)u.const_data_ptr(), bias, residual, out_channels,
-                      padding.data(), tile, concat, act);
+                      padding.data(), tile, concat, act, inside);
 }
 
 Tensor winograd_once(const Tensor& x, const Filters& filters, const OptTensor& bias,
                      const OptTensor& add, const int64_t* padding, int64_t tile) {
   const Pooled u(transformed_size(filters, tile));
   pack_winograd(filters, std::vector<double>(filters.size[0], 1.0), tile, u.data());
-  return run_winograd(x, u.data(), bias, add, filters.size[0], padding, tile, false, 0);
+  return run_winograd(x, u.data(), bias, add, filters.size[0], padding, tile, false, 0, false);
 }
 
 namespace {
@@ -318,7 +320,7 @@ std::array<Tensor, 2> winograd_gradients(const Tensor& dy, const Tensor& x, cons
   const Pooled u(transformed_size(filters, 2));
   pack_winograd(filters, std::vector<double>(filters.size[0], 1.0), 2, u.data());
   const int64_t around[] = {2 - padding[0], 2 - padding[1]};
-  const Made of_x = make(dy, u.data(), {}, add, filters.size[0], around, 2, false, 0);
+  const Made of_x = make(dy, u.data(), {}, add, filters.size[0], around, 2, false, 0, false);
   const WeightGradient gradient(dy, x, weight, padding);
   const int64_t pixels = dy.size(2) * dy.size(3);
   const int64_t tiles = of_x.winograd.tiles / gradient.images;

@@ -13,7 +13,8 @@ void winograd_alone(const WinogradArgs& args, int64_t tile, int64_t begin, int64
 Tensor winograd_weight_cpu(const Tensor& weight, const OptTensor& scale, int64_t tile);
 Tensor winograd_cpu(const Tensor& x, const Tensor& u, const OptTensor& bias,
                     const OptTensor& residual, int64_t out_channels,
-                    const std::vector<int64_t>& padding, int64_t tile, bool concat, int64_t act);
+                    const std::vector<int64_t>& padding, int64_t tile, bool concat, int64_t act,
+                    bool inside);
 
 // With weights that are used once
 struct Filters;
