@@ -19,7 +19,7 @@ from .calls import Call, Parameters, example_call, holds_no_tensor, is_plain
 from .graphs import Unfusable, in_words
 from .nn.blocks import BlockPlan, child, is_exported, is_norm_act
 from .prepared import PreparedForward
-from .run.guards import Record
+from .run.reads import Reads
 from .run.weight_cache import forget_weights
 from .surgery import FuseReport, fuse_, fused_class, refuse_wrapped, unfuse_
 from .tracing import chains, convolves, function, fuse_convolutions, graph_of
@@ -234,10 +234,13 @@ class OptimizedModel(nn.Module):
             serving.is_traced = serving.prepared.is_of(self)
         return serving.run if serving.is_traced else type(self)._plain_forward
 
-    def _serving_fuse(self, graph: fx.Graph, record: Record, report: FuseReport) -> None:
-        fuse_convolutions(self, graph, report)
+    def _serving_fuse(self, graph: fx.Graph, reads: Reads, report: FuseReport) -> None:
+        found = FuseReport()
+        fuse_convolutions(self, graph, found)
+        self._serving.prepared = PreparedForward(self, graph, reads)
         self._serving.run = function(self, graph)
-        self._serving.prepared = PreparedForward(self, graph, record)
+        report.fused += found.fused
+        report.skipped += found.skipped
 
     def _serving_as_returned(self, y: Any) -> Any:
         kind = self._serving.output
@@ -484,7 +487,7 @@ def _fuse_outside_blocks(model: OptimizedModel, inputs: list[Tensor], expected: 
     serving, reason = model._serving, None
     wanted, kind = pytree.tree_flatten(expected)
     try:
-        graph, record = graph_of(model, len(inputs))
+        graph, reads = graph_of(model, len(inputs))
         run = function(model, graph)
         with torch.no_grad():
             found, traced_kind = pytree.tree_flatten(run(model, *[t.clone() for t in inputs]))
@@ -499,8 +502,12 @@ def _fuse_outside_blocks(model: OptimizedModel, inputs: list[Tensor], expected: 
     if reason is not None:
         serving.report.skipped.append(("", f"convolutions outside blocks: {reason}"))
         return
+    try:
+        model._serving_fuse(graph, reads, serving.report)
+    except Unfusable as error:
+        serving.report.skipped.append(("", f"convolutions outside blocks: {error}"))
+        return
     serving.traced = True
-    model._serving_fuse(graph, record, serving.report)
 
 
 def _set_layout(model: nn.Module, layout: torch.memory_format) -> None:

@@ -9,6 +9,7 @@ fingerprint.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -18,12 +19,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import choices
+from .graphs import Unfusable
 from .nn.blocks import MOST_SIZES, FusedForward, child, prepared_block, runs_plan
 from .nn.chains import FusedSequential, chain_of, linked, links, unique
 from .nn.conv_norm import conv_norm_relu, prepared_conv
 from .ops.conv_bn_act import under_modes
-from .run.description import Places, has_hooks
+from .run.description import Places, Unknowable, has_hooks
 from .run.guards import Record, Watch, guard_of, holds_compiled
+from .run.reads import Reads
 from .run.weight_cache import fingerprint
 from .tracing import function
 
@@ -232,13 +235,36 @@ def _step(size: tuple, run: Step, plain: Step) -> Step:
     return step
 
 
+def _above(paths: list[str]) -> list[str]:
+    """The paths of all modules that lead to some, but for the model itself."""
+    found = {}
+    for path in paths:
+        names = path.split(".")
+        found |= dict.fromkeys(".".join(names[:i]) for i in range(1, len(names)))
+    return list(found)
+
+
 class PreparedForward:
     """The forward of ``graph``, traced from a model with its convolutions fused."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, record: Record) -> None:
+    def __init__(self, model: nn.Module, graph: fx.Graph, reads: Reads) -> None:
+        """
+        Raises:
+            Unfusable: the forward read something that cannot be compared.
+        """
         graph, self._parts = _with_steps(model, graph)
         self._forward = function(model, graph)
-        self._record = record
+        called = [n.target for n in graph.nodes if n.op in ("call_module", "get_attr")]
+        for part in self._parts:
+            called += [
+                p for p in (part.paths if isinstance(part, _Chain) else part) if type(p) is str
+            ]
+        self._containers = _above(called)
+        leaves = reads.leaves.difference(self._containers)
+        try:
+            self._record = Record(model, replace(reads, leaves=leaves), calls=True)
+        except Unknowable as reason:
+            raise Unfusable(str(reason)) from None
         self._kept: dict[tuple, _Kept] = {}
         self._forgotten = 0  # times
 
@@ -268,7 +294,8 @@ class PreparedForward:
     def _prepare(self, key: tuple, model: nn.Module, inputs: list[Tensor]):
         self._kept.pop(key, None)  # it keeps what was replaced
         forgotten = self._forgotten
-        watch = Watch([m for part in self._parts for m in part.modules(model)])
+        modules = [model, *(child(model, path) for path in self._containers)]
+        watch = Watch(modules + [m for part in self._parts for m in part.modules(model)])
         plains = [partial(part.plain, model) for part in self._parts]
         steps, found = list(plains), []
 

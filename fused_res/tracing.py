@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
-from .graphs import Nodes, Tracer, Unfusable, trace
+from .graphs import Nodes, Tracer, trace
 from .nn.blocks import FusedForward, child
 from .nn.chains import links
 from .nn.conv_norm import conv_norm_relu, plain_conv_norm
-from .run.description import NORMS, Unknowable, has_hooks
-from .run.guards import Record
+from .run.description import NORMS, has_hooks
+from .run.reads import Reads
 from .surgery import FuseReport
 
 
@@ -46,7 +46,7 @@ class _Tracer(Tracer):
         return leaf or has_hooks(module) or not (convolves(module) or enters)
 
 
-def graph_of(model: nn.Module, inputs: int) -> tuple[fx.Graph, Record]:
+def graph_of(model: nn.Module, inputs: int) -> tuple[fx.Graph, Reads]:
     """The graph of ``model._plain_forward``, which is given so many inputs, and what it read.
 
     Raises:
@@ -58,13 +58,10 @@ def graph_of(model: nn.Module, inputs: int) -> tuple[fx.Graph, Record]:
         return _graph_of(model, inputs, enters=False)
 
 
-def _graph_of(model: nn.Module, inputs: int, enters: bool) -> tuple[fx.Graph, Record]:
+def _graph_of(model: nn.Module, inputs: int, enters: bool) -> tuple[fx.Graph, Reads]:
     reads = trace(model, False, _Tracer(enters), inputs).seen().reads
     found = trace(model, False, _Tracer(enters), inputs, known=reads).seen()  # nothing is changed
-    try:
-        return found.graph, Record(model, found.reads, calls=True)
-    except Unknowable as reason:
-        raise Unfusable(str(reason)) from None
+    return found.graph, found.reads
 
 
 def function(model: nn.Module, graph: fx.Graph) -> Callable:
