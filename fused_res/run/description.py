@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
@@ -34,7 +35,9 @@ _VALUES = (type(None), bool, int, float, complex, str, bytes, range, slice, type
            type(NotImplemented), torch.Size, torch.dtype, torch.device, torch.layout,
            torch.memory_format)  # fmt: skip
 _CONTAINERS = list, tuple, dict, set, frozenset, deque, OrderedDict, defaultdict
-_FUNCTIONS = types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType,
+              types.WrapperDescriptorType, types.GetSetDescriptorType,
+              types.MemberDescriptorType)  # fmt: skip
 _BASES_IN_C = {object, types.SimpleNamespace, *_VALUES, *_CONTAINERS}
 _HIDE_STATE = Tensor, torch.Generator, torch.UntypedStorage
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
@@ -225,7 +228,7 @@ class Description:
         modules, places: what to compare in each call; places is None where something cannot be
             compared without keeping alive what may lead back to the module.
         children: path, class and number of children of each module inside that is looked at.
-        plain: (path, names of attributes, value) of what a compiler can compare.
+        plain: (path or owner, names of attributes, value) of what a compiler can compare.
 
     Raises:
         Unknowable: something was read that cannot be compared.
@@ -236,7 +239,7 @@ class Description:
     ) -> None:
         self.places: Places | None = Places()
         self.children: list[tuple[str, type, int]] = []
-        self.plain: list[tuple[str, tuple[str, ...], Any]] = []
+        self.plain: list[tuple[Any, tuple[str, ...], Any]] = []
         self._tokens: list[Any] = []
         self._reads = reads
         self._names = reads.names.union(*reads.attributes.values())
@@ -255,8 +258,11 @@ class Description:
                 self._module(i, path, module, calls and path in reads.leaves)
         for code, known in reads.codes:
             self._add(code)
+            module = sys.modules.get(known.get("__name__", ""))
             for name in sorted(globals_of(code)):
                 self._named(known, known.get, name)
+                if vars(module) is known if module else False:
+                    self._compare_compiled(module, name, known.get(name))
         for question, answer in reads.questions:
             answer = answer if traced else ask(question)
             self._add(question, answer)
@@ -358,7 +364,7 @@ class Description:
                 self._add(name, what is None, what is MISSING)
                 self.modules.put_inside(number, part, name, what)
 
-    def _compare_compiled(self, path: str, name: str, value: Any) -> None:
+    def _compare_compiled(self, path: Any, name: str, value: Any) -> None:
         if isinstance(value, (*_VALUES, *_FUNCTIONS)):
             self.plain.append((path, (name,), value))
         elif isinstance(value, (list, tuple, dict)):
@@ -430,6 +436,8 @@ class Description:
             if any(name in vars(base) for base in bases):
                 for base in bases:
                     self._named(base, vars(base).get, name)
+                if isinstance(getattr(kind, name), (*_VALUES, types.FunctionType)):
+                    self.plain.append((kind, (name,), getattr(kind, name)))
         if any("__getattribute__" in vars(base) for base in bases):
             self._where.append("attributes by a __getattribute__ of its own")
             self._refuse(kind)

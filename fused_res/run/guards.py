@@ -102,8 +102,8 @@ def holds_compiled(module: nn.Module, record: Record) -> bool:
             return False  # replaced or hooked since
         if type(child) is not kind and not (kind in NORMS and type(child) in NORMS):
             return False
-    for path, names, value in record.plain:
-        found = _present(module, path)
+    for of, names, value in record.plain:
+        found = _present(module, of) if isinstance(of, str) else of
         for name in names:
             found = getattr(found, name, None)
         if found != value:

@@ -35,7 +35,7 @@ _TRUSTED = (
     "torch._C", "torch._VF", "torch._jit_internal", "torch._library", "torch._ops",
     "torch._tensor", "torch.amp", "torch.autograd", "torch.functional", "torch.fx", "torch.jit",
     "torch.library", "torch.nn", "torch.overrides", "torch.utils",
-    "fused_res", "_collections_abc", "abc", "collections", "contextlib", "copy", "dataclasses",
+    "fused_res", "abc", "contextlib", "copy", "dataclasses",
     "enum", "functools", "importlib", "inspect", "numbers", "operator", "types", "typing",
 )  # fmt: skip
 _PREFIXES = (*(f"{name}." for name in _TRUSTED), "namedtuple_")
@@ -98,6 +98,7 @@ _HANDS_OUT = {
 }
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_NOT_READ = "__", "_serving", "parametrizations"  # by Python, a served model, this package
 _DYNAMIC = frozenset({"getattr", "vars", "attrgetter", "__dict__", "__getattribute__"})
 
 
@@ -271,8 +272,7 @@ class Recorder:
     def _look_up(self, module: nn.Module, name: str) -> Any:
         if threading.get_ident() == self._thread:
             path = self._paths.get(id(module))
-            ours = name.startswith("_serving") or name == "parametrizations"  # what this asks
-            if path is not None and not ours and name not in _OF_EVERY_MODULE:
+            if path is not None and not name.startswith(_NOT_READ) and name not in _OF_EVERY_MODULE:
                 self._attributes[path].add(name)
             if name in ("__dict__", "_parameters", "_buffers") and self._is_users(sys._getframe(1)):
                 self.refuse(f"its forward reads {name}, which a trace does not see into")
