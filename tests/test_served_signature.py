@@ -406,15 +406,16 @@ KINDS = {
 
 
 def _model_output():
-    outputs = pytest.importorskip("transformers.modeling_outputs")
-    return outputs.ImageClassifierOutputWithNoAttention
+    from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+    return ImageClassifierOutputWithNoAttention
 
 
 @FREEZE
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs(kind, freeze):
     if kind == "model output":
-        _model_output()
+        pytest.importorskip("transformers.modeling_outputs")
     model, served = pair(lambda: Outputs(kind), freeze=freeze)
     if fused_res.backends.STATUS["cpu"] is None:
         assert len(served.report.fused) == 2, served.report

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import choices, reference
+from ..backends import asked_for
 from ..env import BACKENDS
 from ..ops.bn_act import bn_act_norms
 from ..ops.conv_bn_act import (
@@ -453,6 +454,7 @@ def _run_inference(
         return None
     if not fuses_convolutions(x, block.backend):
         return None
+    fast = fast and asked_for("conv_bn_act", block.backend, x, added) != "eager"
     source = _source_of(block, plan) if fast else None  # before any weight is read
     convs = []
     for stage, bn in zip(stages, norms, strict=True):

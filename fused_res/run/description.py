@@ -404,6 +404,8 @@ class Description:
         elif isinstance(value, (property, staticmethod, classmethod, functools.cached_property)):
             parts = ("fget", "fset", "__func__", "func")
             return self._all(kind, [getattr(value, part, None) for part in parts])
+        elif hasattr(kind, "__get__") and not kind.__flags__ & _HEAP_TYPE:
+            self._add(kind)  # a descriptor that C made: a field of a named tuple
         elif kind is functools.partial:
             return self._all(kind, [value.func, value.args, value.keywords])
         elif kind in _CONTAINERS:

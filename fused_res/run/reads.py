@@ -19,6 +19,8 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dis
+import gc
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -98,6 +100,7 @@ _HANDS_OUT = {
 }
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_IMPORTS = importlib._bootstrap._find_and_load.__code__.co_filename
 _NOT_READ = "__", "_serving", "parametrizations"  # by Python, a served model, this package
 _DYNAMIC = frozenset({"getattr", "vars", "attrgetter", "__dict__", "__getattribute__"})
 
@@ -189,6 +192,7 @@ class Recorder:
         self._codes: dict[int, tuple[CodeType, dict]] = {}
         self._questions: dict[Callable[..., Any], tuple] = {}
         # functions in C that have not returned, and what the graph had when they were called
+        self._importing = 0  # modules
         self._open: list[tuple[FrameType, Any, int]] = []
 
     def reads(self) -> Reads:
@@ -216,8 +220,12 @@ class Recorder:
         return False
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
-        if event == "call":
-            code = frame.f_code
+        code = frame.f_code
+        if code.co_name == "_find_and_load" and code.co_filename == _IMPORTS:
+            self._importing += {"call": 1, "return": -1}.get(event, 0)
+        elif self._importing:
+            pass  # what a module does when it is imported it does once
+        elif event == "call":
             if code in _QUESTION_CODES:
                 if self._is_users(frame.f_back):
                     self._ask(_QUESTION_CODES[code])
@@ -258,7 +266,7 @@ class Recorder:
 
     def _exceptions(self, frame: FrameType, event: str, arg: Any):
         """A trace function; PyTorch's and the interpreter's own frames are left alone."""
-        if not self._is_users(frame):
+        if self._importing or not self._is_users(frame):
             return None
         frame.f_trace_lines = False
 
@@ -282,12 +290,13 @@ class Recorder:
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """The body's reads, where it runs in this thread, go to the recorder."""
-    profile, tracer = sys.getprofile(), sys.gettrace()
+    profile, tracer, collects = sys.getprofile(), sys.gettrace(), gc.isenabled()
     own = nn.Module.__dict__.get("__getattribute__")
 
     def __getattribute__(module, name):
         return recorder._look_up(module, name)
 
+    gc.disable()  # it calls what has nothing to do with the forward
     nn.Module.__getattribute__ = __getattribute__
     sys.settrace(recorder._exceptions)
     sys.setprofile(recorder._profile)
@@ -300,3 +309,5 @@ def recording(recorder: Recorder) -> Iterator[None]:
             del nn.Module.__getattribute__
         else:
             nn.Module.__getattribute__ = own
+        if collects:
+            gc.enable()
