@@ -13,6 +13,7 @@ import operator
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import choices, reference
-from ..backends import asked_for
 from ..env import BACKENDS
 from ..ops.bn_act import bn_act_norms
 from ..ops.conv_bn_act import (
@@ -207,10 +207,6 @@ def _normalise(
     return sync_bn_act(x, norms[0], group, residual, norms[1], act, block.backend)
 
 
-_WEIGHTS = {"weight", "bias"}
-_STATE = {"running_mean", "running_var", "num_batches_tracked"}
-
-
 def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | None] | None:
     """A stage as ``res_block`` takes it, and what counts its batches; None where that would not do
     the same.
@@ -221,17 +217,22 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
     if stage.before or stage.conv is None or stage.norm is None:
         return None
     conv, bn = child(block, stage.conv), child(block, stage.norm)
+    frozen = is_frozen(bn)
     if (
         conv.padding_mode != "zeros"
-        or (not is_frozen(bn) and bn.momentum is None)  # a count that is on the device
+        or (not frozen and bn.momentum is None)  # a count that is on the device
         or group_of(bn) is not None
     ):
         return None
     kernel, affine, state = conv._parameters, bn._parameters, bn._buffers
-    if is_frozen(bn):
+    if frozen:
         affine = state = {"num_batches_tracked": None, **state}
-    if not (kernel.keys() >= _WEIGHTS and affine.keys() >= _WEIGHTS and state.keys() >= _STATE):
-        return None  # some are plain attributes, or gone
+    try:
+        weight, bias = kernel["weight"], kernel["bias"]
+        gamma, beta, counter = affine["weight"], affine["bias"], state["num_batches_tracked"]
+        mean, var = state["running_mean"], state["running_var"]
+    except KeyError:  # some are plain attributes, or gone
+        return None
     sizes = conv.stride, conv.padding, conv.dilation
     for size in sizes:
         if type(size) is not tuple or len(size) != 2:
@@ -239,28 +240,15 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
                 return None
             sizes = tuple(map(_pair, sizes))
             break
-    if (affine["weight"] is None) != (affine["bias"] is None):
+    if (gamma is None) != (beta is None):
         return None
-    training = uses_batch(bn)
-    norm = Norm(
-        state["running_mean"],
-        state["running_var"],
-        affine["weight"],
-        affine["bias"],
-        training,
-        0.0 if is_frozen(bn) else bn.momentum,
-        bn.eps,
-    )
-    counter = state["num_batches_tracked"] if training else None
+    training = not frozen and (bn.training or mean is None)
     if training and (not bn.track_running_stats or counter is None):
         return None
-    return ConvNorm(
-        kernel["weight"],
-        kernel["bias"],
-        *sizes,
-        conv.groups,
-        norm,
-    ), counter
+    momentum = 0.0 if frozen else bn.momentum
+    norm = Norm(mean, var, gamma, beta, training, momentum, bn.eps)
+    found = ConvNorm(weight, bias, *sizes, conv.groups, norm)
+    return found, counter if training else None
 
 
 def _run_whole(block: nn.Module, plan: BlockPlan, act: Act, x: Tensor) -> Tensor | None:
@@ -313,23 +301,24 @@ class _Part(NamedTuple):
     guard compares; not the module itself, which may lead back to the block."""
 
     path: tuple[str, ...]
-    settings: tuple  # of _SETTINGS
-    parameters: tuple[tuple[str, Tensor | None], ...]
-    buffers: tuple[tuple[str, Tensor | None], ...]
+    settings: Callable[[dict], tuple]
+    values: tuple  # of the settings
+    tensors: tuple[tuple[str, tuple[str, str], tuple[Tensor | None, Tensor | None]], ...]
 
     def is_in(self, block: nn.Module) -> bool:
-        module = block
-        for name in self.path:
-            module = module._modules.get(name)
-            if module is None:
+        own = block.__dict__
+        try:
+            for name in self.path:
+                own = own["_modules"][name].__dict__
+            if self.settings(own) != self.values:
                 return False
-        own = module.__dict__
-        parameters, buffers = own["_parameters"], own["_buffers"]
-        return (
-            tuple(map(own.get, _SETTINGS)) == self.settings
-            and all([parameters.get(name, self) is t for name, t in self.parameters])
-            and all([buffers.get(name, self) is t for name, t in self.buffers])
-        )
+            for part, (first, second), (a, b) in self.tensors:
+                of = own[part]
+                if of[first] is not a or of[second] is not b:
+                    return False
+        except KeyError:  # one is no longer there
+            return False
+        return True
 
 
 class _Source(NamedTuple):
@@ -367,23 +356,19 @@ class _Prepared(NamedTuple):
 _prepared: WeakKeyDictionary[nn.Module, dict[int, dict[tuple, _Prepared]]] = WeakKeyDictionary()
 MOST_SIZES = 4  # of a block's inputs, for each of its plans
 _SETTINGS = "stride", "padding", "dilation", "groups", "padding_mode", "training", "eps"
-_AFFINE, _RUNNING = ("weight", "bias"), ("running_mean", "running_var")
 
 
-def _part_of(module: nn.Module, path: str, running: tuple[str, ...]) -> _Part | None:
+def _part_of(module: nn.Module, path: str, running: bool) -> _Part | None:
     """None where it has plain attributes for parameters, say."""
     own = module.__dict__
-    parameters, buffers, affine = own["_parameters"], own["_buffers"], _AFFINE
-    if is_frozen(module):
-        affine, running = (), _AFFINE + running
-    if not (parameters.keys() >= set(affine) and buffers.keys() >= set(running)):
+    names = [("_buffers" if is_frozen(module) else "_parameters", ("weight", "bias"))]
+    if running:
+        names.append(("_buffers", ("running_mean", "running_var")))
+    if not all(own[part].keys() >= set(pair) for part, pair in names):
         return None
-    return _Part(
-        tuple(path.split(".")),
-        tuple(map(own.get, _SETTINGS)),
-        tuple((name, parameters[name]) for name in affine),
-        tuple((name, buffers[name]) for name in running),
-    )
+    tensors = tuple((part, pair, tuple(map(own[part].get, pair))) for part, pair in names)
+    settings = itemgetter(*(name for name in _SETTINGS if name in own))
+    return _Part(tuple(path.split(".")), settings, settings(own), tensors)
 
 
 def _source_of(block: nn.Module, plan: BlockPlan) -> _Source | None:
@@ -391,9 +376,9 @@ def _source_of(block: nn.Module, plan: BlockPlan) -> _Source | None:
     stages = plan.branch if plan.shortcut is None else (*plan.branch, plan.shortcut)
     if any(stage.before for stage in stages):
         return None
-    convs = [(s.conv, ()) for s in stages if s.conv is not None]
-    norms = [(s.norm, _RUNNING) for s in stages if s.norm is not None]
-    parts = [_part_of(child(block, path), path, names) for path, names in convs + norms]
+    paths = [(s.conv, False) for s in stages if s.conv is not None]
+    paths += [(s.norm, True) for s in stages if s.norm is not None]
+    parts = [_part_of(child(block, path), path, running) for path, running in paths]
     tensors = _tensors_of(parts)
     if tensors is None:
         return None
@@ -404,14 +389,14 @@ def _tensors_of(parts: list[_Part | None]) -> list[Tensor] | None:
     """None where one can change unseen."""
     if None in parts:
         return None
-    tensors = [t for p in parts for _, t in (*p.parameters, *p.buffers) if t is not None]
+    tensors = [t for p in parts for *_, pair in p.tensors for t in pair if t is not None]
     return None if any(t.is_inference() for t in tensors) else tensors
 
 
 def tensors_of(conv: nn.Module, bn: nn.Module | None) -> list[Tensor] | None:
     """The tensors of a convolution and a BatchNorm; None where one can change unseen."""
-    norm = [] if bn is None else [_part_of(bn, "", _RUNNING)]
-    return _tensors_of([_part_of(conv, "", ()), *norm])
+    norm = [] if bn is None else [_part_of(bn, "", True)]
+    return _tensors_of([_part_of(conv, "", False), *norm])
 
 
 def _key(x: Tensor, residual: Tensor | None = None) -> tuple:
@@ -454,7 +439,6 @@ def _run_inference(
         return None
     if not fuses_convolutions(x, block.backend):
         return None
-    fast = fast and asked_for("conv_bn_act", block.backend, x, added) != "eager"
     source = _source_of(block, plan) if fast else None  # before any weight is read
     convs = []
     for stage, bn in zip(stages, norms, strict=True):

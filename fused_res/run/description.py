@@ -141,7 +141,8 @@ class Modules:
         self._names = list(chain.from_iterable(modules[i]._modules for i in parents))
         self._ids = list(map(id, modules))
         self._classes = list(map(type, modules))
-        self._hookable: list[int] = []
+        self._complete = None not in modules
+        self._looked_at: list[int] | None = []  # None: all that are inside
         self._values: list[tuple[int, str, Any]] = []
         self._absent: list[tuple[int, str]] = []
         self._inside: list[tuple[int, str, str, Any]] = []
@@ -158,8 +159,9 @@ class Modules:
         """Whether there is a parameter or buffer: True, None or MISSING."""
         self._inside.append((number, part, name, what))
 
-    def put_unhooked(self, number: int) -> None:
-        self._hookable.append(number)
+    def look_at(self, numbers: list[int]) -> None:
+        """These have neither hooks nor a forward of their own."""
+        self._looked_at = None if numbers == list(range(1, len(self._ids))) else numbers
 
     def hold(self, root: nn.Module) -> bool:
         """Whether the modules, and what was put here of them, are as they were."""
@@ -175,18 +177,22 @@ class Modules:
             or list(map(type, modules)) != self._classes
         ):
             return False
-        own = [module and module.__dict__ for module in modules]
-        if any([
-            of["_forward_hooks"] or of["_forward_pre_hooks"]
-            or of["_backward_hooks"] or of["_backward_pre_hooks"]
-            for of in [own[i] for i in self._hookable]
-        ]):  # fmt: skip
-            return False
+        if self._complete:
+            own = [module.__dict__ for module in modules]
+        else:
+            own = [None if module is None else module.__dict__ for module in modules]
+        looked_at = self._looked_at
+        inside = own[1:] if looked_at is None else [own[i] for i in looked_at]
         return (
-            not any([name in own[i] for i, name in self._absent])
+            not any([
+                of["_forward_hooks"] or of["_forward_pre_hooks"] or of["_backward_hooks"]
+                or of["_backward_pre_hooks"] or "forward" in of or "_conv_forward" in of
+                for of in inside
+            ])
             and all([own[i].get(name, MISSING) is value for i, name, value in self._values])
+            and not any([name in own[i] for i, name in self._absent])
             and all([_is_there(own[i][part], name) is what for i, part, name, what in self._inside])
-        )
+        )  # fmt: skip
 
 
 def _is_there(tensors: dict[str, Tensor | None], name: str) -> Any:
@@ -249,6 +255,7 @@ class Description:
         self._where: list[str] = []
         found, parents = walk(root, reads.leaves)
         self.modules = Modules(found, parents)
+        self._looked_at: list[int] = []
         self._numbers: dict[int, int] = {}
         for i, (_, module) in enumerate(found):
             self._numbers.setdefault(id(module), i)
@@ -256,6 +263,7 @@ class Description:
             self._add(path, None if module is None else self._numbers[id(module)])
             if module is not None and self._numbers[id(module)] == i:
                 self._module(i, path, module, calls and path in reads.leaves)
+        self.modules.look_at(self._looked_at)
         for code, known in reads.codes:
             self._add(code)
             module = sys.modules.get(known.get("__name__", ""))
@@ -333,16 +341,13 @@ class Description:
 
     def _unchanged(self, number: int, module: nn.Module) -> None:
         """Describes that it has neither hooks nor a forward of its own."""
-        names = _OVERRIDES if isinstance(module, nn.Conv2d) else _OVERRIDES[:1]
-        overrides = [name for name in names if name in module.__dict__]
+        overrides = [name for name in _OVERRIDES if name in module.__dict__]
         hooked = has_hooks(module)
         self._add(hooked, *overrides)
         if hooked or overrides:
             self.places = None
             return
-        self.modules.put_unhooked(number)
-        for name in names:
-            self.modules.put_absent(number, name)
+        self._looked_at.append(number)
 
     def _attribute(self, number: int, path: str, module: nn.Module, name: str) -> None:
         own, in_class = module.__dict__, _in_class(kind_of(module), name)
