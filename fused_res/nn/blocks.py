@@ -651,4 +651,5 @@ class FusedResBlock(FusedForward, reference.ResBlock):
         """What ``ResBlock.forward`` reads, which is known without a trace."""
         names = {"depth", "dropout", "kind", "relu", "relu_placement", "skip", "downsample"}
         names |= {f"{name}{i}" for name in ("conv", "bn") for i in range(1, self.depth + 1)}
-        return Reads({"": frozenset(names)})
+        leaves = (name for name, m in self.named_modules() if name and not m._modules)
+        return Reads({"": frozenset(names)}, frozenset(leaves))

@@ -211,7 +211,7 @@ def walk(
         if module is None or id(module) in seen:
             continue
         seen.add(id(module))
-        if module._modules and path not in leaves:
+        if path not in leaves:
             parents.append(i)
             found += [(f"{path}.{n}" if path else n, m) for n, m in module._modules.items()]
     return found, parents
@@ -327,7 +327,8 @@ class Description:
         kind = NORMS[0] if kind in NORMS else kind
         names = set(self._reads.attributes.get(path, ()))
         if not called:
-            names.add("inplace")
+            if "inplace" in module.__dict__:
+                names.add("inplace")
             self._add(kind)
             if path:
                 self.children.append((path, kind, len(module._modules)))
@@ -364,9 +365,12 @@ class Description:
             self.modules.put_absent(number, name)
         else:
             self.modules.put_absent(number, name)
-            for part in ("_parameters", "_buffers"):
+            if name in own["_modules"]:  # children are compared all
+                return
+            parts = [part for part in ("_parameters", "_buffers") if name in own[part]]
+            for part in parts or ("_parameters", "_buffers"):
                 what = _is_there(own[part], name)
-                self._add(name, what is None, what is MISSING)
+                self._add(name, part, what is None, what is MISSING)
                 self.modules.put_inside(number, part, name, what)
 
     def _compare_compiled(self, path: Any, name: str, value: Any) -> None:
