@@ -214,3 +214,95 @@ def test_steps_of_compiled_optimisers_are_seen(kind, options, backend):
             ours = block(x)
             with fused_res.backend("eager"):
                 torch.testing.assert_close(ours, block(x), rtol=1e-5, atol=1e-6)
+
+
+# --- classes of __main__ and of functions, by value, in another process
+
+SENDER = """
+import sys, cloudpickle, torch, torch.nn.functional as F
+from torch import fx, nn
+import fused_res
+
+def scaled(x):
+    return x * 0.5
+
+@fx.wrap
+def helper(x):
+    return x * torch.sigmoid(x)
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+
+    def branch(self, x):
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+
+    def forward(self, x):
+        return F.relu(self.branch(x) + x)
+
+class Parts(Block):
+    def forward(self, x):
+        return F.relu(scaled(self.branch(x)) + x)
+
+class Helper(Block):
+    def forward(self, x):
+        return helper(self.branch(x) + x)
+
+def local():
+    class Local(Block):
+        def forward(self, x):
+            return F.relu(super().branch(x) + x)
+    return Local()
+
+made = {"whole": Block, "parts": Parts, "helper": Helper, "local": local}[sys.argv[1]]().eval()
+x = torch.randn(2, 8, 6, 6)
+report = fused_res.fuse_(made)
+if not (report.fused or report.partly):
+    raise SystemExit(str(report))
+if sys.argv[2] == "served":
+    made = fused_res.optimize_for_inference(made, x, tune=False)
+with torch.no_grad():
+    y = made(x)
+if sys.argv[2] == "class":
+    made = type(made), made.state_dict()
+with open(sys.argv[3], "wb") as file:
+    cloudpickle.dump((made, x, y), file)
+"""
+RECEIVER = """
+import copy, pickle, sys, torch
+{extra}
+with open(sys.argv[1], "rb") as file:
+    made, x, y = pickle.load(file)
+if isinstance(made, tuple):
+    kind, state = made
+    made = kind.original()
+    made.__class__ = kind
+    made.load_state_dict(state)
+with torch.no_grad():
+    torch.testing.assert_close(made.eval()(x), y)
+    torch.testing.assert_close(copy.deepcopy(made)(x), y)
+"""
+# a function of the same name that is not the one which was sent
+OTHER = "def helper(x):\n    return x * 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "kind"),
+    [
+        ("whole", "", "served"),
+        ("local", "", "block"),
+        ("helper", "", "class"),
+        ("helper", OTHER, "block"),
+        ("helper", OTHER, "served"),
+    ],
+)
+def test_classes_of_main_in_another_process(name, extra, kind, tmp_path):
+    file = str(tmp_path / "sent")
+    run = [sys.executable, "-c"]
+    for code, *args in ((SENDER, name, kind, file), (RECEIVER.format(extra=extra), file)):
+        done = subprocess.run([*run, code, *args], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr

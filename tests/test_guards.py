@@ -499,3 +499,9 @@ def test_served_globals(monkeypatch):
     same(plain, served, modes=(False,))
     copied = pickle.loads(pickle.dumps(served))
     same(plain, copied, modes=(False,))
+
+
+def test_refresh_wants_a_module():
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got list"):
+        fused_res.refresh([])
+    fused_res.refresh(nn.Linear(1, 1))

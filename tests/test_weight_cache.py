@@ -5,6 +5,8 @@ import copy
 import gc
 import io
 import pickle
+import sys
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -723,3 +725,144 @@ def test_images_without_a_batch():
     ours, theirs = pair("plain")
     same(ours, theirs, X[0])
     same(ours, theirs, X[0])
+
+
+# --- other threads, and what is written past the version counters
+
+
+class Downsampling(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c1, self.b1 = nn.Conv2d(c, 2 * c, 3, 2, 1), nn.BatchNorm2d(2 * c)
+        self.c2, self.b2 = nn.Conv2d(2 * c, 2 * c, 3, 1, 1), nn.BatchNorm2d(2 * c)
+        self.c3, self.b3 = nn.Conv2d(c, 2 * c, 1, 2), nn.BatchNorm2d(2 * c)
+
+    def forward(self, x):
+        y = torch.relu(self.b1(self.c1(x)))
+        return torch.relu(self.b2(self.c2(y)) + self.b3(self.c3(x)))
+
+
+def _blocks():
+    return nn.Sequential(Downsampling(32), Downsampling(64)).eval()
+
+
+def _chain():
+    chain = nn.Sequential(*(ResBlock(32, 32, kind="single", relu="before") for _ in range(6)))
+    return chain.eval().to(memory_format=torch.channels_last)
+
+
+def _stem():
+    return nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()).eval()
+
+
+def _fused(model, x):
+    ours = copy.deepcopy(model)
+    fused_res.fuse_(ours)
+    return ours
+
+
+def _served(model, x):
+    return fused_res.optimize_for_inference(model, x, tune=False)
+
+
+def _frozen(model, x):
+    return fused_res.optimize_for_inference(model, x, tune=False, freeze=True)
+
+
+WAYS = {
+    "fused blocks": (_blocks, _fused),
+    "fused chain": (_chain, _fused),
+    "served blocks": (_blocks, _served),
+    "served chain": (_chain, _served),
+    "served convolution": (_stem, _served),
+    "frozen blocks": (_blocks, _frozen),
+    "frozen chain": (_chain, _frozen),
+}
+RELOADS = 300  # in all
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_reloads_while_threads_serve(way):
+    """The weights that are used after a reload are those that were loaded, whatever was packed
+    while they were written."""
+    make, ours_of = WAYS[way]
+    x = torch.randn(1, 32, 8, 8).to(memory_format=torch.channels_last)
+    model = make()
+    ours, a = ours_of(model, x), model.state_dict()
+    b = {k: v * 1.1 if v.is_floating_point() else v for k, v in a.items()}
+    with torch.no_grad():
+        expected = {}
+        for name, state in (("a", a), ("b", b)):
+            reference = make()
+            reference.load_state_dict(state)
+            expected[name] = reference(x)
+    interval, threads = sys.getswitchinterval(), torch.get_num_threads()
+    sys.setswitchinterval(1e-5)
+    torch.set_num_threads(1)
+    stop, failed = threading.Event(), []
+
+    def serve():
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            while not stop.is_set():
+                try:
+                    ours(x)
+                except Exception as error:
+                    failed.append(error)
+
+    workers = [threading.Thread(target=serve) for _ in range(3)]
+    wrong = 0
+    try:
+        for worker in workers:
+            worker.start()
+        for i in range(-(-RELOADS // len(WAYS))):
+            name = "ab"[i % 2]
+            ours.load_state_dict({"a": a, "b": b}[name])
+            with torch.no_grad():
+                y = ours(x)
+            wrong += not torch.allclose(y, expected[name], rtol=1e-4, atol=1e-4)
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
+        sys.setswitchinterval(interval)
+        torch.set_num_threads(threads)
+    assert not failed and not wrong, (wrong, failed[:1])
+    assert not torch.allclose(expected["a"], expected["b"], rtol=1e-2, atol=1e-2)
+
+
+def _by_numpy(w):
+    w.detach().numpy()[-3, -2, 0, 0] = 30
+
+
+def _by_dlpack(w):
+    torch.from_dlpack(w.detach())[-3, -2, 0, 0] = 30
+
+
+def _by_data(w):
+    w.data[-3, -2, 0, 0] = 30
+
+
+def _by_a_raw_op(w):
+    g = torch.zeros_like(w)
+    g[-3, -2, 0, 0] = -1
+    options = {"weight_decay": 0.0, "momentum": 0.0, "lr": 30.0, "dampening": 0.0}
+    torch._fused_sgd_([w], [g], [], **options, nesterov=False, maximize=False, is_first_step=True)
+
+
+ROUTES = [_by_numpy, _by_dlpack, _by_data, _by_a_raw_op]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("way", WAYS)
+def test_refresh(way, route):
+    make, ours_of = WAYS[way]
+    x = torch.randn(1, 32, 8, 8).to(memory_format=torch.channels_last)
+    model = make()
+    ours = ours_of(model, x)
+    with torch.no_grad():
+        ours(x)
+        for m in (model, ours):
+            route(next(w for n, w in m.named_parameters() if w.dim() == 4))
+        fused_res.refresh(ours)
+        torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-3)

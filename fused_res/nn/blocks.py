@@ -114,14 +114,19 @@ class BlockPlan(NamedTuple):
         return self
 
     def __reduce__(self):
+        if self.record is None:
+            return BlockPlan, tuple(self)
         return Unplanned, (self.record.opaque,)
 
 
 class Unplanned(NamedTuple):
     """What a pickle has in place of a plan: where it is read the code may be another, so the
-    forward is looked at anew."""
+    forward is looked at anew. Until then it is the block's own."""
 
     opaque: frozenset[str]
+    record = None
+    inputs = 0
+    skip = ""
 
 
 def child(module: nn.Module, path: str) -> nn.Module:
@@ -591,6 +596,8 @@ class FusedForward:
     def _is_as_recorded(self) -> bool:
         """Whether all that the block's forward read when the plan was made is as it was."""
         record = self.plan.record
+        if record is None:
+            return False
         if torch.compiler.is_compiling():
             return holds_compiled(self, record)
         return not _has_any_global_hook() and guard_of(self, record).same
