@@ -84,8 +84,9 @@ class OptimizedModel(nn.Module):
 
     ``state_dict``, ``load_state_dict``, children, hooks and attributes are the model's. Weights may
     be loaded or changed at any time; of a frozen model, or one with a CUDA graph, call
-    ``recapture`` after changing anything other than by its own ``load_state_dict``. Plain Python
-    attributes that ``forward`` reads are read when it is made.
+    ``recapture`` after changing anything other than by its own ``load_state_dict``. Where what else
+    ``forward`` reads (attributes, globals, helper functions) differs from when it was made, the
+    model's own forward runs, in which its blocks are fused still.
 
     ``forward`` has the model's signature and returns what the model returns:
 
