@@ -644,6 +644,8 @@ def optimize_for_inference(
             report.skipped.append(("", f"channels_last: {in_words(error)}"))
             serving.channels_last = False
             _set_layout(model, torch.contiguous_format)
+        else:
+            report.advice.clear()  # it is followed
     if tune:
         _tune(model, *again())
     if cuda_graph:

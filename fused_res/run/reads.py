@@ -244,8 +244,8 @@ class Recorder:
             if of is frame and function is arg:
                 self._open.pop()
                 if self._made() == before:
-                    what = "whose result a trace does not know"
-                    self.refuse(f"its forward calls {_in_words(arg)}(), {what}")
+                    name = _in_words(arg)
+                    self.refuse(f"its forward calls {name}(), whose result a trace does not know")
 
     def _ask(self, question: Callable[..., Any]) -> None:
         try:
