@@ -2,6 +2,7 @@
 else; and what the ecosystem does with a block works as with the block it was made from."""
 
 import copy
+import cProfile
 import gc
 import inspect
 import io
@@ -293,6 +294,12 @@ def test_a_trace_leaves_profilers_and_the_collector_alone():
     finally:
         sys.setprofile(None)
     assert gc.isenabled() and "__getattribute__" not in vars(nn.Module)
+    profiler = cProfile.Profile()
+    profiler.enable()
+    fused_res.fuse_(Reading())
+    halved(1.0)
+    profiler.disable()
+    assert any("halved" in str(entry.code) for entry in profiler.getstats())
 
 
 def test_what_cannot_be_copied():

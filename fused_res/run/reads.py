@@ -303,7 +303,11 @@ def recording(recorder: Recorder) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.setprofile(profile)
+        sys.setprofile(None)
+        if callable(profile):
+            sys.setprofile(profile)
+        elif profile is not None:  # cProfile's
+            profile.enable()
         sys.settrace(tracer)
         if own is None:
             del nn.Module.__getattribute__
