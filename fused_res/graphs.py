@@ -49,8 +49,46 @@ def in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-class _Proxy(fx.Proxy):
+_OF_AUTOGRAD = frozenset({"grad", "grad_fn", "requires_grad", "is_leaf", "_version", "_base"})
+
+
+class _Asked:
+    """Tells of questions that a proxy answers otherwise than a tensor."""
+
+    def _tell(self, what: str) -> None:
+        self.tracer.recorder.refuse_if_asked(sys._getframe(2), what)
+
+    def __hash__(self):
+        self._tell("which tensor, dtype, device or shape it is")
+        return object.__hash__(self)
+
+    def __str__(self):
+        self._tell("how a tensor is written")
+        return super().__str__()
+
+    def __repr__(self):
+        self._tell("how a tensor is written")
+        return super().__repr__()
+
+    def __format__(self, spec):
+        self._tell("how a tensor is written")
+        return super().__format__(spec)
+
+
+class _Attribute(_Asked, fx.proxy.Attribute):
+    pass
+
+
+class _Proxy(_Asked, fx.Proxy):
     """Shows what is done in place."""
+
+    def __getattr__(self, name):
+        if not hasattr(torch.Tensor, name):
+            self._tell(f"a tensor for {name}, which is not one of its attributes")
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        if name in _OF_AUTOGRAD:
+            self._tell(f"a tensor for {name}")
+        return _Attribute(self, name)
 
 
 def _in_place(function):
@@ -77,6 +115,7 @@ class Tracer(fx.Tracer):
         self.modes_changed = False
         self.made = 0  # nodes
         self.leaves: set[str] = set()  # paths of the modules that the graph calls
+        self.recorder: Recorder | None = None  # of what else the forward reads
         self._thread = threading.get_ident()
 
     def is_elsewhere(self) -> bool:
@@ -143,11 +182,28 @@ def _state(block: nn.Module) -> list:
     ]  # fmt: skip
 
 
-def _drawn() -> tuple:
-    """The states of the generators of random numbers."""
-    numpy = sys.modules.get("numpy.random")
-    drawn = numpy and pickle.dumps(numpy.get_state())
-    return torch.get_rng_state().tolist(), random.getstate(), drawn
+class _Generators:
+    """The states of the generators of random numbers that all of a program share."""
+
+    def __init__(self) -> None:
+        self._numpy = sys.modules.get("numpy.random")
+        self._states = self._now()
+
+    def _now(self) -> tuple:
+        numpy = self._numpy and self._numpy.get_state()
+        return torch.get_rng_state(), random.getstate(), numpy
+
+    def put_back(self) -> bool:
+        """Whether one had drawn."""
+        before, now = self._states, self._now()
+        same = torch.equal(before[0], now[0]) and before[1] == now[1]
+        same = same and pickle.dumps(before[2]) == pickle.dumps(now[2])
+        if not same:
+            torch.set_rng_state(before[0])
+            random.setstate(before[1])
+            if self._numpy:
+                self._numpy.set_state(before[2])
+        return not same
 
 
 @contextlib.contextmanager
@@ -170,19 +226,6 @@ def _seen(tracer: Tracer) -> Iterator[None]:
     finally:
         for kind, original in zip(kinds, originals, strict=True):
             kind.__enter__ = original
-
-
-def _asks_for_tensors(module: nn.Module, tracer: Tracer, name: str = "") -> bool:
-    """Whether a forward asks if something is a tensor, which what traces it is not."""
-    if name and tracer.is_leaf_module(module, name):
-        return False
-    names = set(getattr(getattr(type(module).forward, "__code__", None), "co_names", ()))
-    if "is_tensor" in names or {"isinstance", "Tensor"} <= names:
-        return True
-    return any(
-        _asks_for_tensors(part, tracer, f"{name}.{key}" if name else key)
-        for key, part in module.named_children()
-    )
 
 
 def does_nothing(module: nn.Module) -> bool:
@@ -256,31 +299,25 @@ def trace(
         Untraceable: the forward does something that a trace does not show.
     """
     with _one_at_a_time:
-        return _trace(_copied(block), training, tracer or Tracer(), inputs, known or Reads())
+        return _trace(block, training, tracer or Tracer(), inputs, known or Reads())
 
 
 def _trace(
-    block: nn.Module, training: bool, tracer: Tracer, inputs: int | None, known: Reads
+    original: nn.Module, training: bool, tracer: Tracer, inputs: int | None, known: Reads
 ) -> Trace:
+    block = _copied(original)
     for m in block.modules():  # attributes, not train(): models override that (to freeze a norm)
         m.training = training
-    if _asks_for_tensors(block, tracer):
-        raise Untraceable("its forward asks whether something is a tensor")
     before, read = _state(block), _described(block, known, tracer)
-    recorder = Recorder(block, lambda: tracer.made)
-    modes = torch.random.fork_rng(devices=[]), torch.set_grad_enabled(tracer.grad)
-    with modes[0], modes[1], _seen(tracer):
-        drawn, numpy = _drawn(), sys.modules.get("numpy.random")
-        numbers = numpy and numpy.get_state()
+    recorder = tracer.recorder = Recorder(block, lambda: tracer.made, original)
+    with torch.set_grad_enabled(tracer.grad), _seen(tracer):
+        generators = _Generators()
         try:
             with recording(recorder):
                 graph = tracer.trace(block, inputs and (fx.PH,) * inputs)
-            same = drawn == _drawn()
-        finally:
-            random.setstate(drawn[1])
-            if numpy:
-                numpy.set_state(numbers)
-    if not same:
+        finally:  # other threads may draw meanwhile, which is to stay
+            drawn = recorder.may_draw and generators.put_back()
+    if drawn:
         raise Untraceable("its forward draws random numbers")
     if tracer.modes_changed:
         raise Untraceable("its forward changes the grad or autocast mode, or uses checkpoints")

@@ -58,6 +58,8 @@ def fused_class(
 ) -> type[nn.Module]:
     """The class of a fused block: ``original`` with its forward replaced by ``plan``."""
     key = original, plan, recompute
+    if plan.record is not None and plan.record.leads_back:
+        return _fused_class(*key)  # which a cache would keep alive
     try:
         found = _classes.get(key)
     except TypeError:  # a forward may have constants without a hash

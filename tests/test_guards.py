@@ -9,6 +9,7 @@ import io
 import pickle
 import sys
 import threading
+import types
 import weakref
 
 import pytest
@@ -196,12 +197,120 @@ def test_a_parent_that_is_read_does_not_keep_the_block_alive():
     assert alive() is None
 
 
+@pytest.mark.parametrize("how", ["closure", "default", "method", "list"])
+def test_what_leads_back_does_not_keep_the_block_alive(how):
+    class Leading(Block):
+        def __init__(self):
+            super().__init__()
+            self.gain, me = 0.5, self
+            self.gate = {
+                "closure": lambda y: y * me.gain,
+                "default": lambda y, me=self: y * me.gain,
+                "method": self.gated,
+                "list": [self],
+            }[how]
+
+        def gated(self, y):
+            return y * self.gain
+
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            y = self.gate(y) if callable(self.gate) else y * self.gate[0].gain
+            return torch.relu(y + x)
+
+    block = Leading().eval()
+    assert fused_res.fuse_(block).partly
+    with torch.no_grad():
+        y = block(X)
+        block.gain = 2.0
+        assert not torch.allclose(block(X), y)
+    alive = weakref.ref(block)
+    del block
+    gc.collect()
+    assert alive() is None
+
+
+ASKS = {
+    "a helper": lambda self, y, x: asks_for_a_tensor(y),
+    "is_tensor": lambda self, y, x: F.relu(y) if torch.is_tensor(y) else y,
+    "hasattr": lambda self, y, x: y if hasattr(x, "mask") else F.relu(y),
+    "an attribute": lambda self, y, x: y if getattr(x, "_mask", None) is not None else F.relu(y),
+    "dtypes in a set": lambda self, y, x: F.relu(y) if x.dtype in {torch.float32} else y,
+    "dtype in a table": lambda self, y, x: y * {torch.float32: 2.0}.get(x.dtype, 0.5),
+    "dtype as text": lambda self, y, x: F.relu(y) if str(x.dtype) == "torch.float32" else y,
+    "dtype by is": lambda self, y, x: F.relu(y) if x.dtype is torch.float32 else y,
+    "size as an int": lambda self, y, x: F.relu(y) if isinstance(x.shape[2], int) else y,
+    "grad_fn": lambda self, y, x: y if x.grad_fn is not None else F.relu(y),
+    "type": lambda self, y, x: F.relu(y) if type(y) is torch.Tensor else y,
+    "itself": lambda self, y, x: F.relu(y) if KNOWN.get(self, True) else y,
+    "traced": lambda self, y, x: y if torch.fx._symbolic_trace.is_fx_tracing() else F.relu(y),
+}
+KNOWN = {}
+
+
+def asks_for_a_tensor(y):
+    return F.relu(y) if isinstance(y, torch.Tensor) else y
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_forwards_that_ask_a_proxy(name):
+    """A proxy answers otherwise than a tensor."""
+
+    class Asks(Block):
+        def forward(self, x):
+            return ASKS[name](self, self.bn(self.conv(x)) + x, x)
+
+    plain, ours, _ = pair(Asks())
+    same(plain, ours, what=name)
+
+
+def test_other_threads_draw_on():
+    """A trace puts back what the forward drew, not what others drew meanwhile."""
+    stop, drawn = threading.Event(), []
+
+    def draw():
+        while not stop.is_set():
+            drawn.append(torch.rand(1, dtype=torch.float64).item())
+
+    worker = threading.Thread(target=draw)
+    worker.start()
+    try:
+        for _ in range(8):
+            assert fused_res.fuse_(Block()).fused
+    finally:
+        stop.set()
+        worker.join()
+    assert len(set(drawn)) == len(drawn) > 8
+
+
+def test_imports_in_the_forward(monkeypatch):
+    settings = types.ModuleType("settings_of_a_test")
+    settings.gain = 0.5
+    monkeypatch.setitem(sys.modules, "settings_of_a_test", settings)
+
+    class Imports(Block):
+        def forward(self, x):
+            from settings_of_a_test import gain
+
+            return torch.relu(self.bn(self.conv(x)) * gain + x)
+
+    plain, ours, _ = pair(Imports())
+    same(plain, ours)
+    settings.gain = 2.0
+    same(plain, ours)
+
+
+def test_a_norm_without_a_weight():
+    plain, ours, _ = pair(Block().eval())
+    plain.bn.weight = ours.bn.weight = None
+    same(plain, ours)
+
+
 def test_only_the_right_reasons():
     """What decides nothing, or the same in each call, is no reason to leave a block alone."""
 
     class Everyday(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            assert x.dim() is not None, f"{type(self).__name__}"
             if torch.jit.is_scripting() or not hasattr(self, "conv"):
                 return x
             kinds = [len(p) for p in ("a", "bc") if p.startswith("a")]

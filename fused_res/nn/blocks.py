@@ -167,10 +167,13 @@ def norm_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> Norm:
     bias = bn.bias
     if bias is None and bn.weight is not None:  # BatchNorm2d(..., bias=False)
         bias = torch.zeros_like(bn.weight, requires_grad=False)
+    weight = bn.weight
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias, requires_grad=False)
     return Norm(
         bn.running_mean if tracked else None,
         bn.running_var if tracked else None,
-        bn.weight,
+        weight,
         bias,
         bn.training or (bn.running_mean is None and bn.running_var is None),
         momentum,
@@ -329,7 +332,7 @@ class _Part(NamedTuple):
 class _Source(NamedTuple):
     """What a block for inference is made from."""
 
-    plan: BlockPlan
+    branch: tuple[Stage, ...]  # of the plan, which may lead back to the block
     backend: str | None
     parts: tuple[_Part, ...]
     tensors: list[Tensor]
@@ -337,7 +340,7 @@ class _Source(NamedTuple):
 
     def holds(self, block: nn.Module, plan: BlockPlan) -> bool:
         return (
-            self.plan is plan
+            self.branch is plan.branch
             and self.backend == block.backend
             and all([part.is_in(block) for part in self.parts])
             and fingerprint(self.tensors) == self.fingerprint
@@ -387,7 +390,7 @@ def _source_of(block: nn.Module, plan: BlockPlan) -> _Source | None:
     tensors = _tensors_of(parts)
     if tensors is None:
         return None
-    return _Source(plan, block.backend, tuple(parts), tensors, fingerprint(tensors))
+    return _Source(plan.branch, block.backend, tuple(parts), tensors, fingerprint(tensors))
 
 
 def _tensors_of(parts: list[_Part | None]) -> list[Tensor] | None:

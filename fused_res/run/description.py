@@ -11,26 +11,27 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .reads import Reads, ask, globals_of, is_trusted
+from .reads import Reads, ask, globals_of, imported_by, is_trusted
 
 MOST_TOKENS = 10_000
 # Converted to each other they compute the same where fused kernels run them
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 MISSING = object()
-_OVERRIDES = "forward", "_conv_forward"
+_OVERRIDES = "forward", "_conv_forward", "_call_impl"
 _VALUES = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...),
            type(NotImplemented), torch.Size, torch.dtype, torch.device, torch.layout,
            torch.memory_format)  # fmt: skip
@@ -39,7 +40,8 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescrip
               types.WrapperDescriptorType, types.GetSetDescriptorType,
               types.MemberDescriptorType)  # fmt: skip
 _BASES_IN_C = {object, types.SimpleNamespace, *_VALUES, *_CONTAINERS}
-_HIDE_STATE = Tensor, torch.Generator, torch.UntypedStorage
+_HIDE_STATE = (Tensor, torch.Generator, torch.UntypedStorage, operator.attrgetter,
+               operator.methodcaller, type(functools.lru_cache(len)))  # fmt: skip
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
 
 
@@ -120,12 +122,12 @@ class Places:
 def _content_check(of: Any) -> Callable[[], bool]:
     if isinstance(of, dict):
         keys, values = list(of), list(of.values())
-        return lambda: list(of) == keys and all(map(is_, of.values(), values))
+        return lambda: list(of) == keys and all(map(operator.is_, of.values(), values))
     if isinstance(of, (set, frozenset)):
         before = frozenset(of)
         return lambda: of == before
     values = list(of)
-    return lambda: len(of) == len(values) and all(map(is_, of, values))
+    return lambda: len(of) == len(values) and all(map(operator.is_, of, values))
 
 
 class Modules:
@@ -187,6 +189,7 @@ class Modules:
             not any([
                 of["_forward_hooks"] or of["_forward_pre_hooks"] or of["_backward_hooks"]
                 or of["_backward_pre_hooks"] or "forward" in of or "_conv_forward" in of
+                or "_call_impl" in of
                 for of in inside
             ])
             and all([own[i].get(name, MISSING) is value for i, name, value in self._values])
@@ -264,6 +267,8 @@ class Description:
             if module is not None and self._numbers[id(module)] == i:
                 self._module(i, path, module, calls and path in reads.leaves)
         self.modules.look_at(self._looked_at)
+        for name in ("batch_norm", "conv2d", "relu"):  # kernels take the place of these
+            self._named(vars(F), vars(F).get, name)
         for code, known in reads.codes:
             self._add(code)
             module = sys.modules.get(known.get("__name__", ""))
@@ -271,6 +276,8 @@ class Description:
                 self._named(known, known.get, name)
                 if vars(module) is known if module else False:
                     self._compare_compiled(module, name, known.get(name))
+            for module in imported_by(code, known):
+                self._value(module)
         for question, answer in reads.questions:
             answer = answer if traced else ask(question)
             self._add(question, answer)
@@ -335,6 +342,8 @@ class Description:
                 self._unchanged(number, module)
             if not _of_pytorch(kind.__module__) and path not in self._reads.leaves:
                 self._class(kind)
+            elif _of_pytorch(kind.__module__) and path:  # of which kernels take the place
+                self._named(kind, functools.partial(getattr, kind), "forward")
         for name in sorted(names):
             self._where.append(name)
             self._attribute(number, path, module, name)
@@ -368,6 +377,9 @@ class Description:
             if name in own["_modules"]:  # children are compared all
                 return
             parts = [part for part in ("_parameters", "_buffers") if name in own[part]]
+            if not parts:  # it may come to be one of its class
+                for base in _made(kind_of(module)):
+                    self._named(base, vars(base).get, name)
             for part in parts or ("_parameters", "_buffers"):
                 what = _is_there(own[part], name)
                 self._add(name, part, what is None, what is MISSING)
@@ -393,6 +405,8 @@ class Description:
             self._add(kind, repr(value))
         elif isinstance(value, enum.Enum):
             self._add(kind, value.name)
+            for name in sorted(self._names & vars(value).keys()):
+                self._named(vars(value), vars(value).get, name)
         elif isinstance(value, _HIDE_STATE):
             self._refuse(value)
         elif isinstance(value, types.ModuleType):
@@ -442,6 +456,7 @@ class Description:
         self._add(kind)
         if self._again(kind):
             return
+        self._put("put", kind, functools.partial(getattr, kind), "__mro__", kind.__mro__, True)
         bases = [c for c in kind.__mro__ if not _of_pytorch(c.__module__) and c in _made(kind)]
         for name in sorted(self._names):
             if any(name in vars(base) for base in bases):
@@ -449,6 +464,8 @@ class Description:
                     self._named(base, vars(base).get, name)
                 if isinstance(getattr(kind, name), (*_VALUES, types.FunctionType)):
                     self.plain.append((kind, (name,), getattr(kind, name)))
+        if not _of_pytorch(type(kind).__module__) and type(kind) is not type:
+            self._class(type(kind))
         if any("__getattribute__" in vars(base) for base in bases):
             self._where.append("attributes by a __getattribute__ of its own")
             self._refuse(kind)
@@ -473,6 +490,8 @@ class Description:
         for name in sorted(self._reads.names & vars(function).keys()):
             self._named(vars(function), vars(function).get, name, keeps=False)
         self._plain[id(function)] = plain
+        if not plain:  # what it closes over may lead back
+            self.places = None
         return plain
 
     def _in_c(self, function: Any) -> bool:
@@ -524,10 +543,15 @@ class Description:
             self.places = None
             base = next(c for c in _CONTAINERS if isinstance(value, c))
             self._container(dict(value) if issubclass(base, dict) else base(value))
+        try:
+            get = functools.partial(_look, weakref.ref(value))
+            self._put("put", value, get, "__class__", kind, True)
+        except TypeError:
+            self.places = None
         own = vars(value) if _has_dict(value) else {}
         slots = {s for c in kind.__mro__ for s in _slots(c)}
         names = set(self._reads.names)
-        if self._reads.dynamic:
+        if self._reads.dynamic or _in_class(kind, "__getattr__") is not MISSING:
             names |= own.keys() | slots
             self.places = None  # another attribute counts too
         names &= {*own, *slots, *chain.from_iterable(map(vars, _made(kind)))}

@@ -44,6 +44,7 @@ class Record:
         found = Description(root, reads, calls, traced=True)
         self.tokens, self._hash = found.tokens, hash(found.tokens)
         self.children, self.plain = tuple(found.children), tuple(found.plain)
+        self.leads_back = found.places is None  # perhaps to the module
 
     def __hash__(self) -> int:
         return self._hash
@@ -56,7 +57,8 @@ class Guard:
     """A module as it was when this was made, and whether that is as it was recorded."""
 
     def __init__(self, module: nn.Module, record: Record) -> None:
-        self.record, self.same, self.places = record, False, None
+        # a record may lead back to the module, which is to be freed
+        self.record, self.same, self.places = weakref.ref(record), False, None
         try:
             found = Description(module, record.reads, record.calls)
         except Unknowable:
@@ -80,7 +82,7 @@ _guards: weakref.WeakKeyDictionary[nn.Module, Guard] = weakref.WeakKeyDictionary
 def guard_of(module: nn.Module, record: Record) -> Guard:
     """The guard of a module as it is now."""
     guard = _guards.get(module)
-    if guard is None or guard.record is not record or not guard.still(module):
+    if guard is None or guard.record() is not record or not guard.still(module):
         guard = _guards[module] = Guard(module, record)
     return guard
 

@@ -21,24 +21,25 @@ import contextlib
 import dis
 import gc
 import importlib
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from types import BuiltinFunctionType, CodeType, FrameType
+from types import BuiltinFunctionType, CodeType, FrameType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 # Python code that is not looked into: it adds to the graph, or its result is that of its arguments
 _TRUSTED = (
     "torch._C", "torch._VF", "torch._jit_internal", "torch._library", "torch._ops",
     "torch._tensor", "torch.amp", "torch.autograd", "torch.functional", "torch.fx", "torch.jit",
     "torch.library", "torch.nn", "torch.overrides", "torch.utils",
-    "fused_res", "abc", "contextlib", "copy", "dataclasses",
-    "enum", "functools", "importlib", "inspect", "numbers", "operator", "types", "typing",
+    "fused_res", "abc", "contextlib", "enum", "importlib", "inspect", "numbers", "operator",
+    "types", "typing",
 )  # fmt: skip
 _PREFIXES = (*(f"{name}." for name in _TRUSTED), "namedtuple_")
 _KNOWN: dict[str, bool] = {}
@@ -58,7 +59,7 @@ def is_trusted(module: str | None) -> bool:
 # Functions in C whose result depends on their arguments alone, or on what is compared elsewhere
 _PURE_BUILTINS = frozenset({
     "abs", "all", "any", "bin", "callable", "chr", "divmod", "format", "getattr", "hasattr",
-    "hash", "hex", "id", "isinstance", "issubclass", "iter", "len", "max", "min", "next", "oct",
+    "hex", "isinstance", "issubclass", "iter", "len", "max", "min", "next", "oct",
     "ord", "pow", "repr", "round", "sorted", "sum", "vars", "__build_class__", "__import__",
 })  # fmt: skip
 _PURE_MODULES = frozenset({"math", "_operator", "_functools", "_collections", "_abc", "itertools"})
@@ -99,10 +100,25 @@ _HANDS_OUT = {
     for name in ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict")
 }
 
+_IMPORT_BY_NAME = importlib.import_module.__code__
+_OF_TRACES = {
+    inspect.unwrap(f).__code__
+    for name, f in vars(fx._symbolic_trace).items()
+    if name.startswith("is_fx_")
+}
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _IMPORTS = importlib._bootstrap._find_and_load.__code__.co_filename
 _NOT_READ = "__", "_serving", "parametrizations"  # by Python, a served model, this package
-_DYNAMIC = frozenset({"getattr", "vars", "attrgetter", "__dict__", "__getattribute__"})
+_DYNAMIC = frozenset({"getattr", "hasattr", "vars", "attrgetter", "__dict__", "__getattribute__"})
+# Of a tensor, not of its values: `is` compares what these return, which a proxy does not show
+_COMPARED = frozenset(
+    {"dtype", "device", "layout", "shape", "type", "is_floating_point", "is_cuda"}
+)
+# Names in the code of what draws random numbers
+_DRAWS = frozenset({
+    "bernoulli", "choice", "choices", "dropout", "gauss", "getrandbits", "multinomial", "normal",
+    "permutation", "rand", "randint", "randn", "random", "randperm", "sample", "shuffle", "uniform",
+})  # fmt: skip
 
 
 def ask(question: Callable[..., Any]) -> tuple:
@@ -152,8 +168,45 @@ class Reads:
         )
 
 
-def _named(code: CodeType, *instructions: str) -> set[str]:
+def _named(code: CodeType, *instructions: str) -> set:
     return {i.argval for i in dis.get_instructions(code) if i.opname in instructions}
+
+
+def _constants(values: tuple) -> Iterator[str]:
+    """The strings among a function's constants that may name an attribute."""
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _constants(value)
+        elif isinstance(value, str) and value.isidentifier():
+            yield value
+
+
+def imported_by(code: CodeType, known: dict) -> Iterator[ModuleType]:
+    """The modules that a function's instructions import."""
+    package = known.get("__package__") or ""
+    for name in sorted(_named(code, "IMPORT_NAME")):
+        for path in (name, f"{package}.{name}" if name else package):
+            parts = path.split(".")
+            for i in range(1, len(parts) + 1):
+                module = sys.modules.get(".".join(parts[:i]))
+                if module is not None:
+                    yield module
+
+
+def why_not(code: CodeType) -> str | None:
+    """Why what a function does with a proxy may differ from what it does with a tensor."""
+    before = None
+    for i in dis.get_instructions(code):
+        none = before is not None and before.opname == "LOAD_CONST" and before.argval is None
+        if i.opname == "IS_OP" and not none and not _COMPARED.isdisjoint(code.co_names):
+            return "its forward compares types, dtypes or devices by `is`"
+        if i.opname == "MATCH_CLASS":
+            return "its forward matches classes"
+        before = i
+    kinds = "type" in globals_of(code) or "__class__" in attributes_of(code)
+    if kinds and _named(code, "BINARY_SUBSCR", "COMPARE_OP", "CONTAINS_OP"):
+        return "its forward compares types"  # a fused block has another
+    return None
 
 
 def globals_of(code: CodeType) -> set[str]:
@@ -163,7 +216,8 @@ def globals_of(code: CodeType) -> set[str]:
 
 def attributes_of(code: CodeType) -> set[str]:
     """The names of the attributes that they may load or store."""
-    return _named(code, "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR")
+    loads = "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR", "IMPORT_FROM"
+    return _named(code, *loads) | set(_constants(code.co_consts))
 
 
 def _in_words(function: Any) -> str:
@@ -180,14 +234,15 @@ class Recorder:
     made: has the number of nodes that the graph has so far.
     """
 
-    def __init__(self, root: nn.Module, made: Callable[[], int]) -> None:
+    def __init__(self, root: nn.Module, made: Callable[[], int], original: nn.Module) -> None:
         self.refused: str | None = None
         self.leaves: set[str] = set()
         self._made = made
         self._thread = threading.get_ident()
         self._paths: dict[int, str] = {}
-        for path, module in root.named_modules():
-            self._paths.setdefault(id(module), path)
+        for module in (root, original):  # functions that were copied may lead to either
+            for path, part in module.named_modules():
+                self._paths.setdefault(id(part), path)
         self._attributes: dict[str, set[str]] = {path: set() for path in self._paths.values()}
         self._codes: dict[int, tuple[CodeType, dict]] = {}
         self._questions: dict[Callable[..., Any], tuple] = {}
@@ -205,8 +260,19 @@ class Recorder:
         leaves = frozenset(self.leaves)
         return Reads(attributes, leaves, codes, frozenset(names), dynamic, questions)
 
+    @property
+    def may_draw(self) -> bool:
+        """Whether what ran names something that draws random numbers, or was refused."""
+        names = [code.co_names for code, _ in self._codes.values()]
+        return self.refused is not None or not _DRAWS.isdisjoint(chain.from_iterable(names))
+
     def refuse(self, reason: str) -> None:
         self.refused = self.refused or reason
+
+    def refuse_if_asked(self, frame: FrameType, what: str) -> None:
+        """Refuses where the forward's own code asks a proxy for something."""
+        if threading.get_ident() == self._thread and self._is_users(frame):
+            self.refuse(f"its forward asks {what}")
 
     def _is_users(self, frame: FrameType | None) -> bool:
         """Whether a function is one of the forward's, or one of a library that these call."""
@@ -230,8 +296,19 @@ class Recorder:
                 if self._is_users(frame.f_back):
                     self._ask(_QUESTION_CODES[code])
             elif self._is_users(frame):
-                if code not in _HANDS_OUT:
+                if code not in _HANDS_OUT and id(code) not in self._codes:
                     self._codes[id(code)] = code, frame.f_globals
+                    module = frame.f_globals.get("__name__") or ""
+                    known = module.partition(".")[0] in _LIBRARIES
+                    reason = None if known else why_not(code)
+                    if module == "copy":
+                        reason = "its forward copies objects"
+                    if reason is not None:
+                        self.refuse(reason)
+            elif code is _IMPORT_BY_NAME and self._is_users(frame.f_back):
+                self.refuse("its forward imports a module by name")
+            elif code in _OF_TRACES and self._is_users(frame.f_back):
+                self.refuse("its forward asks whether it is traced")
             elif code in _HANDS_OUT and self._is_users(frame.f_back):
                 self.refuse(f"its forward calls {_HANDS_OUT[code]}(), which a trace does not see")
         elif event == "c_call" and self._is_users(frame):
@@ -286,18 +363,34 @@ class Recorder:
                 self.refuse(f"its forward reads {name}, which a trace does not see into")
         return object.__getattribute__(module, name)
 
+    def is_instance(self, value: Any, kinds: Any) -> bool:
+        if _IS_INSTANCE(value, fx.Proxy):
+            self.refuse_if_asked(sys._getframe(2), "whether something is a tensor")
+        return _IS_INSTANCE(value, kinds)
+
+
+_IS_INSTANCE = isinstance
+
 
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """The body's reads, where it runs in this thread, go to the recorder."""
     profile, tracer, collects = sys.getprofile(), sys.gettrace(), gc.isenabled()
-    own = nn.Module.__dict__.get("__getattribute__")
 
     def __getattribute__(module, name):
         return recorder._look_up(module, name)
 
+    def __hash__(module):
+        recorder.refuse_if_asked(sys._getframe(1), "which module it is")
+        return object.__hash__(module)
+
+    def is_instance(value, kinds):
+        return recorder.is_instance(value, kinds)
+
     gc.disable()  # it calls what has nothing to do with the forward
     nn.Module.__getattribute__ = __getattribute__
+    nn.Module.__hash__ = __hash__
+    builtins.isinstance = is_instance
     sys.settrace(recorder._exceptions)
     sys.setprofile(recorder._profile)
     try:
@@ -309,9 +402,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
         elif profile is not None:  # cProfile's
             profile.enable()
         sys.settrace(tracer)
-        if own is None:
-            del nn.Module.__getattribute__
-        else:
-            nn.Module.__getattribute__ = own
+        builtins.isinstance = _IS_INSTANCE
+        del nn.Module.__getattribute__, nn.Module.__hash__
         if collects:
             gc.enable()
