@@ -142,7 +142,7 @@ class Modules:
         self._parents = parents
         self._names = list(chain.from_iterable(modules[i]._modules for i in parents))
         self._ids = list(map(id, modules))
-        self._classes = list(map(type, modules))
+        self._classes = list(map(type, modules[1:]))  # the first has its plan, which leads back
         self._complete = None not in modules
         self._looked_at: list[int] | None = []  # None: all that are inside
         self._values: list[tuple[int, str, Any]] = []
@@ -176,7 +176,7 @@ class Modules:
         if (
             list(map(id, modules)) != self._ids
             or names != self._names
-            or list(map(type, modules)) != self._classes
+            or list(map(type, modules[1:])) != self._classes
         ):
             return False
         if self._complete:
