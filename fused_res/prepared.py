@@ -24,8 +24,9 @@ from .nn.blocks import MOST_SIZES, FusedForward, child, prepared_block, runs_pla
 from .nn.chains import FusedSequential, chain_of, linked, links, unique
 from .nn.conv_norm import conv_norm_relu, prepared_conv
 from .ops.conv_bn_act import under_modes
-from .run.description import Places, Unknowable, has_hooks
+from .run.description import Unknowable, has_hooks
 from .run.guards import Record, Watch, guard_of, holds_compiled
+from .run.places import Places
 from .run.reads import Reads
 from .run.weight_cache import fingerprint
 from .tracing import function

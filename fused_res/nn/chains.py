@@ -18,8 +18,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..backends import named
 from ..ops.conv_bn_act import PLAIN, under_modes
 from ..ops.res_chain import Chain, CudaChain, Link, fits, is_for, prepared_chain
-from ..run.description import Places, has_hooks
+from ..run.description import has_hooks
 from ..run.guards import Watch, guard_of
+from ..run.places import Places
 from ..run.weight_cache import fingerprint
 from .blocks import (
     MOST_SIZES,
