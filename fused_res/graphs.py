@@ -85,8 +85,7 @@ class _Proxy(_Asked, fx.Proxy):
     def __getattr__(self, name):
         if not hasattr(torch.Tensor, name):
             self._tell(f"a tensor for {name}, which is not one of its attributes")
-            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        if name in _OF_AUTOGRAD:
+        elif name in _OF_AUTOGRAD:
             self._tell(f"a tensor for {name}")
         return _Attribute(self, name)
 
