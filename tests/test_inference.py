@@ -234,7 +234,7 @@ def test_values_used_elsewhere():
     ("make", "reason"),
     [
         (Branching, "convolutions outside blocks: torch.fx cannot trace it: TraceError"),
-        (Untrue, "convolutions outside blocks: a trace of it does not return what it returns"),
+        (Untrue, "convolutions outside blocks: its forward asks whether something is a tensor"),
     ],
 )
 def test_what_cannot_be_traced_runs_as_before(make, reason):

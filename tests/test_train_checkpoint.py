@@ -380,7 +380,7 @@ def test_a_model_of_ones_own_is_named_again(mine, tmp_path, capsys, monkeypatch)
         assert cli.main([word.replace("...", "a b") for word in words[1:]]) == 0
     assert ran.exists() and same(contents(out), contents(whole))
     text = failed(capsys, "train", f"{mine}:other", "--out", out, "--resume", code=2)
-    assert f"MODEL is '{mine}:other', but {out}/last.pt was trained with '{mine}:net'" in text
+    assert "MODEL is '" in text and ":net': a resumed run keeps its settings" in text
     text = failed(capsys, "train", f"{mine}:net", "--out", out, "--resume", code=2)
     assert "names --model-arg width, name: " in text
     text = failed(capsys, "evaluate", out / "last.pt", "--model", f"{mine}:net",

@@ -769,7 +769,7 @@ def _frozen(model, x):
     return fused_res.optimize_for_inference(model, x, tune=False, freeze=True)
 
 
-WAYS = {
+SERVERS = {
     "fused blocks": (_blocks, _fused),
     "fused chain": (_chain, _fused),
     "served blocks": (_blocks, _served),
@@ -781,11 +781,11 @@ WAYS = {
 RELOADS = 300  # in all
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_reloads_while_threads_serve(way):
+@pytest.mark.parametrize("server", SERVERS)
+def test_reloads_while_threads_serve(server):
     """The weights that are used after a reload are those that were loaded, whatever was packed
     while they were written."""
-    make, ours_of = WAYS[way]
+    make, ours_of = SERVERS[server]
     x = torch.randn(1, 32, 8, 8).to(memory_format=torch.channels_last)
     model = make()
     ours, a = ours_of(model, x), model.state_dict()
@@ -815,7 +815,7 @@ def test_reloads_while_threads_serve(way):
     try:
         for worker in workers:
             worker.start()
-        for i in range(-(-RELOADS // len(WAYS))):
+        for i in range(-(-RELOADS // len(SERVERS))):
             name = "ab"[i % 2]
             ours.load_state_dict({"a": a, "b": b}[name])
             with torch.no_grad():
@@ -854,9 +854,9 @@ ROUTES = [_by_numpy, _by_dlpack, _by_data, _by_a_raw_op]
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("way", WAYS)
-def test_refresh(way, route):
-    make, ours_of = WAYS[way]
+@pytest.mark.parametrize("server", SERVERS)
+def test_refresh(server, route):
+    make, ours_of = SERVERS[server]
     x = torch.randn(1, 32, 8, 8).to(memory_format=torch.channels_last)
     model = make()
     ours = ours_of(model, x)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .places import MISSING, Modules, Places, is_there, look, walk
-from .reads import Reads, ask, globals_of, imported_by, is_trusted
+from .reads import Reads, ask, globals_of, imported_by, is_of_a_library, is_trusted
 
 MOST_TOKENS = 10_000
 # Converted to each other they compute the same where fused kernels run them
@@ -304,7 +304,7 @@ class Description:
         if self._again(kind):
             return
         self._put("put", kind, functools.partial(getattr, kind), "__mro__", kind.__mro__, True)
-        bases = [c for c in kind.__mro__ if not _of_pytorch(c.__module__) and c in _made(kind)]
+        bases = [c for c in kind.__mro__ if not is_of_a_library(c.__module__) and c in _made(kind)]
         for name in sorted(self._names):
             if any(name in vars(base) for base in bases):
                 for base in bases:

@@ -47,6 +47,11 @@ _KNOWN: dict[str, bool] = {}
 _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch"}
 
 
+def is_of_a_library(module: str | None) -> bool:
+    """Whether a Python module, by its name, is PyTorch's or Python's own."""
+    return (module or "").partition(".")[0] in _LIBRARIES
+
+
 def is_trusted(module: str | None) -> bool:
     """Whether functions of a Python module, by its name, are taken to depend on their arguments
     alone."""
@@ -204,7 +209,8 @@ def why_not(code: CodeType) -> str | None:
             return "its forward matches classes"
         before = i
     kinds = "type" in globals_of(code) or "__class__" in attributes_of(code)
-    if kinds and _named(code, "BINARY_SUBSCR", "COMPARE_OP", "CONTAINS_OP"):
+    compares = _named(code, "BINARY_SUBSCR", "COMPARE_OP", "CONTAINS_OP")
+    if kinds and compares and code.co_name == "forward":
         return "its forward compares types"  # a fused block has another
     return None
 
@@ -280,7 +286,7 @@ class Recorder:
             module = frame.f_globals.get("__name__") or ""
             if is_trusted(module):
                 return False
-            if module.partition(".")[0] not in _LIBRARIES:
+            if not is_of_a_library(module):
                 return True
             frame = frame.f_back
         return False
@@ -299,8 +305,7 @@ class Recorder:
                 if code not in _HANDS_OUT and id(code) not in self._codes:
                     self._codes[id(code)] = code, frame.f_globals
                     module = frame.f_globals.get("__name__") or ""
-                    known = module.partition(".")[0] in _LIBRARIES
-                    reason = None if known else why_not(code)
+                    reason = None if is_of_a_library(module) else why_not(code)
                     if module == "copy":
                         reason = "its forward copies objects"
                     if reason is not None:
