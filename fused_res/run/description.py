@@ -30,7 +30,6 @@ from .reads import Reads, ask, globals_of, imported_by, is_of_a_library, is_trus
 MOST_TOKENS = 10_000
 # Converted to each other they compute the same where fused kernels run them
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _OVERRIDES = "forward", "_conv_forward", "_call_impl"
 _VALUES = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...),
            type(NotImplemented), torch.Size, torch.dtype, torch.device, torch.layout,
