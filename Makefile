@@ -55,8 +55,10 @@ bench: $(VENV)/.bench
 	$(PY) benchmarks/table.py --write README.md
 	$(PY) benchmarks/table.py --targets
 
+# For any torch: with CUDA where there is nvcc, whatever torch it is built beside.
+wheel: export FUSED_RES_BUILD_CUDA ?= $(if $(shell command -v nvcc),1,auto)
 wheel: $(VENV)/.made
-	$(PY) -m pip wheel . --no-deps -w dist
+	$(PY) -m pip wheel . --no-deps --no-build-isolation -w dist
 
 docs: $(VENV)/.tests
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
