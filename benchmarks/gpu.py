@@ -60,7 +60,7 @@ def _tests() -> list[list[str]]:
 
 
 def _sanitizer() -> list[list[str]]:
-    cases = [sys.executable, "benchmarks/sanitizer_cases.py"]
+    cases = [sys.executable, "tests/tools/sanitizer_cases.py"]
     found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not HAS_GPU or not Path(found).exists():
         return [["echo", "no GPU or no compute-sanitizer: the cases run unchecked"], cases]

@@ -855,6 +855,6 @@ def test_make_gpu_refuses(options, monkeypatch, capsys):
 
 
 def test_sanitizer_cases_run():
-    command = [sys.executable, str(BENCHMARKS / "sanitizer_cases.py")]
+    command = [sys.executable, str(BENCHMARKS.parent / "tests/tools/sanitizer_cases.py")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""benchmarks/traffic.py: a block's training step in Triton moves the bytes of its plan, and of the
+"""tests/tools/traffic.py: a block's training step in Triton moves the bytes of its plan, and of the
 design's within 5 %; and the counter and the plan can be wrong."""
 
 from pathlib import Path
