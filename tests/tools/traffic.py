@@ -1,5 +1,5 @@
 """Bytes that each kernel of a block's training step in Triton reads and writes, counted in Triton's
-interpreter and beside what the plans say: 
+interpreter and beside what the plans say:
 ``PYTHONPATH=benchmarks python tests/tools/traffic.py``.
 
 Maps are small, launches those of large ones, and every convolution is our own. An address counts
