@@ -1,4 +1,4 @@
-"""One workload: every rival is built, held against float64, and timed in turn with the others."""
+"""One workload: every candidate is built, held against float64, and timed in turn with others."""
 
 from __future__ import annotations
 
@@ -8,22 +8,13 @@ import statistics
 import time
 from collections.abc import Callable
 
-import convs
-import nets
-import programs
-import roofline
 import torch
-import training_convs
-from peaks import peak_tflops
-from programs import Program
-from rivals import Rival
-from rows import OUT_OF_TIME
-from timing import Rounds, copy_gbps, rotate, spread
-from torch import Tensor
-from workloads import Workload, ideal_bytes
 
-HALVES = (torch.bfloat16, torch.float16)
-UNCOUNTED = ("nets", "parts")  # suites of which no bytes are counted
+from . import check, roofline
+from .program import Program
+from .rows import OUT_OF_TIME
+from .suite import Candidate, Workload
+from .timing import Rounds, copy_gbps, peak_tflops, rotate, spread
 
 
 class Deadline:
@@ -39,98 +30,18 @@ class Deadline:
         return Deadline(time.monotonic() + fraction * max(self.left(), 0.0))
 
 
-# --- correctness
-
-
-def errors(result: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[tuple[str, str], float]:
-    """Largest and RMS error of every tensor.
-
-    Raises:
-        ValueError: a tensor is missing or has another shape.
-    """
-    if set(result) != set(exact):
-        raise ValueError(f"returned {sorted(result)} instead of {sorted(exact)}")
-    out = {}
-    for name, e in exact.items():
-        if result[name].shape != e.shape:
-            raise ValueError(f"{name} has shape {tuple(result[name].shape)}, not {tuple(e.shape)}")
-        off = result[name].double() - e
-        out[name, "largest"] = float(off.abs().max())
-        out[name, "rms"] = rms(off)
-    return out
-
-
-def rms(t: Tensor) -> float:
-    return float(t.square().mean().sqrt())
-
-
-def half_ulp(size: float, dtype: torch.dtype) -> float:
-    """Half a unit in the last place of numbers of that size: rounding alone errs so."""
-    if not 0 < size < math.inf:
-        return 0.0
-    return torch.finfo(dtype).eps / 2 * 2.0 ** math.floor(math.log2(size))
-
-
-def compare(
-    workload: Workload, result: dict[str, Tensor], exact: dict[str, Tensor]
-) -> tuple[dict[tuple[str, str], float], dict[str, float]]:
-    """The errors that count, and the least that each is taken for: half an ulp.
-
-    In 16 bits only RMS errors do, with half an ulp of the RMS: of millions of ReLU inputs some
-    round to the other side of zero, and the largest error tells of that chance alone. Of a net's
-    many gradients the one with the median error, relative to its size, does.
-    """
-    found = errors(result, exact)
-    size = rms if workload.dtype in HALVES else lambda e: float(e.abs().max())
-    floor = {name: half_ulp(size(e), workload.dtype) for name, e in exact.items()}
-    if workload.dtype in HALVES:
-        found = {key: error for key, error in found.items() if key[1] == "rms"}
-    if workload.net:
-        sizes = {name: rms(e) for name, e in exact.items() if name != "y"}
-        relative = [found[name, "rms"] / size for name, size in sizes.items() if size]
-        found = {("y", "rms"): found["y", "rms"]}
-        if relative:
-            found["gradients", "rms"] = statistics.median(relative)
-            floor["gradients"] = torch.finfo(workload.dtype).eps / 2
-    return found, floor
-
-
-def over_eager(found: dict, eager: dict, floor: dict[str, float]) -> tuple[float, str]:
-    """The worst error over eager's own, which counts for half an ulp at least; and of what."""
-    ratios = {
-        key: error / max(eager.get(key, 0.0), floor[key[0]], 1e-300) for key, error in found.items()
-    }
-    worst = max(ratios, key=lambda key: (math.isnan(ratios[key]), ratios[key]))
-    return ratios[worst], f"{worst[0]}, {worst[1]}"
-
-
-def exact_result(workload: Workload, v: object) -> dict[str, Tensor]:
-    """What the reference computes in float64."""
-    # cuDNN's float64 convolutions are few and may be slow; PyTorch's own are matrix products
-    before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
-    try:
-        if workload.net:
-            return nets.exact_result(workload, v)
-        if workload.conv:
-            return convs.ConvProgram(convs.eager, workload, programs.double(v)).result()
-        if workload.call:
-            return training_convs.exact_result(workload, v)
-        return programs.exact_program(workload, v).result()
-    finally:
-        torch.backends.cudnn.enabled = before
-
-
-# --- one workload
+class WrongResult(Exception):
+    """The error is over what the candidate may have."""
 
 
 class Measurement:
-    """What is known of a workload's rivals so far, by label; ``rows`` makes rows of it."""
+    """What is known of a workload's candidates so far, by label; ``rows`` makes rows of it."""
 
     def __init__(
-        self, workload: Workload, candidates: list[Rival], device: str, rounds: int
+        self, workload: Workload, candidates: list[Candidate], device: str, rounds: int
     ) -> None:
         self.workload, self.device, self.rounds = workload, device, rounds
-        self.by_label = {rival.label: rival for rival in candidates}
+        self.by_label = {candidate.label: candidate for candidate in candidates}
         self.cuda = torch.device(device).type == "cuda"
         self.refused: dict[str, str] = {}
         self.quality: dict[str, tuple[float, float]] = {}
@@ -143,36 +54,47 @@ class Measurement:
         self.values = self.exact = None
 
     def prepare(self) -> None:
-        source = nets if self.workload.net else convs if self.workload.conv else programs
-        source = training_convs if self.workload.call else source
-        self.values = source.values(self.workload, self.device)
-        self.exact = exact_result(self.workload, self.values)
-
-    def build(self, rival: Rival) -> Program | None:
-        """The rival, warm, or None where it raises or is wrong."""
+        self.values = self.workload.values(self.device)
+        # cuDNN's float64 convolutions are few and may be slow; ATen's are matrix products
+        before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
         try:
-            if self.values is None:
-                self.prepare()
-            program = rival.build(self.workload, self.values)
-            self.peak[rival.label] = self._warm_up(program, rival)
-            self._mark_step()
-            found, floor = compare(self.workload, program.result(), self.exact)
-        except Exception as error:  # a rival that breaks must not take the others' rows with it
-            self.refused[rival.label] = reason(error)
+            self.exact = self.workload.exact(self.values)
+        finally:
+            torch.backends.cudnn.enabled = before
+
+    def build(self, candidate: Candidate) -> Program | None:
+        """The candidate, warm, or None where it raises or is wrong."""
+        try:
+            return self.checked(candidate)
+        except Exception as error:  # one that breaks must not take the others' rows with it
+            self.refused[candidate.label] = reason(error)
             return None
-        if rival.name == "eager":
+
+    def checked(self, candidate: Candidate) -> Program:
+        """The candidate, warm and right.
+
+        Raises:
+            WrongResult: it is not.
+            Exception: what building or calling it raises.
+        """
+        if self.values is None:
+            self.prepare()
+        program = candidate.build(self.values)
+        self.peak[candidate.label] = self._warm_up(program, candidate)
+        self._mark_step()
+        found, floor = self.workload.compare(program.result(), self.exact)
+        if candidate.name == "eager":
             self.eager = {key: max(e, self.eager.get(key, 0.0)) for key, e in found.items()}
-        ratio, where = over_eager(found, self.eager, floor)
-        relative = found["y", "rms"] / rms(self.exact["y"])
-        self.quality[rival.label] = relative, ratio
-        if not (ratio <= rival.slack or relative <= rival.bound):
-            self.refused[rival.label] = (
-                f"wrong result: error of {where} is {ratio:.3g}x eager's, over {rival.slack}x"
+        ratio, where = check.over_eager(found, self.eager, floor)
+        relative = found["y", "rms"] / check.rms(self.exact["y"])
+        self.quality[candidate.label] = relative, ratio
+        if not (ratio <= candidate.slack or relative <= candidate.bound):
+            raise WrongResult(
+                f"wrong result: error of {where} is {ratio:.3g}x eager's, over {candidate.slack}x"
             )
-            return None
         return program
 
-    def _warm_up(self, program: Program, rival: Rival) -> float | None:
+    def _warm_up(self, program: Program, candidate: Candidate) -> float | None:
         """Compiles, tunes and captures, so that the step that is checked is a warm one.
 
         Returns the peak of the memory that a step takes, in MiB: above the parameters, the
@@ -182,18 +104,18 @@ class Measurement:
         self._mark_step()
         program.run()
         program.release()
-        measured = self.cuda and self.workload.suite == "nets"
-        if measured:
+        counted = self.cuda and self.workload.whole_net
+        if counted:
             free(self.device)
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-        if rival.graphed:
+        if candidate.graphed:
             program.capture(self.device)
         # torch.compile's CUDA graphs are recorded in the second call and replayed from the third
         for _ in range(3 if self.cuda else 1):
             self._mark_step()
             program.run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20 if measured else None
+        return (torch.cuda.max_memory_allocated() - before) / 2**20 if counted else None
 
     def _mark_step(self) -> None:
         if self.cuda:
@@ -210,21 +132,18 @@ class Measurement:
                     timed.pop(label, None)
 
     def _time(self, built: dict[str, Program], least_ms: float, memory: bool) -> None:
-        for direction in self.workload.directions:
-            if self.workload.suite not in UNCOUNTED and direction not in self.copy:
+        workload = self.workload
+        for direction in workload.directions:
+            if direction not in self.copy and workload.moved_bytes(direction) is not None:
                 megabytes = 16 if least_ms < 10 else 1024 if self.cuda else 256
                 self.copy[direction] = copy_gbps(self.device, megabytes)
-            if self.workload.inference and self.peak_tflops is None:
+            if workload.kernels() and self.peak_tflops is None:
                 n = 128 if least_ms < 10 else 8192 if self.cuda else 1024
-                self.peak_tflops = peak_tflops(self.device, n, self.workload.dtype)
-            calls = {
-                label: self._stepper(self.by_label[label], program.calls[direction])
-                for label, program in built.items()
-            }
-            settle = self.workload.inference  # there are runtimes with threads of their own
-            timed = rotate(calls, self.rounds, self.device, least_ms, settle)
+                self.peak_tflops = peak_tflops(self.device, n, workload.dtype)
+            calls = {label: self.stepper(label, one, direction) for label, one in built.items()}
+            timed = rotate(calls, self.rounds, self.device, least_ms, workload.settles)
             self.timed[direction].update(timed)
-        if memory and self.workload.suite in ("blocks", "parts") and self.workload.training:
+        if memory and workload.counts_saved and workload.training:
             self.saved = {
                 label: program.saved_bytes()
                 for label, program in built.items()
@@ -232,9 +151,10 @@ class Measurement:
                 if not (self.by_label[label].compiled or self.by_label[label].graphed)
             }
 
-    def _stepper(self, rival: Rival, call: Callable[[], object]) -> Callable[[], object]:
-        """``call``, for a CUDA graph's sake told that the last step's outputs may be written."""
-        if not (self.cuda and rival.compiled):
+    def stepper(self, label: str, program: Program, direction: str) -> Callable[[], object]:
+        """What is timed: for a CUDA graph's sake told that the last outputs may be written."""
+        call = program.calls[direction]
+        if not (self.cuda and self.by_label[label].compiled):
             return call
 
         def marked() -> object:
@@ -246,8 +166,8 @@ class Measurement:
     # --- rows
 
     def rows(self) -> list[dict]:
-        """A row for every direction of every rival that was timed or refused; no environment."""
-        baselines = [label for label, rival in self.by_label.items() if not rival.ours]
+        """A row for every direction of every candidate timed or refused; no environment."""
+        baselines = [label for label, one in self.by_label.items() if not one.fused]
         out = []
         for direction, timed in self.timed.items():
             for label in self.by_label:
@@ -261,19 +181,15 @@ class Measurement:
         return out
 
     def _row(self, label: str, direction: str, **fields: object) -> dict:
-        rival, workload = self.by_label[label], self.workload
+        candidate, workload = self.by_label[label], self.workload
         error, ratio = self.quality.get(label, (None, None))
-        if workload.conv or workload.call:
-            source = convs if workload.conv else training_convs
-            config = rival.config and rival.config._asdict()
-            fields |= {"call": source.described(workload), "config": config}
         return {
             "suite": workload.suite,
             "workload": workload.name,
             "shape": list(workload.shape),
             "dtype": str(workload.dtype).removeprefix("torch."),
-            "layout": rival.layout,
-            "rival": rival.name,
+            "layout": candidate.layout,
+            "rival": candidate.name,
             "direction": direction,
             "rounds": self.rounds,
             "median_ms": None,
@@ -288,6 +204,7 @@ class Measurement:
             "rms_error": _finite(error),
             "error_over_eager": _finite(ratio),
             "refused": self.refused.get(label),
+            **workload.described(candidate),
             **fields,
         }
 
@@ -307,38 +224,29 @@ class Measurement:
             },
             "page_faults": statistics.median(timed[label].page_faults),
         }
-        if self.workload.suite == "nets":
-            fields["images_per_s"] = 1e3 * self.workload.shape[0] / median
+        workload, kernels = self.workload, self.workload.kernels()
+        size = workload.moved_bytes(direction)
+        if workload.whole_net or kernels:
+            fields["images_per_s"] = 1e3 * workload.shape[0] / median
+        if workload.whole_net:
             fields["peak_mib"] = self.peak[label]
-        elif self.workload.suite not in UNCOUNTED:
-            inference = self.workload.inference
-            if inference:
-                size = roofline.moved_bytes(self.workload)
-            elif self.workload.call:
-                size = training_convs.moved_bytes(self.workload)
-            else:
-                size = ideal_bytes(self.workload)[direction]
+        if size is not None:
             gbps, copy = size / median / 1e6, self.copy[direction]
+            share = 100 * gbps / copy
+            fields |= {"bytes": size, "gbps": gbps, "percent_of_copy": share, "copy_gbps": copy}
+        if kernels:
+            bound = roofline.bound_ms(kernels, self.peak_tflops, self.copy[direction])
             fields |= {
-                "bytes": size,
-                "gbps": gbps,
-                "percent_of_copy": 100 * gbps / copy,
-                "copy_gbps": copy,
+                "tflops": roofline.flops(kernels) / median / 1e9,
+                "peak_tflops": self.peak_tflops,
+                "percent_of_roofline": 100 * bound / median,
             }
-            if inference:
-                bound = roofline.bound_ms(self.workload, self.peak_tflops, copy)
-                fields |= {
-                    "images_per_s": 1e3 * self.workload.shape[0] / median,
-                    "tflops": roofline.flops(self.workload) / median / 1e9,
-                    "peak_tflops": self.peak_tflops,
-                    "percent_of_roofline": 100 * bound / median,
-                }
         return self._row(label, direction, **fields)
 
 
 def measure(
     workload: Workload,
-    candidates: list[Rival],
+    candidates: list[Candidate],
     device: str = "cpu",
     rounds: int = 15,
     least_ms: float = 20.0,
@@ -349,30 +257,30 @@ def measure(
 ) -> list[dict]:
     """Checks every candidate, times those that are right, and returns rows without environment.
 
-    The candidates called ``eager`` set the error that the others are allowed a multiple of. The
-    rivals of a net run one after the other on a GPU and not in turns: their graphs together would
-    not fit in its memory, and their peaks of memory could not be told apart.
+    The candidates called ``eager`` set the error that the others are allowed a multiple of. Those
+    of a net run one after the other on a GPU and not in turns: their graphs together would not fit
+    in its memory, and their peaks of memory could not be told apart.
 
     Args:
         memory: count what blocks save for backward.
-        deadline: rivals that cannot be built before it are refused, "out of time".
-        share: when this workload's share of the time is over; only rivals of the core begin later.
-        progress: called with the rows so far whenever rivals were timed.
+        deadline: those that cannot be built before it are refused, "out of time".
+        share: when this workload's share of the time is over; only those of the core begin later.
+        progress: called with the rows so far whenever some were timed.
     """
     deadline = deadline or Deadline()
     share = share or deadline
     m = Measurement(workload, candidates, device, min(rounds, workload.most_rounds or rounds))
     alone = workload.alone
-    for group in [[rival] for rival in candidates] if alone else [candidates]:
+    for group in [[one] for one in candidates] if alone else [candidates]:
         built: dict[str, Program] = {}
-        for rival in group:
-            late = share.left() <= 0 and not rival.core
-            if late or deadline.left() < rival.seconds:
-                m.refused[rival.label] = OUT_OF_TIME
+        for candidate in group:
+            late = share.left() <= 0 and not candidate.core
+            if late or deadline.left() < candidate.seconds:
+                m.refused[candidate.label] = OUT_OF_TIME
                 continue
-            program = m.build(rival)
+            program = m.build(candidate)
             if program is not None:
-                built[rival.label] = program
+                built[candidate.label] = program
         program = None
         if not alone:
             m.exact = None
@@ -381,7 +289,7 @@ def measure(
             m.time(built, least_ms, memory)
             built.clear()
         if alone:
-            # what torch.compile keeps, and the graphs with it, would be the next rival's burden
+            # what torch.compile keeps, and the graphs with it, would be the next one's burden
             if group[0].compiled:
                 torch.compiler.reset()
             free(device)
@@ -396,7 +304,8 @@ def free(device: str) -> None:
 
 
 def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    text = (str(error).splitlines() or [""])[0]
+    return text if isinstance(error, WrongResult) else f"{type(error).__name__}: {text}"
 
 
 def _finite(number: float | None) -> float | None:

@@ -1,22 +1,57 @@
-"""What a rival is built into: calls that are timed, and the result that is checked.
+"""What a candidate is built into: calls that are timed, and the result that is checked.
 
-All rivals of a workload get the same values.
+All candidates of a workload get the same values.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
-from graphs import Graphed, outputs
-from parted import Parted
 from torch import Tensor, nn
-from workloads import FORMATS, STEP, Workload
 
-from fused_res import reference
-from fused_res.reference import Norm
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+CL = "channels_last"
+STEP = "forward+backward"
+
+
+def outputs(returned: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (returned,) if isinstance(returned, Tensor) else returned
+
+
+class Graphed:
+    """``call`` captured after three calls on a side stream; calling it replays the graph.
+
+    Replays write to the same tensors, which are returned. Where there is no GPU nothing is captured
+    and the call itself runs.
+    """
+
+    def __init__(self, call: Callable[[], Tensor | tuple[Tensor, ...]], device: str) -> None:
+        self.call = call
+        self.graph = None
+        if torch.device(device).type != "cuda":
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        # a graph or an event that the collector destroyed during the capture would break it
+        gc.collect()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            # without the autograd graph, which would keep what was saved for backward
+            self.outputs = tuple(t.detach() for t in outputs(call()))
+        self.graph = graph
+
+    def __call__(self) -> Tensor | tuple[Tensor, ...]:
+        if self.graph is None:
+            return self.call()
+        self.graph.replay()
+        return self.outputs
 
 
 class Program:
@@ -41,7 +76,7 @@ class Program:
 
     def result(self) -> dict[str, Tensor]:
         """The output ``y`` and whatever else a step computes, from the initial state."""
-        raise NotImplementedError
+        return {"y": self.run()[0].clone()}
 
 
 @dataclass
@@ -102,77 +137,33 @@ class TensorProgram(Program):
         return sum(s.nbytes() for pointer, s in storages.items() if pointer not in own)
 
 
-def plain_block(workload: Workload) -> type[nn.Module]:
-    """PyTorch's."""
-    return reference.ResBlock if workload.extra is None else Parted
-
-
-def values(workload: Workload, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs, and for a block its parameters under their names.
-
-    What has four dimensions is of the workload's dtype; BatchNorm's is float32, as under autocast.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-    n, c, h, w = workload.shape
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    out = {"x": normal(n, c, h, w), "dy": normal(*workload.shape_out())}
-    if workload.suite == "ops":
-        out["residual"] = normal(n, c, h, w)
-        out["weight"], out["bias"] = 1 + 0.2 * normal(c), 0.2 * normal(c)
-        out["running_mean"], out["running_var"] = (
-            torch.zeros(c, device=device),
-            torch.ones(c, device=device),
-        )
-    else:
-        args, kwargs = workload.block_arguments()
-        block = plain_block(workload)(*args, **kwargs)
-        for name, p in block.named_parameters():
-            if p.dim() == 4:  # He et al., 2015
-                out[name] = normal(*p.shape) * (2 / p[0].numel()) ** 0.5
-            else:
-                out[name] = float(name.endswith("weight")) + 0.2 * normal(*p.shape)
-        for name, t in block.named_buffers():
-            if not workload.training and t.is_floating_point():
-                # around the statistics that the convolutions' outputs have
-                out[name] = 0.2 * normal(*t.shape)
-                if name.endswith("var"):
-                    out[name] = 2 + out[name].abs()
-    out = {name: t.to(workload.dtype) if t.dim() == 4 else t for name, t in out.items()}
-    if workload.training and workload.dtype == torch.float32:
-        _separate(workload, out)
-    return out
-
-
-def _relu_inputs(workload: Workload, v: dict[str, Tensor]) -> list[Tensor]:
-    seen: list[Tensor] = []
-    with torch.no_grad():
-        if workload.suite == "ops":
-            program = op_program(partial(reference.bn_act, act="none"), workload, v)
-            seen.append(program.forward())
-        else:
-            program = block_program(plain_block(workload), workload, v)
-            program.module.relu.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-            program.forward()
-    return seen
-
-
 def double(v: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.double() for name, t in v.items()}
+    return {name: t.double() if t.is_floating_point() else t for name, t in v.items()}
 
 
-def _separate(workload: Workload, v: dict[str, Tensor]) -> None:
-    """Nudges inputs until no ReLU's sign depends on rounding.
+def place(v: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """Copies for one candidate, what has four dimensions in ``layout``."""
+    return {
+        name: t.detach().to(memory_format=FORMATS[layout]) if t.dim() == 4 else t.detach().clone()
+        for name, t in v.items()
+    }
+
+
+def separate(
+    target: Tensor, v: dict[str, Tensor], relu_inputs: Callable[[dict], list[Tensor]]
+) -> None:
+    """Nudges ``target``, one of ``v``, until no ReLU's sign depends on rounding.
 
     A ReLU that rounds to the other side of zero is nobody's error, and moves every gradient by more
     than rounding does. In millions of elements a few always would.
+
+    Raises:
+        RuntimeError: after 20 rounds some inputs are still near zero.
     """
-    target = v["residual" if workload.suite == "ops" else "x"]
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
-        exact, rounded = _relu_inputs(workload, double(v)), _relu_inputs(workload, v)
+        with torch.no_grad():
+            exact, rounded = relu_inputs(double(v)), relu_inputs(v)
         near = torch.zeros_like(target[:, 0], dtype=torch.bool)
         for e, r in zip(exact, rounded, strict=True):
             near |= (e.abs() < 4 * (r - e).abs().max()).any(1)
@@ -181,52 +172,4 @@ def _separate(workload: Workload, v: dict[str, Tensor]) -> None:
             return
         nudge = 1e-3 * torch.randn((count, target.size(1)), generator=generator)
         target.permute(0, 2, 3, 1)[near] += nudge.to(target.device)
-    raise RuntimeError(f"{workload.name}: {count} ReLU inputs stay near zero")
-
-
-def _place(v: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    return {
-        name: t.detach().to(memory_format=FORMATS[layout]) if t.dim() == 4 else t.detach().clone()
-        for name, t in v.items()
-    }
-
-
-def op_program(call: Callable[..., Tensor], workload: Workload, v: dict[str, Tensor]):
-    v = _place(v, workload.layout or "NCHW")
-    state = {name: v[name] for name in ("running_mean", "running_var")}
-    wrt = {name: v[name].requires_grad_() for name in ("x", "residual", "weight", "bias")}
-    norm = Norm(*state.values(), v["weight"], v["bias"], training=True)
-    forward = partial(call, v["x"], norm, v["residual"])
-    inputs = *wrt.values(), *state.values()
-    return TensorProgram(forward, workload.directions, wrt, state, v["dy"], inputs)
-
-
-def block_program(
-    factory: Callable[..., nn.Module],
-    workload: Workload,
-    v: dict[str, Tensor],
-    layout: str = "NCHW",
-    wrap: Callable = lambda module: module,
-) -> TensorProgram:
-    """``factory``'s block with the values ``v``; what is called is ``wrap`` of it."""
-    v = _place(v, layout)
-    args, kwargs = workload.block_arguments()
-    module = factory(*args, **kwargs, device=v["x"].device, dtype=v["bn1.weight"].dtype)
-    module.load_state_dict({k: t for k, t in v.items() if k not in ("x", "dy")}, strict=False)
-    for part in module.modules():
-        if isinstance(part, (nn.Conv1d, nn.Conv2d)):  # BatchNorm stays in float32
-            part.to(v["x"].dtype)
-    module = module.to(memory_format=FORMATS[layout]).train(workload.training)
-    state = {name: t for name, t in module.named_buffers() if t.is_floating_point()}
-    wrt = {"x": v["x"], **dict(module.named_parameters())} if workload.training else {}
-    if workload.training:
-        v["x"].requires_grad_()
-    call, x = wrap(module), v["x"]
-    return TensorProgram(lambda: call(x), workload.directions, wrt, state, v["dy"], (x,), module)
-
-
-def exact_program(workload: Workload, v: dict[str, Tensor]) -> TensorProgram:
-    """The workload in float64, by the reference."""
-    if workload.suite == "ops":
-        return op_program(reference.bn_act, workload, double(v))
-    return block_program(plain_block(workload), workload, double(v))
+    raise RuntimeError(f"{count} ReLU inputs stay near zero")

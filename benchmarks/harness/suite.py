@@ -1,50 +1,56 @@
-"""Who runs a workload: PyTorch, torch.compile, in eval mode cuDNN's fused calls and other
-runtimes, and fused_res."""
+"""What a suite registers: workloads, the candidates that run them, and what is reported of them.
+
+A file of ``suites`` has a tuple ``SUITES``; the harness and the reports know suites by this alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import convs
-import inference
-import roofline
 import torch
-import training_convs
-from convs import ConvProgram
-from folding import FoldedBlock
-from inference import InferenceProgram
-from nets import NETS, NetProgram, folded, fused
-from programs import Program, block_program, op_program, plain_block
 from torch import Tensor
-from workloads import CL, FORMATS, Workload, convolutions
 
-from fused_res import FusedResBlock, reference
 from fused_res.backends import BACKENDS, why_not
-from fused_res.ops.bn_act import bn_act
 
+from . import check
+from .program import CL, FORMATS, STEP, Program
+from .roofline import Kernel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FUSED = "fused_res-"
+OPTIMIZED = "fused_res-optimized"
 # torch.compile and cuDNN's fused calls may reassociate sums and round where they like: they are
 # timed with this much more error than eager
 COMPILE_SLACK = 32.0
-OUR_SLACK = 1.5
-# or, for inference in float32, this relative RMS error in each convolution: Winograd's F(4x4, 3x3)
-WINOGRAD_BOUND = 5e-6
+FUSED_SLACK = 1.5
 # cuDNN's fused calls want BatchNorm in the weights, which 16 bits round twice. Pooling averages out
 # what each pixel's rounding does, and not that: of 12 nets' logits the error was 1.0 to 1.9 times
 # eager's. `auto` does not take them for 16 bits.
 FOLDED_SLACK = 3.0
+# or, for inference in float32, this relative RMS error in each convolution: Winograd's F(4x4, 3x3)
+WINOGRAD_BOUND = 5e-6
 
-Build = Callable[[Workload, dict], Program]
+Build = Callable[[Any], Program]  # of the workload's values
+
+
+class Options(NamedTuple):
+    """``gpu``: the candidates that a GPU is asked, wherever they run: with CUDA graphs and cuDNN's
+    fused calls, the most important first."""
+
+    gpu: bool = False
+    compile: bool = True
+    max_autotune: bool = False
 
 
 @dataclass(frozen=True)
-class Rival:
-    """``slack``: how many times PyTorch's own error this rival may have.
+class Candidate:
+    """``slack``: how many times PyTorch's own error this candidate may have.
 
     ``bound``: the relative RMS error that it may have whatever PyTorch's is. ``config``: the
-    configuration that Triton's kernel is given.
+    configuration that Triton's kernel is given. ``why_not``: why it cannot run here.
     ``graphed``: its calls are captured in CUDA graphs. ``core``: without it the others say little.
     ``seconds``: what building it may take; it is not begun when less time is left.
     """
@@ -58,40 +64,52 @@ class Rival:
     seconds: float = 2.0
     bound: float = 0.0
     config: NamedTuple | None = None
+    why_not: str | None = None
 
     @property
     def label(self) -> str:
         return f"{self.name} {self.layout}"
 
     @property
-    def ours(self) -> bool:
-        return self.name.startswith("fused_res")
+    def fused(self) -> bool:
+        return self.name.startswith(FUSED)
 
     @property
     def compiled(self) -> bool:
         return "compile" in self.name
 
 
-def graphed(rival: Rival) -> Rival:
+def graphed(candidate: Candidate) -> Candidate:
     # eager's own algorithms may differ from capture to capture, hence more slack than 1
-    slack = max(rival.slack, OUR_SLACK)
-    name = f"{rival.name}-graphed"
-    return replace(rival, name=name, slack=slack, graphed=True, core=False)
+    slack = max(candidate.slack, FUSED_SLACK)
+    name = f"{candidate.name}-graphed"
+    return replace(candidate, name=name, slack=slack, graphed=True, core=False)
 
 
-def fused_backends(
+def backends(
     device: str, dtype: torch.dtype = torch.float32, op: str = "bn_act"
-) -> list[str]:
-    return [
-        name
-        for name in BACKENDS
-        if name not in ("auto", "eager")
-        and why_not(op, name, torch.device(device).type, dtype) is None
-    ]
+) -> dict[str, str | None]:
+    """Every backend with kernels, and why it cannot run such tensors: None where it can."""
+    kind = torch.device(device).type
+    names = [name for name in BACKENDS if name not in ("auto", "eager")]
+    return {name: why_not(op, name, kind, dtype) for name in names}
+
+
+def fused_backends(device: str, *args) -> list[str]:
+    """Those that can run; arguments as of ``backends``."""
+    return [name for name, why in backends(device, *args).items() if why is None]
+
+
+def why_none(device: str, *args) -> str | None:
+    """Why there is no fused kernel at all; arguments as of ``backends``."""
+    found = backends(device, *args)
+    if None in found.values():
+        return None
+    return "; ".join(f"{name}: {why}" for name, why in found.items())
 
 
 def compile_modes(*names: str) -> dict[str, dict]:
-    """Options of torch.compile by the rival's name, for the modes named.
+    """Options of torch.compile by the candidate's name, for the modes named.
 
     One fixed shape and no graph break: what torch.compile is best at.
     """
@@ -100,15 +118,123 @@ def compile_modes(*names: str) -> dict[str, dict]:
     return {"compile": fixed, **modes} if "default" in names else modes
 
 
-def inference_modes(suite: str, gpu: bool) -> dict[str, dict]:
-    """Arguments of ``inference.compiled`` by the rival's name: frozen, on a CPU not frozen too."""
-    if suite == "inference-all":
-        return {"compile-max-autotune-freezing": {"mode": "max-autotune", "freezing": True}}
-    frozen = {"compile-freezing": {"freezing": True}}
-    if suite == "chains" and gpu:
-        modes = ("reduce-overhead", "max-autotune")
-        return {f"compile-{mode}-freezing": {"mode": mode, "freezing": True} for mode in modes}
-    return frozen if gpu else {"compile": {"freezing": False}, **frozen}
+@dataclass(frozen=True)
+class Workload:
+    """What candidates run. A subclass says what it computes.
+
+    ``layout`` is that of x, or None where each candidate has its own. ``directions`` are the calls
+    that are timed: ``forward`` and ``forward+backward`` in training, ``eval`` (no gradients,
+    BatchNorm by its running statistics), ``train`` (an optimizer's whole step). The last one is
+    checked.
+
+    most_rounds: of those asked for, where one call takes a second.
+    alone: candidates run one after the other, where all of them would not fit in the memory.
+    modes: of torch.compile; default: those that are asked for.
+    """
+
+    suite: str
+    name: str
+    shape: tuple[int, int, int, int]
+    layout: str | None = None
+    dtype: torch.dtype = torch.float32
+    directions: tuple[str, ...] = ("forward", STEP)
+    most_rounds: int | None = None
+    alone: bool = False
+    modes: tuple[str, ...] | None = None
+
+    settles = False  # a turn begins with a pause, for runtimes with threads of their own
+    counts_saved = False  # what is saved for backward is counted
+    whole_net = False  # images a second and, in training, the peak of memory are reported
+
+    @property
+    def training(self) -> bool:
+        return "eval" not in self.directions
+
+    def values(self, device: str = "cpu", seed: int = 0) -> Any:
+        """Inputs and parameters, the same for every candidate."""
+        raise NotImplementedError
+
+    def exact(self, v: Any) -> dict[str, Tensor]:
+        """What the reference computes of these values in float64."""
+        raise NotImplementedError
+
+    def candidates(self, device: str, options: Options) -> list[Candidate]:
+        """All that could run it, those named ``eager`` first."""
+        raise NotImplementedError
+
+    def compare(self, result: dict[str, Tensor], exact: dict[str, Tensor]):
+        """As ``check.compare``."""
+        return check.compare(self.dtype, result, exact)
+
+    def moved_bytes(self, direction: str) -> int | None:
+        """What an ideal call reads and writes; None: no bandwidth is reported."""
+        return sum(kernel.bytes for kernel in self.kernels()) or None
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """What the roofline is made of; none: no share of it is reported."""
+        return ()
+
+    def described(self, candidate: Candidate) -> dict[str, object]:
+        """Fields of the candidate's rows that only this suite has."""
+        return {}
+
+
+class TrainingWorkload(Workload):
+    """An op, a block or a net: eager, torch.compile, every fused backend, cuDNN's fused calls."""
+
+    compile_s = 8.0  # torch.compile may take so long
+
+    def eager(self, layout: str) -> Build:
+        raise NotImplementedError
+
+    def compiled(self, options: dict) -> Build:
+        raise NotImplementedError
+
+    def fused(self, backend: str) -> Build:
+        raise NotImplementedError
+
+    def folded(self) -> Build | None:
+        """BatchNorm in the weights and cuDNN's fused calls, in eval mode."""
+        return None
+
+    def backends(self, device: str, options: Options) -> dict[str, str | None]:
+        return backends(device, self.dtype)
+
+    def slack(self, backend: str) -> float:
+        return FUSED_SLACK
+
+    def bound(self) -> float:
+        return 0.0
+
+    def compile_modes(self, options: Options) -> dict[str, dict]:
+        if not options.compile:
+            return {}
+        names = ["default"] + ["reduce-overhead"] * options.gpu
+        return compile_modes(*(self.modes or [*names, *["max-autotune"] * options.max_autotune]))
+
+    def candidates(self, device: str, options: Options) -> list[Candidate]:
+        layout = self.layout or CL
+        eager = {
+            name: Candidate("eager", name, 1.0, self.eager(name))
+            for name in ([self.layout] if self.layout else FORMATS)
+        }
+        compiled = []
+        for name, how in self.compile_modes(options).items():
+            seconds = self.compile_s * (3 if "autotune" in name else 1)
+            build = _static(self.compiled(how), how)
+            compiled.append(Candidate(name, layout, COMPILE_SLACK, build, seconds=seconds))
+        fused = [
+            Candidate(FUSED + name, layout, self.slack(name), self.fused(name), bound=self.bound(),
+                      why_not=why)
+            for name, why in self.backends(device, options).items()
+        ]  # fmt: skip
+        if not options.gpu:
+            return [*eager.values(), *compiled, *fused]
+        first = [replace(one, core=True) for one in (eager.pop(layout), *fused)]
+        folded = None if self.training else self.folded()
+        if folded:
+            first.append(Candidate("cudnn-fused", layout, COMPILE_SLACK, folded))
+        return [*first, *compiled[:1], *map(graphed, first), *compiled[1:], *eager.values()]
 
 
 def _static(build: Build, options: dict) -> Build:
@@ -120,8 +246,8 @@ def _static(build: Build, options: dict) -> Build:
     if "mode" not in options:
         return build
 
-    def built(workload: Workload, v: dict) -> Program:
-        program = build(workload, v)
+    def built(v: Any) -> Program:
+        program = build(v)
         for t in program.inputs:
             torch._dynamo.mark_static_address(t, guard=False)
         return program
@@ -129,202 +255,44 @@ def _static(build: Build, options: dict) -> Build:
     return built
 
 
-def _fused_op(backend: str, x: Tensor, norm: reference.Norm, residual: Tensor) -> Tensor:
-    return bn_act(x, *norm, residual=residual, backend=backend)
+class Plot(NamedTuple):
+    """A panel of speed.png: speed-up over eager PyTorch in ``directions``.
 
-
-class _Ops:
-    """Builds of the rivals of bn_act."""
-
-    compile_s = 8.0
-
-    def eager(self, layout: str) -> Build:
-        return partial(op_program, reference.bn_act)
-
-    def compiled(self, options: dict) -> Build:
-        return lambda w, v: op_program(torch.compile(reference.bn_act, **options), w, v)
-
-    def ours(self, backend: str) -> Build:
-        return partial(op_program, partial(_fused_op, backend))
-
-
-class _Blocks:
-    """Builds of the rivals of a block."""
-
-    compile_s = 20.0
-
-    def __init__(self, workload: Workload) -> None:
-        self.plain = plain_block(workload)
-
-    def eager(self, layout: str) -> Build:
-        return partial(block_program, self.plain, layout=layout)
-
-    def compiled(self, options: dict) -> Build:
-        wrap = partial(torch.compile, **options)
-        return partial(block_program, self.plain, layout=CL, wrap=wrap)
-
-    def ours(self, backend: str) -> Build:
-        return partial(block_program, partial(FusedResBlock, backend=backend), layout=CL)
-
-    def folded(self, dtype: torch.dtype) -> Build:
-        wrap = partial(FoldedBlock, dtype=dtype)
-        return partial(block_program, reference.ResBlock, layout=CL, wrap=wrap)
-
-
-class _Parts(_Blocks):
-    """Builds of the rivals of a block that ``fuse_`` runs in parts."""
-
-    def ours(self, backend: str) -> Build:
-        return partial(block_program, self.plain, layout=CL, wrap=partial(fused, backend=backend))
-
-
-class _Nets:
-    """Builds of the rivals of a net."""
-
-    def __init__(self, workload: Workload) -> None:
-        self.compile_s = NETS[workload.net].compile_s * (1.0 if workload.training else 0.6)
-
-    def eager(self, layout: str) -> Build:
-        return partial(NetProgram, layout=layout)
-
-    def compiled(self, options: dict, backend: str | None = None) -> Build:
-        swap = partial(fused, backend=backend) if backend else lambda net: net
-        return partial(NetProgram, swap=swap, wrap=partial(torch.compile, **options))
-
-    def ours(self, backend: str) -> Build:
-        return partial(NetProgram, swap=partial(fused, backend=backend))
-
-    def folded(self, dtype: torch.dtype) -> Build:
-        return partial(NetProgram, swap=partial(folded, dtype=dtype), autocast=None)
-
-
-def winograd_bound(workload: Workload) -> float:
-    """What a result of inference may be off by, whatever PyTorch's is; 0 where Winograd is not."""
-    if workload.training or workload.dtype != torch.float32:
-        return 0.0
-    if workload.suite == "parts":  # those of its branch: what else it has is PyTorch's
-        count = len(convolutions(workload))
-    else:
-        count = sum(kernel.flops > 0 for kernel in roofline.kernels(workload))
-    return WINOGRAD_BOUND * count**0.5
-
-
-def _inference(workload: Workload, device: str, modes: dict[str, dict], gpu: bool) -> list[Rival]:
-    seconds = NETS[workload.net].compile_s * 0.6 if workload.net else 20.0
-    found = {}
-
-    def rival(name: str, slack: float, prepare: inference.Prepare, layout: str = CL, **fields):
-        build = partial(InferenceProgram, prepare, layout=layout)
-        found[f"{name} {layout}"] = Rival(name, layout, slack, build, **fields)
-
-    rival("eager", 1.0, inference.eager, core=True)
-    if not gpu:
-        rival("eager", 1.0, inference.eager, "NCHW")
-    bound = winograd_bound(workload)
-    rival("fused_res-optimized", OUR_SLACK, inference.optimized, core=True, bound=bound)
-    if workload.suite == "chains" and not gpu:
-        frozen = partial(inference.optimized, freeze=True)
-        rival("fused_res-frozen", OUR_SLACK, frozen, bound=bound)
-        by_fuse = partial(inference.with_backend, backend="cpu")
-        rival("fused_res-cpu", OUR_SLACK, by_fuse, bound=bound)
-    if gpu:
-        rival("cudnn-fused", COMPILE_SLACK, inference.cudnn_fused, core=True)
-        for backend in fused_backends(device, workload.dtype, "conv_bn_act"):
-            prepare = partial(inference.with_backend, backend=backend)
-            folds = workload.net and backend == "cuda" and workload.dtype != torch.float32
-            slack = FOLDED_SLACK if folds else OUR_SLACK
-            rival(f"fused_res-{backend}", slack, prepare, bound=bound)
-        for each in list(found.values()):
-            found[f"{each.name}-graphed {each.layout}"] = graphed(each)
-    else:
-        for name, prepare in inference.RUNTIMES.items():
-            rival(name, COMPILE_SLACK, prepare, "NCHW")
-    for name, options in modes.items():
-        if workload.net and name == "compile":
-            continue  # frozen is what it is at its best, and a net compiles for long
-        prepare = partial(inference.compiled, **options)
-        times = 3 if "autotune" in name else 1
-        rival(name, COMPILE_SLACK, prepare, seconds=seconds * times)
-    return list(found.values())
-
-
-def _convs(workload: Workload, device: str) -> list[Rival]:
-    """PyTorch's ops, and every implementation of ``conv_bn_act``."""
-    out = [Rival("eager", CL, 1.0, partial(ConvProgram, convs.eager), core=True)]
-    for name, config, run in convs.implementations(workload, device):
-        full = "-".join(map(str, (f"fused_res-{name}", *(config or ()))))
-        out.append(Rival(full, CL, OUR_SLACK, partial(ConvProgram, run), config=config))
-    return out
-
-
-def _training_convs(workload: Workload, device: str) -> list[Rival]:
-    """The library's convolution, and ours in each configuration."""
-    out = []
-    for name, config, build in training_convs.implementations(workload, device):
-        if name == "eager":
-            out.append(Rival(name, CL, 1.0, build, core=True))
-            continue
-        full = "-".join(map(str, (f"fused_res-{name}", *(config or ()))))
-        out.append(Rival(full, CL, OUR_SLACK, build, config=config))
-    return out
-
-
-def rivals(
-    workload: Workload, device: str, modes: dict[str, dict], gpu: bool = False
-) -> list[Rival]:
-    """Who runs ``workload``, torch.compile in ``modes``.
-
-    Args:
-        modes: by the rival's name, of ``compile_modes`` or, for inference, ``inference_modes``.
-        gpu: the rivals that a GPU is asked, wherever they run: with CUDA graphs, cuDNN's fused
-            calls and torch.compile of ours, the most important first.
+    bandwidth: a panel of the share of the copy bandwidth too.
     """
-    if workload.conv:
-        return _convs(workload, device)
-    if workload.call:
-        return _training_convs(workload, device)
-    if workload.inference:
-        return _inference(workload, device, modes, gpu)
-    if workload.suite == "nets":
-        builds = _Nets(workload)
-    else:
-        kinds = {"blocks": _Blocks, "autotune": _Blocks, "parts": _Parts}
-        builds = _Ops() if workload.suite == "ops" else kinds[workload.suite](workload)
-    layout = workload.layout or CL
-    eager = {
-        name: Rival("eager", name, 1.0, builds.eager(name))
-        for name in ([workload.layout] if workload.layout else FORMATS)
-    }
-    compiled = []
-    for name, options in modes.items():
-        seconds = builds.compile_s * (3 if "autotune" in name else 1)
-        build = _static(builds.compiled(options), options)
-        compiled.append(Rival(name, layout, COMPILE_SLACK, build, seconds=seconds))
-    backends = fused_backends(device, workload.dtype)
-    if workload.suite == "parts" and not gpu:
-        backends = ["auto"]  # which leaves some norms to PyTorch
-    folds = workload.net and not workload.training and workload.dtype != torch.float32
-    slack = {b: FOLDED_SLACK if folds and b == "cuda" else OUR_SLACK for b in backends}
-    bound = winograd_bound(workload) if workload.suite == "parts" else 0.0
-    ours = [
-        Rival(f"fused_res-{b}", layout, slack[b], builds.ours(b), bound=bound) for b in backends
-    ]
-    if not gpu:
-        return [*eager.values(), *compiled, *ours]
 
-    first = [replace(rival, core=True) for rival in (eager.pop(layout), *ours)]
-    if not workload.training and workload.suite != "parts":
-        first.append(Rival("cudnn-fused", layout, COMPILE_SLACK, builds.folded(workload.dtype)))
-    out = [*first, *compiled[:1], *map(graphed, first), *compiled[1:], *eager.values()]
-    if workload.suite == "nets" and "compile" in modes:
-        out += [
-            Rival(
-                f"fused_res-{b}-compile",
-                layout,
-                slack,
-                builds.compiled(modes["compile"], b),
-                seconds=builds.compile_s,
-            )
-            for b in backends[:1]
-        ]
-    return out
+    title: str
+    directions: tuple[str, ...]
+    bandwidth: bool = False
+
+
+Rows = list[dict]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """``workloads``: (gpu, quick) -> a GPU's or a CPU's, in full or tiny, the most important first.
+
+    order: where it runs and is reported.
+    named: on a GPU it takes minutes, and runs only when it is named.
+    rows: (device, rounds, quick) -> rows without environment, of a suite without workloads.
+    why_not: of a device, why the suite cannot run there.
+    report, gpu_report: rows -> paragraphs of Markdown, of a CPU's and of a GPU's.
+    targets, goals: a CPU's rows -> (met, what) of what is demanded, and of what is aimed at.
+    timings: a GPU's rows -> timing rows, from which `auto` chooses.
+    picture: (rows, path) -> the path of a picture of their own, written there.
+    """
+
+    name: str
+    order: int = 1000
+    workloads: Callable[[bool, bool], list[Workload]] | None = None
+    named: bool = False
+    rows: Callable[[str, int, bool], Rows] | None = None
+    why_not: Callable[[str], str | None] = lambda device: None
+    report: Callable[[Rows], list[str]] | None = None
+    gpu_report: Callable[[Rows], list[str]] | None = None
+    targets: Callable[[Rows], list[tuple[bool, str]]] = lambda rows: []
+    goals: Callable[[Rows], list[tuple[bool, str]]] = lambda rows: []
+    timings: Callable[[Rows], Rows] = lambda rows: []
+    plot: Plot | None = None
+    picture: Callable[[Rows, Path], Path | None] | None = None

@@ -29,8 +29,8 @@ from unittest import mock
 import numpy as np
 import torch
 from fused_res.kernels import bn_act, conv_bn_act, res_block, training_convolution
-from nets import NETS
-from sheets import to_markdown
+from report.tables import to_markdown
+from suites.nets import NETS
 from torch import Tensor
 from triton_traffic import Traffic
 
