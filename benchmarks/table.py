@@ -1,4 +1,8 @@
-"""The README's benchmark tables, from committed rows: ``python benchmarks/table.py --help``."""
+"""The tables of README.md and docs/performance.md, from committed rows: see ``--help``.
+
+README.md has a table of whole networks, between ``<!-- bench:begin networks -->`` and
+``<!-- bench:end -->``; docs/performance.md has all tables, after ``<!-- bench:begin -->``.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,13 @@ import json
 import sys
 from pathlib import Path
 
-from report import plot
+from report import networks, plot
 from report.tables import load
 from suites import SUITES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BEGIN_NETWORKS = "<!-- bench:begin networks -->"
 
 
 def _of_suites(found: dict[str, list[dict]], kind: str) -> list[tuple[bool, str]]:
@@ -58,16 +63,18 @@ def dispatch(results: Path) -> str:
     return "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n"
 
 
-def replaced(text: str, table: str) -> str:
-    """``text`` with ``table`` between the two markers.
+def replaced(text: str, results: Path) -> str:
+    """``text`` with the tables of ``results`` between its two markers.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{BEGIN} and {END} must each be there once, in this order")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+    begin = BEGIN_NETWORKS if BEGIN_NETWORKS in text else BEGIN
+    if text.count(begin) != 1 or text.count(END) != 1 or text.index(begin) > text.index(END):
+        raise ValueError(f"{begin} and {END} must each be there once, in this order")
+    table = markdown(results) if begin == BEGIN else networks.markdown(load(results))
+    head, tail = text.split(begin)[0], text.split(END)[1]
+    return f"{head}{begin}\n{table}\n{END}{tail}"
 
 
 def print_targets(results: Path) -> int:
@@ -84,7 +91,7 @@ def update(path: Path, results: Path, check: bool) -> int:
     """Replaces the tables in a file, or says whether they are out of date."""
     text = path.read_text()
     try:
-        new = replaced(text, markdown(results))
+        new = replaced(text, results)
     except ValueError as error:
         print(f"{path}: {error}", file=sys.stderr)
         return 2

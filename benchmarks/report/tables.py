@@ -29,6 +29,13 @@ HEADINGS = {
 }
 
 
+# the two of a CPU, see docs/performance.md
+ALLOCATORS = {
+    "default": "Default allocator",
+    "raised": "Allocator that keeps freed memory",
+}
+
+
 def heading(candidate: str) -> str:
     """A candidate's name in words."""
     name, graphed, _ = candidate.partition(GRAPHED)
@@ -108,6 +115,7 @@ class Line(NamedTuple):
     workload: str
     candidate: str
     direction: str
+    allocator: str
 
     def row(self, candidate: str, direction: str, allocator: str) -> dict:
         return self.rows.row(self.workload, candidate, direction, allocator) or {}
@@ -129,7 +137,7 @@ def over(
     of: str | None = None,
     graphed: bool = False,
 ) -> Column:
-    """Speed-up over the fastest of the baselines, one number for each allocator.
+    """Speed-up over the fastest of the baselines.
 
     Args:
         direction: default: the line's.
@@ -138,20 +146,24 @@ def over(
 
     def cell(line: Line) -> str:
         name = (of or line.candidate) + GRAPHED * graphed
-        way, rows = direction or line.direction, line.rows
-        found = [rows.speedup(line.workload, name, way, a, baselines) for a in rows.allocators]
-        return " / ".join(map(number, found))
+        way = direction or line.direction
+        return number(line.rows.speedup(line.workload, name, way, line.allocator, baselines))
 
     return Column(heading, cell)
 
 
-def figure(heading: str, field: str, digits: str = ".3g", direction: str | None = None) -> Column:
-    """A field of the row, one number for each allocator."""
+def figure(
+    heading: str,
+    field: str,
+    digits: str = ".3g",
+    direction: str | None = None,
+    of: str | None = None,
+) -> Column:
+    """A field of the row of the line's candidate, or of another's (``of``)."""
 
     def cell(line: Line) -> str:
-        way = direction or line.direction
-        found = [line.row(line.candidate, way, a).get(field) for a in line.rows.allocators]
-        return " / ".join(number(x, digits) for x in found)
+        row = line.row(of or line.candidate, direction or line.direction, line.allocator)
+        return number(row.get(field), digits)
 
     return Column(heading, cell)
 
@@ -192,8 +204,8 @@ def saved(direction: str | None = None) -> Column:
 
 # over what a GPU's blocks and nets are held against
 AGAINST = (
-    over("over eager NCHW", "eager NCHW"),
-    over(f"over eager {CL}", f"eager {CL}"),
+    over("over PyTorch, NCHW", "eager NCHW"),
+    over(f"over PyTorch, {CL}", f"eager {CL}"),
     over("over torch.compile", COMPILED),
     over("over cuDNN's fused calls", "cudnn-fused"),
     over("in CUDA graphs, over the fastest of the others", "eager-graphed", "cudnn-fused-graphed",
@@ -203,14 +215,17 @@ AGAINST = (
 
 @dataclass(frozen=True)
 class Table:
-    """A suite's rows -> for each candidate a paragraph and a table, then where they were made.
+    """A suite's rows -> for each candidate a paragraph and a table for each allocator, then where
+    they were made.
 
-    intro: with ``{candidate}`` in it. first: heading of the workloads' column.
+    title: of the section. intro: with ``{candidate}`` in it.
+    first: heading of the workloads' column.
     by_direction: a line for each direction, which is named; else for each workload.
     candidates: what is shown of those that are there; default, or where there is none: every fused
     one that runs as it is.
     """
 
+    title: str
     intro: str
     first: str
     columns: list[Column] = field(default_factory=list)
@@ -218,21 +233,22 @@ class Table:
     candidates: tuple[str, ...] = ()
 
     def __call__(self, rows: list[dict]) -> list[str]:
-        found, out = Lookup(rows), []
+        found, out = Lookup(rows), [f"### {self.title}"]
         for name in [c for c in self.candidates if c in found.fused] or found.backends:
-            text = self.intro.format(candidate=heading(name)) + " Under 1 is slower."
-            if len(found.allocators) > 1:
-                text += f" Allocator: {' / '.join(found.allocators)} (see `benchmarks/`)."
-            out += [text, "\n".join(self.table(found, name))]
+            out.append(self.intro.format(candidate=heading(name)) + " Under 1 is slower.")
+            for allocator in found.allocators:
+                if len(found.allocators) > 1:
+                    out.append(f"**{ALLOCATORS[allocator]}**")
+                out.append("\n".join(self.table(found, name, allocator)))
         if found.allocators == ["cuda"]:
             out.append(behind(found))
         return [*out, caption(rows)]
 
-    def table(self, found: Lookup, candidate: str) -> list[str]:
+    def table(self, found: Lookup, candidate: str, allocator: str) -> list[str]:
         mode = ["mode"] if self.by_direction else []
         body = []
         for workload, direction in self._lines(found):
-            line = Line(found, workload, candidate, direction)
+            line = Line(found, workload, candidate, direction, allocator)
             shown = [workload.removeprefix("bn_act ")]
             if self.by_direction:
                 shown.append("eval" if direction == "eval" else "training")

@@ -215,19 +215,21 @@ def workloads(gpu: bool, quick: bool) -> list[BlockWorkload]:
 
 
 REPORT = Table(
+    "Blocks in training",
     "A whole block in training, forward and backward ({candidate}, channels_last): speed-up over "
     "PyTorch, and what is saved for backward.",
     "block",
     [
-        over("step over eager NCHW", "eager NCHW", direction=STEP),
-        over(f"over eager {CL}", f"eager {CL}", direction=STEP),
+        over("step over PyTorch, NCHW", "eager NCHW", direction=STEP),
+        over(f"over PyTorch, {CL}", f"eager {CL}", direction=STEP),
         over("over torch.compile", "compile", direction=STEP),
-        over(f"forward over eager {CL}", f"eager {CL}", direction="forward"),
+        over(f"forward over PyTorch, {CL}", f"eager {CL}", direction="forward"),
         figure("step, ms", "median_ms", direction=STEP),
         saved(),
     ],
 )
 GPU_REPORT = Table(
+    "Blocks on a GPU",
     "A whole block ({candidate}, channels_last): speed-up over PyTorch, and what is saved for "
     "backward.",
     "block",

@@ -104,19 +104,19 @@ def report(rows: list[dict]) -> list[str]:
             cells = [net.name]
             why = net.why_not(candidate)
             if why:
-                body.append([*cells, why, *["-"] * (2 * len(FINAL))])
+                body.append([*cells, why, *["-"] * (2 * len(FINAL) + 1)])
                 continue
             for name, (_, digits) in FINAL.items():
-                found = " / ".join(format(row[name], digits) for row in fused)
+                found = ", ".join(format(row[name], digits) for row in fused)
                 outside = "" if net.within(candidate, name) else " (outside)"
                 cells += [found + outside, " to ".join(format(x, digits) for x in net.spread(name))]
             nchw = [row for row in net.eager if row["layout"] != CL]
-            cells.append(" / ".join(f"{net.apart(of):.1e}" for of in (fused, nchw)))
+            cells += [f"{net.apart(of):.1e}" for of in (fused, nchw)]
             body.append(cells)
     header = ["net"]
     for label, _ in FINAL.values():
-        header += [label, "PyTorch's"]
-    header.append(f"first {FIRST} losses, fused / NCHW")
+        header += [f"{label}, each seed", "PyTorch's range"]
+    header += [f"first {FIRST} losses, fused", f"first {FIRST} losses, PyTorch NCHW"]
     steps = max(len(row["losses"]) for row in rows)
     names = ", ".join(map(heading, unique(name for net in nets for name in net.fused)))
     intro = (
@@ -124,9 +124,9 @@ def report(rows: list[dict]) -> list[str]:
         f"the last {LAST} steps), validation loss and accuracy from {len(SEEDS)} seeds, beside the "
         "spread of PyTorch's from the same seeds in NCHW and channels_last; and how far the first "
         "losses are from PyTorch's in channels_last, relatively. "
-        f"[Curves](benchmarks/results/{rows[0]['device']['slug']}/curves.png)."
+        f"[Curves](../benchmarks/results/{rows[0]['device']['slug']}/curves.png)."
     )
-    return [intro, "\n".join(to_markdown(header, body)), caption(rows)]
+    return ["### Loss curves", intro, "\n".join(to_markdown(header, body)), caption(rows)]
 
 
 def draw(rows: list[dict], path: Path) -> Path:

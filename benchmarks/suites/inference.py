@@ -363,7 +363,7 @@ def everything(gpu: bool, quick: bool) -> list[InferenceWorkload]:
 # --- reports
 
 GPU_COLUMNS = [
-    over(f"over eager {CL}", "eager"),
+    over(f"over PyTorch, {CL}", "eager"),
     over("over torch.compile", COMPILED),
     over("over cuDNN's fused calls", "cudnn-fused"),
     over("in CUDA graphs, over the fastest of the others", "eager-graphed", "cudnn-fused-graphed",
@@ -373,6 +373,7 @@ GPU_COLUMNS = [
     both_forms("% of roofline", "percent_of_roofline"),
 ]  # fmt: skip
 GPU_REPORT = Table(
+    "Inference on a GPU",
     "Inference ({candidate}, channels_last): speed-up; then as it is / in a CUDA graph, and the "
     "share of what the measured peaks allow a kernel for each convolution.",
     "net or block",
@@ -380,6 +381,7 @@ GPU_REPORT = Table(
     candidates=(OPTIMIZED,),
 )
 GPU_CHAINS_REPORT = Table(
+    "Chains of blocks in inference on a GPU",
     "Chains of residual blocks in one call, inference ({candidate}, channels_last): speed-up; then "
     "as it is / in a CUDA graph, and the share of what the measured peaks allow a kernel that "
     "reads the weights and x once.",
@@ -387,13 +389,14 @@ GPU_CHAINS_REPORT = Table(
     GPU_COLUMNS,
 )
 REPORT = Table(
+    "Inference",
     "Inference, {candidate} (channels_last): speed-up over PyTorch and over other runtimes, and "
     "the share reached of what the measured peak rate and copy bandwidth allow a kernel for each "
     "convolution (over 100 %: Winograd multiplies less).",
     "net or block",
     [
-        over("over eager NCHW", "eager NCHW"),
-        over(f"over eager {CL}", f"eager {CL}"),
+        over("over PyTorch, NCHW", "eager NCHW"),
+        over(f"over PyTorch, {CL}", f"eager {CL}"),
         over("over torch.compile", "compile"),
         over("over torch.compile, frozen", COMPILE_FROZEN),
         over("over ONNX Runtime", "onnxruntime"),
@@ -405,19 +408,20 @@ REPORT = Table(
     candidates=(OPTIMIZED,),
 )
 CHAINS_REPORT = Table(
+    "Chains of blocks in inference",
     "Chains of residual blocks in one call, {candidate} (channels_last), as the runtimes beside it "
     "are frozen; last, after `fuse_` alone, which looks at every parameter in every call. The "
     "roofline is that of a direct convolution.",
     "net",
     [
-        over("over eager NCHW", "eager NCHW"),
-        over(f"over eager {CL}", f"eager {CL}"),
+        over("over PyTorch, NCHW", "eager NCHW"),
+        over(f"over PyTorch, {CL}", f"eager {CL}"),
         over("over torch.compile, frozen", COMPILE_FROZEN),
         over("over ONNX Runtime", "onnxruntime"),
         over("over OpenVINO", "openvino"),
         figure("ms", "median_ms"),
         figure("% of roofline", "percent_of_roofline"),
-        over(f"`fuse_` alone, over eager {CL}", f"eager {CL}", of=FUSED + "cpu"),
+        over(f"`fuse_` alone, over PyTorch, {CL}", f"eager {CL}", of=FUSED + "cpu"),
     ],
     candidates=(FROZEN,),
 )

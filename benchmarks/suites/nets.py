@@ -370,6 +370,7 @@ def autotuned(gpu: bool, quick: bool) -> list[TrainingWorkload]:
 
 
 GPU_REPORT = Table(
+    "Whole nets on a GPU",
     "Whole nets under bfloat16 autocast ({candidate}, channels_last), training with the "
     "optimizer's step: speed-up, and images a second and peak memory above the parameters, eager "
     "channels_last → fused.",
@@ -382,6 +383,7 @@ GPU_REPORT = Table(
     by_direction=True,
 )
 AUTOTUNE_REPORT = Table(
+    "Against max-autotune on a GPU",
     "Against torch.compile's max-autotune ({candidate}): speed-up.",
     "net or block",
     [

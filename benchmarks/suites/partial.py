@@ -126,19 +126,21 @@ def workloads(gpu: bool, quick: bool) -> list[PartialWorkload]:
 
 def _columns(what: str, direction: str) -> list:
     return [
-        over(f"{what} over eager {CL}", f"eager {CL}", direction=direction),
+        over(f"{what} over PyTorch, {CL}", f"eager {CL}", direction=direction),
         over(f"{what} over torch.compile", "compile", direction=direction),
         figure(f"{what} ms", "median_ms", direction=direction),
     ]
 
 
 REPORT = Table(
+    "Blocks fused in part",
     "Blocks that `fuse_` fuses in part ({candidate}, channels_last): a training step and, in eval "
     "mode without gradients, inference; and what is saved for backward.",
     "block",
     [*_columns("step", STEP), *_columns("inference", "eval"), saved(STEP)],
 )
 GPU_REPORT = Table(
+    "Blocks fused in part on a GPU",
     "A block that `fuse_` fuses in part ({candidate}, channels_last): speed-up over PyTorch, and "
     "what is saved for backward.",
     "block",
