@@ -11,9 +11,11 @@ stable ABI, so one wheel serves every Python >= 3.10 and every torch >= 2.11.
     CXX                    the C++ compiler
 """
 
+import importlib.util
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -62,7 +64,7 @@ def nvcc():
 
 def gencode_flags(nvcc_path):
     """-gencode flags of TORCH_CUDA_ARCH_LIST, or of the defaults that this nvcc knows."""
-    requested = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST") or None
     flags, known = [], []
     if requested is None:
         known = subprocess.run(
@@ -114,21 +116,20 @@ class Ninja:
         subprocess.run(command, check=True, stdout=log, stderr=log)
 
 
+def torch_folder():
+    """Where torch is installed; to import it takes seconds, in each of pip's calls."""
+    found = importlib.util.find_spec("torch")
+    if found is None:
+        raise SystemExit("the build needs torch: pip install torch, or build with isolation")
+    return Path(found.origin).parent
+
+
 def torch_has_cuda():
-    import torch
-
-    return torch.version.cuda is not None
-
-
-def torch_folders():
-    import torch
-
-    root = Path(torch.__file__).parent
-    return root / "include", root / "lib"
+    return runpy.run_path(str(torch_folder() / "version.py"))["cuda"] is not None
 
 
 def common_flags():
-    include, _ = torch_folders()
+    include = torch_folder() / "include"
     return [
         "-std=c++20",
         "-O3",
@@ -139,7 +140,7 @@ def common_flags():
 
 
 def cpu_rules(ninja, output):
-    _, lib = torch_folders()
+    lib = torch_folder() / "lib"
     flags = [
         *common_flags(),
         "-fPIC",
@@ -193,7 +194,7 @@ def cuda_rules(ninja, output):
         "stub", f'"{compiler()}" -shared -x c++ /dev/null -Wl,-soname,libtorch_cuda.so -o $out'
     )
     libraries = Path(nvcc_path).resolve().parent.parent / "lib64"
-    _, lib = torch_folders()
+    lib = torch_folder() / "lib"
     link = f'-L"{libraries}" -L"{lib}" -ltorch_cpu -lcudart_static -lrt -ldl -lpthread'
     ninja.rule(
         "link_cuda",
