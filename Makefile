@@ -44,6 +44,7 @@ lint: $(VENV)/.tests
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
 	$(PY) benchmarks/table.py --check README.md
+	$(PY) benchmarks/table.py --check docs/performance.md
 
 # The runtimes that are timed beside ours; where one does not install its rows say so.
 $(VENV)/.bench: $(VENV)/.tests
@@ -53,6 +54,7 @@ $(VENV)/.bench: $(VENV)/.tests
 bench: $(VENV)/.bench
 	$(PY) benchmarks/run.py
 	$(PY) benchmarks/table.py --write README.md
+	$(PY) benchmarks/table.py --write docs/performance.md
 	$(PY) benchmarks/table.py --targets
 
 # For any torch: with CUDA where there is nvcc, whatever torch it is built beside.
