@@ -134,8 +134,8 @@ def _columns(what: str, direction: str) -> list:
 
 REPORT = Table(
     "Blocks fused in part",
-    "Blocks that `fuse_` fuses in part ({candidate}, channels_last): a training step and, in eval "
-    "mode without gradients, inference; and what is saved for backward.",
+    "Blocks that {candidate} fuses in part (channels_last): speed-up of a training step and, in "
+    "eval mode without gradients, of inference; and what is saved for backward.",
     "block",
     [*_columns("step", STEP), *_columns("inference", "eval"), saved(STEP)],
 )
