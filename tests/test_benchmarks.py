@@ -141,7 +141,7 @@ def test_committed_rows_are_of_todays_workloads(rows, suites):
 
 
 def test_suites_of_a_gpu(gpu_results, rows, suite):
-    """Every candidate of every suite is built, right and timed; and written under the suite's name."""
+    """Every candidate of every suite is right and timed; its rows are under the suite's name."""
     suites = read(gpu_results)
     assert set(suites) == {"peaks", "ops", "blocks", "nets", "autotune", "inference", "chains",
                            "convs", "partial"}  # fmt: skip
