@@ -157,11 +157,8 @@ def main() -> int:
     with open(out / "gpu.log", "a" if args.part else "w") as log:
         for i, part in enumerate(parts):
             begin = time.monotonic()
-            limit = args.limit or NAMED.get(part)
-            if limit is None:
-                total = sum(LIMITS.values())
-                left = limits_left(parts[i:], total, begin - start)
-                limit = LIMITS[part] if args.part else left
+            limit = args.limit or NAMED.get(part) or (LIMITS[part] if args.part else None)
+            limit = limit or limits_left(parts[i:], sum(LIMITS.values()), begin - start)
             title = f"--- {part}, at most {limit:.0f} s"
             print(title, flush=True)
             print(title, file=log, flush=True)

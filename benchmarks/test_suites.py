@@ -37,8 +37,8 @@ def cases_of(suite: str, workload: Workload, why_not: str | None) -> Iterator:
         for one in candidates:
             words = suite, workload.name, direction, one.label
             name = "/".join(re.sub(r"[^\w.+-]+", "_", word) for word in words)
-            skipped = pytest.mark.skip(reason=f"{one.name}: {one.why_not}")
-            marks = [skipped] if one.why_not else []
+            reason = one.why_not and f"{one.name}: {one.why_not}"
+            marks = [pytest.mark.skip(reason=reason)] if reason else []
             yield pytest.param(workload, one, direction, id=name, marks=marks)
 
 

@@ -272,6 +272,28 @@ def test_a_turn_begins_with_a_call_that_is_not_timed():
     assert counts[1] == counts[0] + 3
 
 
+def test_a_gpus_clock_measures_between_calls(monkeypatch):
+    """Far from its origin too, with a stand-in for the events."""
+    now = iter([1e9, 1e9 + 2, 1e9 + 5])
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = next(now)
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = importlib.import_module("harness.timing").DeviceClock()
+    assert [clock(), clock()] == pytest.approx([0.002, 0.005])
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_gpu_workloads_are_told_apart(suites, quick):
     for name in suites.SUITES:

@@ -222,7 +222,8 @@ class InferenceWorkload(Workload):
             if self.suite == "chains":
                 found.append(of_fused(FROZEN, prepare=partial(optimized, freeze=True)))
                 prepare = partial(with_backend, backend="cpu")
-                found.append(of_fused(FUSED + "cpu", prepare=prepare))
+                why = suite.backends(device, self.dtype, "conv_bn_act")["cpu"]
+                found.append(of_fused(FUSED + "cpu", prepare=prepare, why_not=why))
             for name, prepare in RUNTIMES.items():
                 found.append(of(name, suite.COMPILE_SLACK, prepare, "NCHW"))
         seconds = NETS[self.net].compile_s * 0.6 if self.net else 20.0

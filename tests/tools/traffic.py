@@ -1,8 +1,8 @@
 """Bytes that each kernel of a block's training step in Triton reads and writes, counted in Triton's
 interpreter and beside what the plans say.
 
-Maps are small, launches those of large ones, and every convolution is a fused one. An address counts
-once a launch: what a kernel reads again comes from a cache. Tables of channels do not count.
+Maps are small, launches those of large ones, and every convolution is a fused one. An address
+counts once a launch: what a kernel reads again comes from a cache. Tables of channels do not count.
 
 The design's plan ("L2") is: every convolution with BatchNorm's statistics, the gradient of its
 input with the ReLU before it, by a mask of one bit an element, and BatchNorm's sums, or with what
