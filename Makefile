@@ -45,7 +45,7 @@ lint: $(VENV)/.tests
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
 	$(PY) benchmarks/table.py --check README.md
 
-# The runtimes that are timed beside ours; where one does not install its rows say so.
+# The runtimes that are timed beside the fused kernels; where one does not install its rows say so.
 $(VENV)/.bench: $(VENV)/.tests
 	-$(PY) -m pip install -q "fused_res[bench]"
 	touch $@
