@@ -17,6 +17,7 @@ GRAPHED = "-graphed"
 HEADINGS = {
     "eager": "eager PyTorch",
     "compile": "torch.compile",
+    "compile-freezing": "torch.compile, frozen",
     "cudnn-fused": "cuDNN's fused calls",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
@@ -29,12 +30,13 @@ HEADINGS = {
 }
 
 
-def heading(candidate: str) -> str:
-    """A candidate's name in words."""
+def heading(candidate: str, quote: str = "`") -> str:
+    """A candidate's name in words; quote: what is around code."""
     name, graphed, _ = candidate.partition(GRAPHED)
     known = max((k for k in HEADINGS if name == k or name.startswith(f"{k}-")), key=len, default="")
     words = [HEADINGS.get(known, known), name.removeprefix(known).strip("-")]
-    return ", ".join(filter(None, [*words, "in a CUDA graph" if graphed else ""]))
+    words.append("in a CUDA graph" if graphed else "")
+    return ", ".join(filter(None, words)).replace("`", quote)
 
 
 def load(results: Path) -> dict[str, dict[str, list[dict]]]:
