@@ -45,7 +45,7 @@ def over_eager(rows: list[dict], plain: bool) -> Points:
         ratios = row["speedup_over"]
         ratio = ratios.get(f"eager {CL}", ratios.get(f"eager {row['layout']}"))
         if ratio is not None:
-            name = heading(row["rival"]) + f", {row['layout']}" * (row["rival"] == "eager")
+            name = heading(row["rival"], "") + f", {row['layout']}" * (row["rival"] == "eager")
             out.append((name, label(row, plain), ratio))
     return out
 
@@ -55,7 +55,7 @@ def panels_of(suite: Suite, rows: list[dict]) -> list[tuple[str, Points, bool]]:
     plot, plain = suite.plot, len(suite.plot.directions) == 1
     out = [(f"{plot.title}: speed-up over eager", over_eager(rows, plain), True)]
     if plot.bandwidth:
-        share = [(heading(r["rival"]), label(r, plain), r["percent_of_copy"]) for r in rows]
+        share = [(heading(r["rival"], ""), label(r, plain), r["percent_of_copy"]) for r in rows]
         share = [point for point in share if point[2]]
         out.append((f"{plot.title}: % of copy bandwidth", share, False))
     return [panel for panel in out if panel[1]]
@@ -157,7 +157,7 @@ def _draw_points(roof, rows: list[dict]) -> None:
         of = [r for r in rows if r["rival"] == name]
         x = [r["tflops"] * r["median_ms"] * 1e9 / r["bytes"] for r in of]
         y = [r["tflops"] * 1e3 for r in of]
-        roof.scatter(x, y, color=f"C{rank}", label=heading(name), s=18)
+        roof.scatter(x, y, color=f"C{rank}", label=heading(name, ""), s=18)
         for r, *point in zip(of, x, y, strict=True):
             words = r["workload"].split(", ")[-1]
             roof.annotate(words, point, fontsize=6, textcoords="offset points", xytext=(4, -7))

@@ -14,16 +14,7 @@ import torch
 import torch.nn.functional as F
 from harness.program import Program, double
 from harness.roofline import Kernel
-from harness.suite import (
-    CL,
-    DTYPES,
-    FUSED,
-    FUSED_SLACK,
-    Candidate,
-    Options,
-    Suite,
-    Workload,
-)
+from harness.suite import CL, DTYPES, FUSED, FUSED_SLACK, Candidate, Options, Suite, Workload
 from report.tables import Lookup, caption, number, on_device, to_markdown, unique
 from torch import Tensor
 
@@ -198,14 +189,9 @@ def workloads(gpu: bool, quick: bool) -> list[ConvWorkload]:
             conv((2, 16, 9, 9), "fp16", Conv(16, 3, 1, "add")),
             conv((2, 16, 9, 9), "bf16", Conv(24, 1, 1, "shortcut", 8, 2)),
         ]
-    return [
-        workload
-        for dtype in ("bf16", "fp16")
-        for batch in (256, 1, 32, 8)
-        for workload in dict.fromkeys(
-            [*convs_of(True, batch, dtype), *convs_of(False, batch, dtype)]
-        )
-    ]
+    sizes = [(batch, dtype) for dtype in ("bf16", "fp16") for batch in (256, 1, 32, 8)]
+    nets = [(bottleneck, *size) for size in sizes for bottleneck in (True, False)]
+    return list(dict.fromkeys(workload for net in nets for workload in convs_of(*net)))
 
 
 # --- convolutions of blocks in training

@@ -139,7 +139,7 @@ def draw(rows: list[dict], path: Path) -> Path:
     for net, (whole, start) in zip(nets, axes, strict=True):
         names = []
         for row in (*net.eager, *(row for of in net.fused.values() for row in of)):
-            name = f"{heading(row['rival'])}, {row['layout']}"
+            name = f"{heading(row['rival'], '')}, {row['layout']}"
             names += [name] if name not in names else []
             rank, losses = names.index(name), row["losses"]
             smooth = [mean(losses[max(i - 9, 0) : i + 1]) for i in range(len(losses))]
