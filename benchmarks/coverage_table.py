@@ -33,9 +33,10 @@ from nets import torchvision_models
 from torch import Tensor, nn
 
 import fused_res
-from fused_res import backends, env
+from fused_res import env
+from fused_res.dispatch import backends
 from fused_res.nn.blocks import is_norm
-from fused_res.nn.parts import PartsPlan
+from fused_res.nn.partial import PartsPlan
 
 # timm's modules of nets that add a shortcut to convolutions with BatchNorm
 TIMM = (

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from conv_cases import assert_rule, to
 from errors import rule
 
-from fused_res import FusedResBlock, backend, backends, reference
+from fused_res import FusedResBlock, backend, reference
+from fused_res.dispatch import backends
 from fused_res.ops.conv_bn_act import IMPLEMENTATIONS, Call, conv_bn_act
 from fused_res.reference import ConvNorm, Norm
 

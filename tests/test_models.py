@@ -16,7 +16,7 @@ from zoo import agree, outcome, randomise, torchvision
 
 from fused_res import FusedResBlock, models, reference
 from fused_res.nn.blocks import FusedForward
-from fused_res.nn.chains import FusedSequential
+from fused_res.nn.sequential import FusedSequential
 
 DOCS = (Path(__file__).parent.parent / "docs/models.md").read_text()
 BLOCKS = reference.ResBlock, models.PreActBlock

@@ -13,7 +13,7 @@ from zoo import randomise
 
 import fused_res
 from fused_res import FusedResBlock, env, fuse_, reference, unfuse_
-from fused_res.nn.chains import FusedSequential
+from fused_res.nn.sequential import FusedSequential
 from fused_res.ops import res_chain as op
 from fused_res.ops.res_chain import Link, res_chain
 from fused_res.reference import ACTS, ConvNorm, Norm, ResBlock
@@ -21,7 +21,8 @@ from fused_res.reference import ACTS, ConvNorm, Norm, ResBlock
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(
-        fused_res.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
+        fused_res.dispatch.backends.STATUS["cpu"] is not None,
+        reason="no CPU kernels on this machine",
     ),
 ]
 

@@ -19,7 +19,8 @@ from test_train import failed, train
 from test_train_resume import contents, same
 from zoo import timm  # noqa: F401  with torchvision, before a checkpoint names it
 
-from fused_res import cli, tuning
+from fused_res import cli
+from fused_res.dispatch import tuning
 from fused_res.train import checkpoint, data, engine, lock, nets, report
 from fused_res.train.settings import Settings
 

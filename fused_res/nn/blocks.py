@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import choices, reference
+from .. import reference
+from ..dispatch import inference_conv
 from ..env import BACKENDS
 from ..ops.bn_act import bn_act_norms
 from ..ops.conv_bn_act import (
@@ -409,7 +410,7 @@ def tensors_of(conv: nn.Module, bn: nn.Module | None) -> list[Tensor] | None:
 
 def _key(x: Tensor, residual: Tensor | None = None) -> tuple:
     other = None if residual is None else (residual.shape, residual.stride(), residual.dtype)
-    return x.shape, x.stride(), x.dtype, other, torch.get_num_threads(), *choices.state()
+    return x.shape, x.stride(), x.dtype, other, torch.get_num_threads(), *inference_conv.state()
 
 
 def prepared_block(block: FusedForward, x: Tensor) -> _Prepared | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..cli import UsageError
 from ..nn.blocks import FusedForward, norm_of
-from ..nn.parts import FusedParts
+from ..nn.partial import FusedParts
 from ..ops.sync_bn_act import sync_bn_act
 
 

@@ -10,10 +10,10 @@ from torch import fx, nn
 from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
-from .graphs import Nodes
-from .nn.blocks import BlockPlan, Stage, has_frozen, is_norm
-from .nn.parts import PartsPlan, Program
-from .ops.res_block import MOST_STAGES
+from ..nn.blocks import BlockPlan, Stage, has_frozen, is_norm
+from ..nn.partial import PartsPlan, Program
+from ..ops.res_block import MOST_STAGES
+from .trace import Nodes
 
 IN_PLACE_ADDS = (operator.iadd, "add_")
 

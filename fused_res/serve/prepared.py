@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import choices
-from .graphs import Unfusable
-from .nn.blocks import MOST_SIZES, FusedForward, child, prepared_block, runs_plan
-from .nn.chains import FusedSequential, chain_of, linked, links, unique
-from .nn.conv_norm import conv_norm_relu, prepared_conv
-from .ops.conv_bn_act import under_modes
-from .run.description import Unknowable, has_hooks
-from .run.guards import Record, Watch, guard_of, holds_compiled
-from .run.places import Places
-from .run.reads import Reads
-from .run.weight_cache import fingerprint
-from .tracing import function
+from ..dispatch import inference_conv
+from ..fuse.trace import Unfusable
+from ..nn.blocks import MOST_SIZES, FusedForward, child, prepared_block, runs_plan
+from ..nn.sequential import FusedSequential, chain_of, linked, links, unique
+from ..ops.conv_bn_act import under_modes
+from ..run.conv_norm import conv_norm_relu, prepared_conv
+from ..run.description import Unknowable, has_hooks
+from ..run.guards import Record, Watch, guard_of, holds_compiled
+from ..run.places import Places
+from ..run.reads import Reads
+from ..run.weight_cache import fingerprint
+from .outside_blocks import function
 
 Step = Callable[[Tensor], Tensor]
 
@@ -286,7 +286,7 @@ class PreparedForward:
         if not usual or _has_any_global_hook():
             return plain(model, *inputs)
         sizes = [(x.shape, x.stride(), x.dtype) for x in inputs]
-        key = *sizes, torch.get_num_threads(), *choices.state()
+        key = *sizes, torch.get_num_threads(), *inference_conv.state()
         kept = self._kept.get(key)
         if kept is None or kept.forgotten != self._forgotten or not (frozen or kept.holds()):
             return self._prepare(key, model, inputs)

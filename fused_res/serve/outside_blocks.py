@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
-from .graphs import Nodes, Tracer, trace
-from .nn.blocks import FusedForward, child
-from .nn.chains import links
-from .nn.conv_norm import conv_norm_relu, plain_conv_norm
-from .run.description import NORMS, has_hooks
-from .run.reads import Reads
-from .surgery import FuseReport
+from ..fuse.swap import FuseReport
+from ..fuse.trace import Nodes, Tracer, trace
+from ..nn.blocks import FusedForward, child
+from ..nn.sequential import links
+from ..run.conv_norm import conv_norm_relu, plain_conv_norm
+from ..run.description import NORMS, has_hooks
+from ..run.reads import Reads
 
 
 def convolves(module: nn.Module) -> bool:

@@ -14,14 +14,14 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from .graphs import Unfusable, Untraceable, in_words
-from .nn.blocks import BlockPlan, FusedForward, Unplanned, is_norm, with_signature_of
-from .nn.chains import FusedSequential, has_chain, unchain
-from .nn.parts import FusedParts, PartsPlan, methods
-from .ops.res_block import check_recompute
-from .patterns import plan_of
-from .run.description import kind_of
-from .run.guards import guard_of
+from ..nn.blocks import BlockPlan, FusedForward, Unplanned, is_norm, with_signature_of
+from ..nn.partial import FusedParts, PartsPlan, methods
+from ..nn.sequential import FusedSequential, has_chain, unchain
+from ..ops.res_block import check_recompute
+from ..run.description import kind_of
+from ..run.guards import guard_of
+from .match import plan_of
+from .trace import Unfusable, Untraceable, in_words
 
 
 @dataclass

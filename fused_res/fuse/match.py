@@ -12,12 +12,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
-from .graphs import Nodes, Tracer, Unfusable, Untraceable, in_words, trace
-from .nn.blocks import BlockPlan, Stage, has_frozen, is_norm
-from .nn.parts import PartsPlan
-from .parts import IN_PLACE_ADDS, parts_plan
-from .run.description import Unknowable, has_hooks
-from .run.guards import Record
+from ..nn.blocks import BlockPlan, Stage, has_frozen, is_norm
+from ..nn.partial import PartsPlan
+from ..run.description import Unknowable, has_hooks
+from ..run.guards import Record
+from .partial import IN_PLACE_ADDS, parts_plan
+from .trace import Nodes, Tracer, Unfusable, Untraceable, in_words, trace
 
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 

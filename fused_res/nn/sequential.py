@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..backends import named
+from ..dispatch.backends import named
 from ..ops.conv_bn_act import PLAIN, under_modes
 from ..ops.res_chain import Chain, CudaChain, Link, fits, is_for, prepared_chain
 from ..run.description import has_hooks
