@@ -52,10 +52,10 @@ def _tests() -> list[list[str]]:
     parallel = ["-n", "6"] if importlib.util.find_spec("xdist") else []
     run = [sys.executable, "-m", "pytest", "-q", *parallel, "-m", "gpu"]
     return [
-        [*run, "tests/test_gpu.py"],
-        [*run, "tests/test_gpu_conv.py", "tests/test_inference.py"],
-        [*run, "tests/test_gpu_chain.py"],
-        [*run, "tests/test_gpu_train.py"],
+        [*run, "tests/bn_act/test_gpu.py"],
+        [*run, "tests/conv_bn_act/test_gpu.py", "tests/serve/test_inference.py"],
+        [*run, "tests/res_chain/test_gpu.py"],
+        [*run, "tests/res_block/test_gpu.py"],
     ]
 
 

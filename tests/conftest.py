@@ -11,7 +11,7 @@ from fused_res.dispatch import inference_conv, tuning, user_timings
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # triton_traffic and more
 
 # Without a GPU Triton's kernels run in its interpreter: so says this variable where they are
-# imported. It is set for that and in tests/test_triton*.py; to other tests there is no Triton.
+# imported. It is set for that and in tests/*/test_triton.py; to other tests there is no Triton.
 importlib.import_module("fused_res")
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     with pytest.MonkeyPatch.context() as patch:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from .. import ops  # noqa: F401  defines the ops that this module calls
 from ..env import BACKENDS, CPU_ISAS, settings
 from . import shipped_timings
 

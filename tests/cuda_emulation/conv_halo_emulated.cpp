@@ -1,4 +1,4 @@
-// csrc/cuda's conv_halo on CPU pointers, for tests/test_cuda_halo.py.
+// csrc/cuda's conv_halo on CPU pointers, for tests/conv_halo/test_cuda_emulated.py.
 #define FUSED_RES_EMULATION
 #include "../../csrc/cuda/conv_halo_kernels.cuh"
 
