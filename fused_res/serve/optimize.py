@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..dispatch import inference_conv, tuning, user_timings
+from ..fuse.modules import child, is_exported, is_norm_act
+from ..fuse.plan import BlockPlan
 from ..fuse.swap import FuseReport, fuse_, fused_class, refuse_wrapped, unfuse_
 from ..fuse.trace import Unfusable, in_words
-from ..nn.blocks import BlockPlan, child, is_exported, is_norm_act
 from ..run.reads import Reads
 from ..run.weight_cache import forget_weights
 from .calls import Call, Parameters, example_call, holds_no_tensor, is_plain
@@ -446,7 +447,7 @@ def _leave_to_the_graph(model: nn.Module, report: FuseReport) -> None:
         block = model.get_submodule(name)
         more = isinstance(block.plan.quiet, BlockPlan) or any(
             part.skip == "add" or any(is_norm_act(child(block, s.norm)) for s in part.branch)
-            for part in block.plan.usual.parts
+            for part in block.plan.usual.segments
         )
         if not more or not name:  # a whole model is a graph itself
             unfuse_(block)
