@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from itertools import chain
 from operator import is_
+from typing import Any
 
 from torch import nn
 
@@ -55,9 +56,13 @@ class Record:
 
 
 class Guard:
-    """A module as it was when this was made, and whether that is as it was recorded."""
+    """A module as it was when this was made, and whether that is as it was recorded.
+
+    kept: for each plan, all that inference keeps while the module stays so.
+    """
 
     def __init__(self, module: nn.Module, record: Record) -> None:
+        self.kept: dict[int, Any] = {}
         # a record may lead back to the module, which is to be freed
         self.record, self.same, self.places = weakref.ref(record), False, None
         try:

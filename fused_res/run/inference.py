@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +28,14 @@ from .weight_cache import fingerprint
 
 
 class _OfPlan(NamedTuple):
-    """All that is kept for a plan, by the size of its input, while the block has this guard.
+    """All that a guard keeps for a plan, by the size of its input.
 
     branch: the plan's, kept alive so that its address stays its own. (The plan itself may lead back
-    to the block.)
+    to the block, which the guard would keep alive then.)
     """
 
-    guard: Guard
     branch: tuple[Stage, ...]
     sizes: dict[tuple, Kept]
-
-
-# block -> address of a plan's branch
-_kept: WeakKeyDictionary[nn.Module, dict[int, _OfPlan]] = WeakKeyDictionary()
 
 
 def _keeps(x: Tensor, residual: Tensor | None) -> bool:
@@ -64,8 +58,9 @@ def kept_for(
     """
     if torch.is_grad_enabled() or not _keeps(x, residual):
         return None
-    of_plan = _kept.get(block, {}).get(id(plan.branch))
-    if of_plan is None or of_plan.guard is not last_guard(block):
+    guard = last_guard(block)
+    of_plan = None if guard is None else guard.kept.get(id(plan.branch))
+    if of_plan is None:
         return None
     kept = of_plan.sizes.get((*size_of(x, residual), block.backend))
     if kept is None or kept.passes():
@@ -207,8 +202,5 @@ def _keep(
     kept = Kept(steps, source.modules, Places(), source.tensors, source.fingerprint)
     if last_guard(block) is not source.guard or not kept.passes():
         return  # another thread has written to the weights meanwhile
-    plans = _kept.setdefault(block, {})
-    of_plan = plans.get(id(plan.branch))
-    if of_plan is None or of_plan.guard is not source.guard:
-        of_plan = plans[id(plan.branch)] = _OfPlan(source.guard, plan.branch, {})
+    of_plan = source.guard.kept.setdefault(id(plan.branch), _OfPlan(plan.branch, {}))
     keep(of_plan.sizes, size, kept)
