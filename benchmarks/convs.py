@@ -12,7 +12,8 @@ from workloads import Workload
 from fused_res import reference
 from fused_res.dispatch import inference_conv
 from fused_res.dispatch.backends import why_not
-from fused_res.ops.conv_bn_act import IMPLEMENTATIONS, Call, run_as
+from fused_res.dispatch.inference_conv import IMPLEMENTATIONS
+from fused_res.ops.conv_bn_act import Call, run_as
 from fused_res.reference import ConvNorm, Norm
 
 
@@ -96,6 +97,6 @@ def implementations(workload: Workload, device: str) -> list[tuple[str, object, 
             continue
         configs = [None] if implementation.configs is None else implementation.configs(call)
         for config in configs:
-            choice = inference_conv.Choice(name, "timed", config)
+            choice = inference_conv.Candidate(name, "timed", config)
             found.append((name, config, partial(run_as, choice=choice)))
     return found

@@ -16,7 +16,7 @@ COMMANDS = {
     "doctor": ("fused_res.cli.doctor", "say what is installed, what runs where, and why"),
     "check": ("fused_res.cli.check", "test every available backend against float64"),
     "tune": (
-        "fused_res.dispatch.tuning",
+        "fused_res.cli.tune",
         "measure which kernels run a model's inference fastest here",
     ),
     "train": ("fused_res.train", "train a model, fused, plain or both"),

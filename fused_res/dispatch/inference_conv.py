@@ -1,28 +1,62 @@
 """Which implementation of ``conv_bn_act`` runs a call, and why.
 
-In order of precedence: what the user measured for the very call on this device (``tuned``, made by
-``fused_res.tune``); what was measured for the package (``measured``); a rule that prefers the
-library. Backend ``auto`` chooses among all that can run the call, PyTorch's own ops (``eager``)
-too; a named backend among its own. Nothing is measured here.
+In order of precedence: the user's timing of the very call on this device (``user_timings``, made by
+``fused_res.tune``); the package's timings (``shipped_timings``); on a CPU a rule (``cpu_rules``).
+Backend ``auto`` chooses among all implementations that can run the call, PyTorch's own ops
+(``eager``) too; a named backend among its own. Implementations register themselves. Nothing is
+timed here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from . import backends, shipped_timings, user_timings
+from .cpu_rules import expected_convolution
 from .shipped_timings import Row
 
 OP = "conv_bn_act"
 
 
-class Choice(NamedTuple):
-    """``config``: which of Triton's configurations; None: its own choice, or there is only one."""
+# BatchNorm is in the weights, which 16 bits round once more: 1.3 times PyTorch's error on average
+# over a net, up to 1.9. (cuDNN's calls take them so, where backend cuda is named.)
+FLOAT32_ALONE = "it is for float32 alone"
+
+
+class Implementation(NamedTuple):
+    """One way to run calls of ``conv_bn_act``.
+
+    prepare: takes a call, and a configuration if there are some; returns ``(x, residual) -> y`` for
+        calls of its sizes, right while nothing changes that its convolutions are made of.
+    why_not: why it cannot run a call; None where it can.
+    configs: lists the configurations for a call; None: it has none.
+    """
+
+    backend: str
+    prepare: Callable[..., Callable]
+    why_not: Callable[..., str | None]
+    configs: Callable[..., list] | None = None
+
+
+# By name. Of a backend the first comes first: a later one runs where it is clearly faster.
+IMPLEMENTATIONS: dict[str, Implementation] = {}
+
+
+def register(name: str, *implementation) -> None:
+    """Adds an implementation, the fields of ``Implementation``."""
+    IMPLEMENTATIONS[name] = Implementation(*implementation)
+
+
+class Candidate(NamedTuple):
+    """An implementation that may run a call.
+
+    config: which of Triton's configurations; None: the implementation chooses, or has only one.
+    """
 
     implementation: str
     reason: str
@@ -126,56 +160,15 @@ def words(row: Row) -> str:
 
 def taken(row: Row) -> str:
     """What backend ``auto`` takes where it has a measurement of its own."""
-    from ..ops.conv_bn_act import IMPLEMENTATIONS
-
     return shipped_timings.fastest(row.ms, [n for n in ("eager", *IMPLEMENTATIONS) if n in row.ms])
 
 
-# Weights in Winograd's form are 4 (tiles of 4) or 1.8 times larger and are read once for all tiles:
-# with fewer tiles than these the products wait for them. At 16 tiles of 4 (256 channels, 14x14,
-# batch 1) they are 0.07 of 0.73 ms faster than tiles of 2, with three times the error.
-LEAST_TILES = {4: 24, 2: 12}
-# oneDNN's calls cost 30 us more than ours. Its kernels are 2 to 24 % faster, but for 1x1 ones that
-# add something to what they make. Outputs that glibc maps afresh each time cost it more than that.
-# So with AVX-512; with AVX2 they are 1.2 to 2.3 times as fast, and 1x1 ones alone win so; in plain
-# code they are up to 4 times as fast.
-MOST_DIRECT, MOST_DIRECT_1X1, MOST_DIRECT_AVX2 = 7e7, 1.2e8, 4e6  # multiplications
-MAPPED_BYTES = 32 << 20
-
-
-def _expected(key: Key, able: list[str]) -> str:
-    """What is expected to win on a CPU, from what was measured (benchmarks/results)."""
-    n, channels, height, width = key.shape
-    out_channels, _, *kernel = key.weight
-    if kernel == [3, 3] and key.stride == (1, 1):
-        for tile in (4, 2):
-            tiles = n * -(-height // tile) * -(-width // tile)
-            # of few channels the transforms cost more than tiles of 4 save
-            wide = tile == 2 or min(channels, out_channels) >= 32
-            if f"winograd{tile}" in able and wide and tiles >= LEAST_TILES[tile]:
-                return f"winograd{tile}"
-    pixels = n * height * width // (key.stride[0] * key.stride[1])
-    work = pixels * out_channels * channels * kernel[0] * kernel[1]
-    point = kernel == [1, 1]
-    adds = point and key.residual in ("add", "shortcut")
-    mapped = 4 * pixels * out_channels > MAPPED_BYTES
-    if "direct" not in able:
-        return able[0]
-    wins = {
-        "avx512": work < (MOST_DIRECT_1X1 if point else MOST_DIRECT) or adds or mapped,
-        "avx2": work < MOST_DIRECT_AVX2 or (point and mapped),
-        "plain": False,
-    }
-    # of many channels PyTorch's NCHW kernels have down to a third of the error of oneDNN's for NHWC
-    return "direct" if wins[backends.cpu_isa()] or not key.channels_last else able[0]
-
-
-_chosen: dict[tuple[Key, str, bool], Choice] = {}
+_chosen: dict[tuple[Key, str, bool], Candidate] = {}
 _recorded: dict[Key, object] | None = None
 _forgotten = 0
 
 
-def choose(call, backend: str) -> Choice:
+def choose(call, backend: str) -> Candidate:
     """What runs ``call`` on ``backend``: auto, or one that can be used here."""
     key = key_of(call)
     place = key, backend, torch._C._get_mkldnn_enabled()
@@ -221,7 +214,7 @@ def recording() -> Iterator[dict[Key, object]]:
         forget()
 
 
-def _first(call, key: Key, backend: str) -> Choice:
+def _first(call, key: Key, backend: str) -> Candidate:
     if _recorded is None:
         choice = _choose(call, key, backend)
         row = row_of(key, {})
@@ -232,13 +225,11 @@ def _first(call, key: Key, backend: str) -> Choice:
         residual = torch.empty_like(residual, device="meta")
     x = torch.empty_like(call.x, device="meta")
     _recorded.setdefault(key, call._replace(x=x, residual=residual))
-    return Choice("eager", "the calls of a model are recorded")
+    return Candidate("eager", "the calls of a model are recorded")
 
 
 def why_not(call, backend: str) -> dict[str, str | None]:
     """Why each implementation of a backend cannot run a call; None where it can."""
-    from ..ops.conv_bn_act import FLOAT32_ALONE, IMPLEMENTATIONS
-
     reasons = {}
     for name, implementation in IMPLEMENTATIONS.items():
         if backend not in ("auto", implementation.backend):
@@ -256,17 +247,13 @@ def why_not(call, backend: str) -> dict[str, str | None]:
 
 def _config(call, name: str, wanted: dict | None) -> object:
     """The configuration that a table names, if it is still one for this call."""
-    from ..ops.conv_bn_act import IMPLEMENTATIONS
-
     configs = None if name == "eager" else IMPLEMENTATIONS[name].configs
     if configs is None or wanted is None:
         return None
     return next((config for config in configs(call) if config._asdict() == wanted), None)
 
 
-def _choose(call, key: Key, backend: str) -> Choice:
-    from ..ops.conv_bn_act import IMPLEMENTATIONS
-
+def _choose(call, key: Key, backend: str) -> Candidate:
     reasons = why_not(call, backend)
     able = [name for name, reason in reasons.items() if reason is None]
     row = row_of(key, {})
@@ -277,20 +264,20 @@ def _choose(call, key: Key, backend: str) -> Choice:
         name = shipped_timings.fastest(mine.ms, timed)
         gain = f", {mine.ms['eager'] / mine.ms[name]:.2f}x PyTorch" if "eager" in mine.ms else ""
         config = _config(call, name, mine.config)
-        return Choice(name, f"tuned: {mine.ms[name]:.3g} ms{gain}", config)
+        return Candidate(name, f"tuned: {mine.ms[name]:.3g} ms{gain}", config)
     if backend == "auto":
         device = shipped_timings.device_of(key.device.type, key.device.index)
         name, reason, config = shipped_timings.verdict(
             OP, device, row.dtype, row.layout, row.shape, tuple(able), row.like
         )
         if name is not None:
-            return Choice(name, reason, _config(call, name, config))
+            return Candidate(name, reason, _config(call, name, config))
         backend, reason = backends.preferred(OP, call.x)
         if backend == "eager":
-            return Choice("eager", reason)
+            return Candidate("eager", reason)
         able = [name for name in able if IMPLEMENTATIONS[name].backend == backend]
     if able and key.device.type == "cpu":
-        return Choice(_expected(key, able), "expected to win at this shape")
+        return Candidate(expected_convolution(key, able), "expected to win at this shape")
     if able:
-        return Choice(able[0], "the library")
-    return Choice("eager", "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+        return Candidate(able[0], "the backend's first")
+    return Candidate("eager", "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))

@@ -1,21 +1,16 @@
-"""``fused_res.tune`` and ``fused-res tune``: times every way to run a model's convolutions.
+"""``fused_res.tune`` and ``fused-res tune``: times every candidate to run a model's convolutions.
 
 Each distinct call of ``conv_bn_act`` in one forward of the model is timed in every implementation
 that can run it, PyTorch's own ops too. For training, each distinct convolution of its blocks is
-timed both ways, the library's against our own in Triton. The figures are kept by ``tuned``;
+timed both candidates, the library's against our own in Triton. The figures are kept by ``tuned``;
 ``choices`` and ``plans`` go by them.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import importlib
-import importlib.util
-import inspect
 import logging
-import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,14 +24,13 @@ from torch import Tensor, nn
 from torch.random import fork_rng
 from torch.utils import _pytree as pytree
 
-from ..cli import UsageError, table
-from ..env import settings
+from ..cli import table
 from ..fuse.swap import fuse_, refuse_wrapped
 from ..nn.blocks import FusedForward
-from ..ops.conv_bn_act import IMPLEMENTATIONS, Call, run_as
+from ..ops.conv_bn_act import Call, run_as
 from ..serve.calls import example_call
 from . import backends, inference_conv, training_conv, user_timings
-from .inference_conv import Choice, Key
+from .inference_conv import IMPLEMENTATIONS, Candidate, Key
 from .shipped_timings import Row
 
 _log = logging.getLogger("fused_res")
@@ -134,23 +128,24 @@ def _words(t: Tensor) -> str:
     return f"a tensor of shape {tuple(t.shape)}, {dtype} on {t.device}"
 
 
-def _ways(call: Call) -> list[Choice]:
-    """Everything that can run a call, an implementation with configurations in each of them."""
-    ways = [Choice("eager", "")]
+def _candidates(call: Call) -> list[Candidate]:
+    """PyTorch's own ops, and each implementation that can run a call in each of its
+    configurations."""
+    candidates = [Candidate("eager", "")]
     for name, reason in inference_conv.why_not(call, "auto").items():
         if reason is None:
             configs = IMPLEMENTATIONS[name].configs
             found = [None] if configs is None else configs(call)
-            ways += [Choice(name, "", config) for config in found]
-    return ways
+            candidates += [Candidate(name, "", config) for config in found]
+    return candidates
 
 
-def _runner(call: Call, way: Choice) -> Callable[[], object]:
+def _runner(call: Call, candidate: Candidate) -> Callable[[], object]:
     """What runs a call again and again. Blocks prepare those in channels_last on a CPU once, which
     takes 25 to 45 us."""
-    if way.implementation == "eager" or not call.x.is_cpu or call.x.stride(1) != 1:
-        return partial(run_as, call, way)
-    return partial(IMPLEMENTATIONS[way.implementation].prepare(call), call.x, call.residual)
+    if candidate.implementation == "eager" or not call.x.is_cpu or call.x.stride(1) != 1:
+        return partial(run_as, call, candidate)
+    return partial(IMPLEMENTATIONS[candidate.implementation].prepare(call), call.x, call.residual)
 
 
 def _clock(run: Callable[[], object], device: torch.device) -> float:
@@ -171,9 +166,12 @@ def _clock(run: Callable[[], object], device: torch.device) -> float:
     return max(host, events[0].elapsed_time(events[1]) / 1e3)
 
 
-def _time(call: Call, ways: list[Choice], seconds: float) -> list[float | None]:
-    """Milliseconds of each way; None: it does not run."""
-    makers = {f"{way.implementation} {way.config}": partial(_runner, call, way) for way in ways}
+def _time(call: Call, candidates: list[Candidate], seconds: float) -> list[float | None]:
+    """Milliseconds of each candidate; None where it does not run."""
+    makers = {
+        f"{candidate.implementation} {candidate.config}": partial(_runner, call, candidate)
+        for candidate in candidates
+    }
     return _time_in_turns(makers, [call.x, call.residual], seconds)
 
 
@@ -218,7 +216,7 @@ def _time_in_turns(
 
 
 def _measure(key: Key, call: Call, seconds: float) -> Row | None:
-    """None: there is only one way to run it."""
+    """None: there is only one candidate to run it."""
     generator = torch.Generator(key.device).manual_seed(0)
 
     def filled(t: Tensor | None) -> Tensor | None:
@@ -227,17 +225,17 @@ def _measure(key: Key, call: Call, seconds: float) -> Row | None:
         return torch.empty_like(t, device=key.device).normal_(generator=generator)
 
     call = call._replace(x=filled(call.x), residual=filled(call.residual))
-    ways = _ways(call)
-    if len(ways) == 1:
+    candidates = _candidates(call)
+    if len(candidates) == 1:
         return None
     with contextlib.ExitStack() as stack:
         if call.conv.weight.dtype != key.dtype:
             stack.enter_context(torch.autocast(key.device.type, key.dtype))
         if key.device.type == "cuda":
             stack.enter_context(torch.cuda.device(key.device))  # events are of the current one
-        times = _time(call, ways, seconds)
-    names = [way.implementation for way in ways]
-    ms, config = _fastest(names, [way.config for way in ways], times)
+        times = _time(call, candidates, seconds)
+    names = [candidate.implementation for candidate in candidates]
+    ms, config = _fastest(names, [candidate.config for candidate in candidates], times)
     return inference_conv.row_of(key, ms, config) if len(ms) > 1 and "eager" in ms else None
 
 
@@ -251,7 +249,7 @@ def _fastest(names, configs, times) -> tuple[dict[str, float], dict | None]:
     return ms, fields
 
 
-def _why_not_training(x: Tensor) -> str | None:
+def why_not_training(x: Tensor) -> str | None:
     """Why there is nothing to choose in training; None where there is."""
     if x.is_cpu and "cpu" not in backends.DEVICE_TYPES["triton"]:
         return "on a CPU fixed rules say which convolutions of training are our own"
@@ -260,7 +258,7 @@ def _why_not_training(x: Tensor) -> str | None:
 
 
 def _measure_training(call: training_conv.Call, _, seconds: float) -> Row | None:
-    """As ``_measure``, a convolution of a block in training, one way."""
+    """As ``_measure``, a convolution of a block in training, one candidate."""
     from .training_conv_candidates import Steps, values
 
     v = values(call, call.device)
@@ -316,7 +314,7 @@ def tune(
 
     Returns:
         TuneReport: milliseconds by shape and implementation, what is taken, where it was written.
-            Empty where all runs in one way: 16-bit tensors on a CPU, training there and without
+            Empty where all runs in one candidate: 16-bit tensors on a CPU, training there and without
             Triton.
 
     Raises:
@@ -329,19 +327,13 @@ def tune(
     """
     _refuse_to_measure()
     refuse_wrapped(model, "tune")
-    if isinstance(example, Mapping):
-        args, kwargs = example_call(example)
-    else:
-        args, kwargs = (example,) if isinstance(example, Tensor) else example, {}
-        tensors = isinstance(args, (tuple, list)) and [t for t in args if t is not None]
-        if tensors is False or not all(isinstance(t, Tensor) for t in tensors):
-            raise TypeError(f"example must be a tensor or a tuple of tensors, got {example!r:.100}")
+    args, kwargs = _example(example)
     seconds = SECONDS if seconds is None else seconds
     if not seconds >= 0:
         raise ValueError(f"seconds={seconds!r} must be at least 0")
     report = TuneReport()
     first = next((t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
-    reason = _why_not_training(first) if train and first is not None else None
+    reason = why_not_training(first) if train and first is not None else None
     if reason is not None:
         _log.info("tune: nothing to choose: %s", reason)
         return report
@@ -353,11 +345,33 @@ def tune(
         if row is None:
             continue
         report.rows.append(row)
-        report.chosen.append(inference_conv.taken(row))
+        report.chosen.append(taken := inference_conv.taken(row))
         by_device.setdefault(key.device, []).append(row)
-        _log.info(
-            "tune: %d of %d: %s: %s", i, len(calls), inference_conv.words(row), report.chosen[-1]
-        )
+        _log.info("tune: %d of %d: %s: %s", i, len(calls), inference_conv.words(row), taken)
+    _write(by_device, report)
+    return report
+
+
+def _example(
+    example: Tensor | tuple[Tensor | None, ...] | Mapping[str, Any],
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments and keyword arguments of a call."""
+    if isinstance(example, Mapping):
+        return example_call(example)
+    args = (example,) if isinstance(example, Tensor) else example
+    if not isinstance(args, (tuple, list)) or not all(
+        t is None or isinstance(t, Tensor) for t in args
+    ):
+        raise TypeError(f"example must be a tensor or a tuple of tensors, got {example!r:.100}")
+    return tuple(args), {}
+
+
+def _write(by_device: dict[torch.device, list[Row]], report: TuneReport) -> None:
+    """Keeps the rows in this process, then in files.
+
+    Raises:
+        TableNotWritten: a file cannot be written.
+    """
     for device, rows in by_device.items():
         user_timings.keep(device, rows)
     inference_conv.forget()
@@ -367,151 +381,7 @@ def tune(
         except OSError as error:
             path = user_timings.path_of(user_timings.made_by(device))
             raise TableNotWritten(
-                f"tune could not write {path} ({error}): its "
-                f"choices hold in this process only; FUSED_RES_CACHE must name a folder that can "
-                f"be written",
+                f"tune could not write {path} ({error}): its choices hold in this process only; "
+                f"FUSED_RES_CACHE must name a folder that can be written",
                 report,
             ) from error
-    return report
-
-
-# --- the command
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be sizes as in 1x3x224x224")
-    return tuple(map(int, text.split("x")))
-
-
-def named_model(name: str, /, num_classes: int | None = None, **arguments: object) -> nn.Module:
-    """The model that a command line names.
-
-    Args:
-        name: torchvision:NAME, timm:NAME, package.module:NAME or file.py:NAME.
-        num_classes: handed to what makes the model, if it has that parameter.
-        **arguments: handed to what makes the model.
-
-    Raises:
-        UsageError: there is none, or it cannot be made so.
-    """
-    source, _, attribute = name.rpartition(":")
-    if not source or not attribute:
-        raise UsageError(
-            f"MODEL {name!r} must be torchvision:NAME, timm:NAME, package.module:NAME or "
-            f"file.py:NAME"
-        )
-    zoo = source in ("torchvision", "timm")
-    try:
-        if source == "torchvision":
-            make = partial(importlib.import_module("torchvision.models").get_model, attribute)
-        elif source == "timm":
-            make = partial(importlib.import_module("timm").create_model, attribute)
-        elif source.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            make = getattr(module, attribute)
-        else:
-            make = getattr(importlib.import_module(source), attribute)
-        if isinstance(make, nn.Module):
-            if arguments:
-                raise TypeError(f"it is made already, and takes no {', '.join(arguments)}")
-            model = make
-        else:
-            if num_classes and (zoo or "num_classes" in inspect.signature(make).parameters):
-                arguments["num_classes"] = num_classes
-            model = make(**arguments)
-    except Exception as error:
-        raise UsageError(f"MODEL {name!r}: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"MODEL {name!r} must be or make a module, got {type(model).__name__}")
-    return model
-
-
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in backends.DTYPES}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="torchvision:resnet18, timm:resnet50, package.module:NAME or file.py:NAME, a module "
-        "or what makes one when it is called without arguments",
-    )
-    parser.add_argument("--shape", type=_shape, help="of the input: 1x3x224x224")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU"
-    )
-    parser.add_argument(
-        "--train", action="store_true", help="for training: convolutions in blocks, both ways"
-    )
-    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--list", action="store_true", help="list the tables that were written")
-    parser.add_argument("--clear", action="store_true", help="remove them")
-
-
-def _list() -> str:
-    rows = []
-    here = {user_timings.path_of(user_timings.made_by(device)) for device in user_timings.devices()}
-    for path in user_timings.files():
-        try:
-            made, found = user_timings.load(path)
-            about = [made["device"], f"torch {made['torch']}", len(found)]
-        except (OSError, ValueError, KeyError) as error:
-            about = [f"cannot be used: {error}", "", ""]
-        rows.append([path, *about, "yes" if path in here else "no"])
-    return table(["table", "device", "versions", "calls", "used here"], rows)
-
-
-@contextlib.contextmanager
-def _progress():
-    """Shows on stderr what is logged."""
-    handler = logging.StreamHandler()
-    level = _log.level
-    if settings.log == "off":  # else it is shown anyway
-        _log.addHandler(handler)
-        _log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        _log.removeHandler(handler)
-        _log.setLevel(level)
-
-
-def run(args: argparse.Namespace) -> int:
-    if args.list or args.clear:
-        if args.list:
-            print(_list())
-        for path in user_timings.files() if args.clear else []:
-            path.unlink()
-            print(f"removed {path}")
-        user_timings.forget()
-        inference_conv.forget()
-        return 0
-    if args.model is None or args.shape is None:
-        raise UsageError("MODEL and --shape must be given, or --list or --clear")
-    from ..serve.optimize import optimize_for_inference
-
-    model = named_model(args.model)
-    reason = f"{args.dtype} runs in one way here"
-    try:
-        model = model.to(args.device, DTYPES[args.dtype])
-        x = torch.randn(args.shape, dtype=DTYPES[args.dtype], device=args.device)
-        if args.train:
-            reason = _why_not_training(x) or "no convolution of its blocks can be our own"
-        else:
-            # the convolutions of both: those in residual blocks, and those that only this one runs
-            model = optimize_for_inference(model, x, tune=False, channels_last=args.channels_last)
-        if args.channels_last and x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        with _progress():
-            report = tune(model, x, train=args.train)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
-    print(report if report.rows else f"nothing to choose: {reason}")
-    for path in report.paths:
-        print(f"wrote {path}")
-    return 0

@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import env, reference
 from ..dispatch import inference_conv
 from ..dispatch.backends import DTYPES, asked_for, choose, named, why_not_tensors
+from ..dispatch.inference_conv import FLOAT32_ALONE, IMPLEMENTATIONS, register
 from ..reference import ACTS, Act, ConvNorm, Norm
 from ..run.weight_cache import packed_weights, scale_and_shift
 from . import conv_halo, direct, library, winograd  # noqa: F401  define the ops that run here
@@ -90,11 +91,6 @@ def _folded(conv: ConvNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if shift is None:
         shift = weight.new_zeros(weight.size(0))
     return weight.to(dtype).contiguous(memory_format=torch.channels_last), shift.to(dtype)
-
-
-# BatchNorm is in the weights, which 16 bits round once more: 1.3 times PyTorch's error on average
-# over a net, up to 1.9. (cuDNN's calls take them so, where backend cuda is named.)
-FLOAT32_ALONE = "it is for float32 alone"
 
 
 def _apply_rest(z: Tensor, residual: Tensor | None, concat: bool, act: str) -> Tensor:
@@ -303,26 +299,15 @@ def _anew(run: Callable[..., Tensor]) -> Callable[..., Run]:
     return prepare
 
 
-class Implementation(NamedTuple):
-    """``configs``: lists those that ``prepare`` takes with a call; None: it takes none."""
-
-    backend: str
-    prepare: Callable[..., Run]
-    why_not: Callable[[Call], str | None]
-    configs: Callable[[Call], list] | None = None
-
-
-# Of a backend the library first, then ours: a later one is taken where it is clearly faster.
-IMPLEMENTATIONS = {
-    "onednn": Implementation("cpu", _onednn, _onednn_why_not),
-    "direct": Implementation("cpu", _direct, _direct_why_not),
-    "winograd2": Implementation("cpu", partial(_winograd, 2), partial(_winograd_why_not, 2)),
-    "winograd4": Implementation("cpu", partial(_winograd, 4), partial(_winograd_why_not, 4)),
-    "bn_act": Implementation("cpu", _anew(_bn_act), lambda call: None),
-    "cudnn": Implementation("cuda", _anew(_cudnn), _cudnn_why_not),
-    "conv_halo": Implementation("cuda", _anew(_conv_halo), _conv_halo_why_not),
-    "triton": Implementation("triton", _anew(_triton), _triton_why_not, _triton_configs),
-}
+# Of a backend ATen's, cuDNN's or oneDNN's first.
+register("onednn", "cpu", _onednn, _onednn_why_not)
+register("direct", "cpu", _direct, _direct_why_not)
+register("winograd2", "cpu", partial(_winograd, 2), partial(_winograd_why_not, 2))
+register("winograd4", "cpu", partial(_winograd, 4), partial(_winograd_why_not, 4))
+register("bn_act", "cpu", _anew(_bn_act), lambda call: None)
+register("cudnn", "cuda", _anew(_cudnn), _cudnn_why_not)
+register("conv_halo", "cuda", _anew(_conv_halo), _conv_halo_why_not)
+register("triton", "triton", _anew(_triton), _triton_why_not, _triton_configs)
 
 
 # --- the op
@@ -372,7 +357,7 @@ def _run(call: Call, backend: str) -> Tensor:
     return run_as(call, inference_conv.choose(call, backend))
 
 
-def run_as(call: Call, choice: inference_conv.Choice) -> Tensor:
+def run_as(call: Call, choice: inference_conv.Candidate) -> Tensor:
     """A call by an implementation that can run it."""
     if choice.implementation == "eager":
         y = reference.conv_bn_act(*call)

@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import training_conv
 from ..dispatch.backends import choose, is_auto
+from ..dispatch.cpu_rules import whole_block_pays
 from ..reference import ACTS, Act, ConvNorm, Norm, Shortcut
 from . import library
 from .bn_act import bn_act_norms, is_nchw, laid_out
@@ -49,12 +50,6 @@ PARAMETERS, INTEGERS = 4, 8
 IDENTITY, PROJECTION, NOTHING = range(3)
 MOST_STAGES = 20  # bits of needs
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
-# Elements of x up to which one call is worth it on a CPU where the library's convolutions run. One
-# autograd node keeps all that it saved until its backward pass is over, where a node for each stage
-# frees as it goes: one call takes 0.98 to 0.99 of the time up to 2 million elements, and 1.03 at 6
-# million. Where our own run, which are in this op alone, it is two thirds. A GPU's memory is worth
-# more than the pass that one call takes for what it does not keep.
-MOST_ELEMENTS = 2**22
 library.define(f"res_block_fwd{_FWD}")
 library.define(f"res_block_bwd{_BWD}")
 # Triton's, as in bn_act. plan: of each stage what runs its convolution, forward and backward:
@@ -367,8 +362,8 @@ def _whole_in(
     name = choose("bn_act", backend, x)
     if name == "eager":
         return None
-    small = recompute is not None or x.numel() <= MOST_ELEMENTS
-    pays = name != "cpu" or (small and not (is_bare and is_auto(backend)))
+    bare = is_bare and is_auto(backend)
+    pays = name != "cpu" or whole_block_pays(x.numel(), recompute is not None, bare)
     return name if pays or _convolves(x, branch) else None
 
 

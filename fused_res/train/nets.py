@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .. import models
 from ..cli import UsageError
+from ..cli.model import named_model
 from ..dispatch.backends import BackendUnavailable
-from ..dispatch.tuning import named_model
 from ..fuse.swap import fuse_
 from ..nn.blocks import FusedForward
 from .checks import CheckpointError, is_like

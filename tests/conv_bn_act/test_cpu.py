@@ -127,7 +127,7 @@ class Case:
         poison(arguments[0], arguments[1].weight)
         if how in backends.STATUS or how == "auto":
             return conv_bn_act(*arguments, backend=how)
-        return run_as(Call(*arguments), inference_conv.Choice(how, "the test's"))
+        return run_as(Call(*arguments), inference_conv.Candidate(how, "the test's"))
 
     def runs(self, implementation):
         """Whether an implementation of the CPU backend can run the call."""
@@ -410,7 +410,7 @@ def test_inputs_are_not_changed_and_outputs_are_new(how, layout):
             arguments = case.arguments(torch.float32)
             before = case.arguments(torch.float32)
             with torch.no_grad():
-                y = run_as(Call(*arguments), inference_conv.Choice(how, "the test's"))
+                y = run_as(Call(*arguments), inference_conv.Candidate(how, "the test's"))
                 y.fill_(float("nan"))
             for a, b in zip(arguments[:4], before[:4], strict=True):
                 torch.testing.assert_close(tensors_of(a), tensors_of(b), rtol=0, atol=0)

@@ -8,7 +8,8 @@ from errors import rule
 
 from fused_res import FusedResBlock, backend, reference
 from fused_res.dispatch import backends
-from fused_res.ops.conv_bn_act import IMPLEMENTATIONS, Call, conv_bn_act
+from fused_res.dispatch.inference_conv import IMPLEMENTATIONS
+from fused_res.ops.conv_bn_act import Call, conv_bn_act
 from fused_res.reference import ConvNorm, Norm
 
 pytestmark = pytest.mark.gpu

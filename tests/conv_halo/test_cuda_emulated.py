@@ -18,7 +18,8 @@ from errors import rule
 from res_chain_cases import image, stage
 
 from fused_res import reference
-from fused_res.ops.conv_bn_act import IMPLEMENTATIONS, Call
+from fused_res.dispatch.inference_conv import IMPLEMENTATIONS
+from fused_res.ops.conv_bn_act import Call
 from fused_res.reference import ACTS, Norm
 
 COMPILER = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")

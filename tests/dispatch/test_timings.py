@@ -11,8 +11,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fused_res import FusedResBlock
 from fused_res.cli import doctor
 from fused_res.dispatch import backends, inference_conv, shipped_timings
+from fused_res.dispatch.inference_conv import IMPLEMENTATIONS
 from fused_res.dispatch.shipped_timings import Row, verdict
-from fused_res.ops.conv_bn_act import IMPLEMENTATIONS, fuses_convolutions
+from fused_res.ops.conv_bn_act import fuses_convolutions
 
 H100 = ("NVIDIA H100 80GB HBM3", "sm_90")
 H200 = ("NVIDIA H200", "sm_90")

@@ -40,10 +40,10 @@ def way(request, monkeypatch):
 
     def choose(call, backend):
         if call.x.dtype == torch.float64:
-            return inference_conv.Choice("eager", "the test's")
+            return inference_conv.Candidate("eager", "the test's")
         reasons = inference_conv.why_not(call, "cpu")
         able = [name for name in own if request.param == "own" and not reasons[name]]
-        return inference_conv.Choice((able or ["onednn"])[0], "the test's")
+        return inference_conv.Candidate((able or ["onednn"])[0], "the test's")
 
     monkeypatch.setattr(inference_conv, "choose", choose)
     monkeypatch.setitem(globals(), "X", X.contiguous(memory_format=WAYS[request.param]))
@@ -709,7 +709,7 @@ def test_blocks_that_lead_to_themselves_are_freed(how, monkeypatch):
         block.conv1.parent = [block]
     else:
         monkeypatch.setattr(
-            inference_conv, "choose", lambda *_: inference_conv.Choice("bn_act", "the test's")
+            inference_conv, "choose", lambda *_: inference_conv.Candidate("bn_act", "the test's")
         )
     x = X.clone(memory_format=torch.preserve_format)
     look(block, x)

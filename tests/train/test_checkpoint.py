@@ -19,7 +19,7 @@ from train_commands import contents, failed, same, train
 from zoo import timm  # noqa: F401  with torchvision, before a checkpoint names it
 
 from fused_res import cli
-from fused_res.dispatch import tuning
+from fused_res.cli import model as cli_model
 from fused_res.train import checkpoint, data, engine, lock, nets, report
 from fused_res.train.settings import Settings
 
@@ -279,8 +279,10 @@ class trained_once:
 )
 def test_no_code_is_run_and_no_file_opened(model, arguments, mine, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tuning, "named_model", lambda *args, **keywords: pytest.fail("it was made"))
-    monkeypatch.setattr(nets, "named_model", tuning.named_model)
+    monkeypatch.setattr(
+        cli_model, "named_model", lambda *args, **keywords: pytest.fail("it was made")
+    )
+    monkeypatch.setattr(nets, "named_model", cli_model.named_model)
     model = model.format(tmp_path=tmp_path)
     settings = Settings(model=model, model_arg=tuple(arguments.items()), epochs=1)
     put_checkpoint(tmp_path / "last.pt", settings)

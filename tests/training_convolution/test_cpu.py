@@ -12,7 +12,7 @@ from errors import rule
 from instruction_sets import instruction_set
 
 from fused_res import Norm, reference
-from fused_res.ops import res_block as op
+from fused_res.dispatch import cpu_rules
 from fused_res.ops.res_block import res_block
 from fused_res.reference import ConvNorm
 
@@ -229,7 +229,7 @@ def test_in_plain_code_the_library_runs(name):
 
 @pytest.mark.parametrize("name", [*BLOCKS, *ELSEWHERE, "few pixels after a stride"])
 def test_large_maps_are_one_call_where_ours_run(name, monkeypatch):
-    monkeypatch.setattr(op, "MOST_ELEMENTS", 0)
+    monkeypatch.setattr(cpu_rules, "MOST_ELEMENTS_OF_BLOCK", 0)
     if name in BLOCKS:
         branch, shortcut, shape = BLOCKS[name]()
         x = image(*shape)
