@@ -13,7 +13,8 @@ from .dispatch.tuning import TableNotWritten, TuneReport, tune
 from .fuse.swap import FuseReport, fuse_, unfuse_
 from .nn import FusedResBlock
 from .reference import Norm
-from .serve.optimize import OptimizedModel, optimize_for_inference, refresh
+from .serve.model import OptimizedModel
+from .serve.optimize import optimize_for_inference, refresh
 from .version import __version__
 
 __all__ = [

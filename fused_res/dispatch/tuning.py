@@ -314,8 +314,8 @@ def tune(
 
     Returns:
         TuneReport: milliseconds by shape and implementation, what is taken, where it was written.
-            Empty where all runs in one candidate: 16-bit tensors on a CPU, training there and without
-            Triton.
+            Empty where there is one candidate for everything: 16-bit tensors on a CPU, training
+            there and without Triton.
 
     Raises:
         TypeError: ``model`` is not a module, ``example`` not tensors.
