@@ -7,7 +7,7 @@
 ``fused_res.reference`` is the same in plain PyTorch; ``fused_res.ops`` holds the ops by themselves.
 """
 
-from . import models, reference
+from . import models, ops, reference
 from .dispatch.backends import BackendUnavailable, backend, empty_cache
 from .dispatch.tuning import TableNotWritten, TuneReport, tune
 from .fuse.swap import FuseReport, fuse_, unfuse_
@@ -30,9 +30,14 @@ __all__ = [
     "empty_cache",
     "fuse_",
     "models",
+    "ops",
     "optimize_for_inference",
     "reference",
     "refresh",
     "tune",
     "unfuse_",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

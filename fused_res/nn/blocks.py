@@ -5,22 +5,22 @@ A block keeps ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` children under their
 says in which order they act, and ``run`` follows the plan.
 """
 
-from __future__ import annotations
-
 import functools
 import types
 import warnings
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import reference
-from ..env import BACKENDS
+from ..env import BACKENDS, Backend
 from ..fuse.modules import child, is_exported, is_for_kernels, is_frozen
 from ..fuse.plan import BlockPlan, PartialPlan, Stage, Unplanned
 from ..ops.res_block import check_recompute
+from ..reference import Kind, ReluPlacement, Skip
 from ..run.block import run_block
 from ..run.guards import Record, guard_of, passes_compiled
 from ..run.reads import Reads
@@ -102,27 +102,81 @@ class FusedPartialForward(FusedForward):
         return self._usual(*args)
 
 
-_DOC = reference.ResBlock.__doc__ or ""  # there is none with python -OO
-
-
 class FusedResBlock(FusedForward, reference.ResBlock):
-    __doc__ = _DOC.replace(
-        "A residual block in plain PyTorch, of any kind ``fused_res.FusedResBlock`` has.",
-        "A residual block with fused BatchNorm, add and ReLU, forward and backward.\n\n"
-        "    ``FusedResBlock(in_channels, out_channels, stride=1)`` is the basic block.\n"
-        "    Checkpoints of torchvision's blocks load into it and the other way round.",
-    ).replace(
-        "        device, dtype: of the parameters.\n",
-        "        device, dtype: of the parameters.\n"
-        "        backend: auto, cpu, cuda, triton or eager, for this block alone.\n"
-        "        recompute: ``last``: the backward pass computes the last convolution again,\n"
-        "            instead of keeping its output.\n",
-    )
+    """A residual block with fused BatchNorm, add and ReLU, forward and backward.
+
+    Basic and bottleneck blocks are those of He et al., 2016 (https://arxiv.org/abs/1512.03385), the
+    stride in the 3x3 convolution. Children are named as in torchvision, ``conv1 bn1 conv2 bn2
+    [conv3 bn3] [downsample.0 downsample.1]``: checkpoints of its blocks load, and the other way
+    round. ``fused_res.reference.ResBlock`` is the same block in plain PyTorch.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the branch's output. The block's output has as many, and with
+            ``skip="concat"`` ``in_channels`` more.
+        stride: of the branch's (first) 3x3 convolution, and of the projection.
+        kind: ``basic`` (two 3x3), ``bottleneck`` (1x1, 3x3, 1x1), ``single`` (one 3x3) or ``plain``
+            (two 3x3 without normalisation).
+        skip: ``identity``, ``projection`` (1x1 convolution and, unless plain, BatchNorm) or
+            ``concat`` (the output is ``cat((x, branch), dim=1)``). Default: identity where the
+            shapes allow it, else projection.
+        groups: of the 3x3 convolutions.
+        dilation: of the 3x3 convolutions, padded so that the size stays.
+        width: channels inside the branch. Default: ``out_channels``; a quarter in a bottleneck.
+        bias: whether the convolutions have a bias. Default: only in plain blocks.
+        relu: ``after`` the add, ``before`` it (on the branch), or ``none``. Default: before the add
+            in a single block, none with ``skip="concat"``, else after.
+        dropout: probability of ``nn.Dropout`` on the last convolution's input
+            (Zagoruyko and Komodakis, 2016).
+        eps, momentum, affine, track_running_stats: of every ``nn.BatchNorm2d``.
+        device, dtype: of the parameters.
+        backend: the backend of this block alone; default: what ``fused_res.backend`` or
+            ``FUSED_RES_BACKEND`` says.
+        recompute: ``last``: the backward pass computes the last convolution again, instead of
+            keeping its output; None: it does not.
+
+    Shape:
+        (N, in_channels, H, W) -> (N, out_channels [+ in_channels], H / stride, W / stride), sizes
+        rounded up; float32, bfloat16, float16 or float64.
+
+    Raises:
+        ValueError: an argument is out of range or two do not fit together; the message names them.
+
+    Example:
+        >>> block = FusedResBlock(64, 128, stride=2).to(memory_format=torch.channels_last)
+        >>> block(torch.randn(8, 64, 32, 32)).shape
+        torch.Size([8, 128, 16, 16])
+    """
 
     def __init__(
-        self, *args, backend: str | None = None, recompute: str | None = None, **kwargs
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        kind: Kind = "basic",
+        skip: Skip | None = None,
+        groups: int = 1,
+        dilation: int = 1,
+        width: int | None = None,
+        bias: bool | None = None,
+        relu: ReluPlacement | None = None,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: Backend | None = None,
+        recompute: Literal["last"] | None = None,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        norm = {"eps": eps, "momentum": momentum, "affine": affine}
+        super().__init__(
+            in_channels, out_channels, stride, kind=kind, skip=skip, groups=groups,
+            dilation=dilation, width=width, bias=bias, relu=relu, dropout=dropout, **norm,
+            track_running_stats=track_running_stats, device=device, dtype=dtype,
+        )  # fmt: skip
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} must be one of: {', '.join(BACKENDS)}")
         self.backend = backend
