@@ -23,7 +23,7 @@ def exact_float32():
     torch.backends.cudnn.allow_tf32 = before
 
 
-# Calls that conv_halo takes: of tiles of several images, of more tiles than blocks, of all ends.
+# Calls that conv_halo takes: with tiles of several images, more tiles than blocks, all epilogues.
 HALO = {
     "64 3x3": CALLS["64 3x3"],
     "64 3x3 residual": CALLS["64 3x3 residual"],

@@ -358,7 +358,7 @@ def nodes_behind(y):
     ids=["SE", "SiLU", "ECA bottleneck", "RepVGG"],
 )
 def test_a_part_trains_in_one_call(make, convolutions):
-    """Stages that follow each other, with their convolutions, which may then be our own."""
+    """Stages that follow each other, with their convolutions, which may then be native kernels."""
     model = make().to(memory_format=torch.channels_last)
     fuse_(model)
     x = torch.randn(8, 32, 12, 12).contiguous(memory_format=torch.channels_last)
@@ -614,7 +614,7 @@ def test_a_relu_called_in_two_places():
 
 
 @pytest.mark.parametrize("extra", [nn.Dropout(0.2), timm.layers.DropPath(0.2)])
-def test_what_only_eval_mode_folds(extra):
+def test_what_only_eval_mode_fuses(extra):
     ours = randomise(Configurable(extra=extra)).eval()
     plain = copy.deepcopy(ours)
     fuse_(ours)
@@ -864,7 +864,7 @@ def test_what_is_not_read_by_the_backward_pass_may_be_overwritten():
         torch.autograd.grad(y.sum(), ours.bn1.weight, create_graph=True)
 
 
-def test_an_attribute_of_our_name_inside():
+def test_an_attribute_of_a_reserved_name_inside():
     """What is not fused on its own is still seen by what it is in."""
 
     class Outer(Configurable):
@@ -878,7 +878,7 @@ def test_an_attribute_of_our_name_inside():
     assert report.partly[0][1].startswith("3 of 4 norms")
 
 
-def test_an_attribute_of_our_name():
+def test_an_attribute_of_a_reserved_name():
     plain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
     holds = type("Holds", (nn.Module,), {"forward": lambda self, x: self.inner(x)})()
     holds.inner, holds.backend = plain, "of no interest"
@@ -896,7 +896,7 @@ def test_untraceable_blocks_are_named():
     assert report.fused == ["1"] and [n for n, _ in report.skipped] == ["0"]
 
 
-def test_parts_keep_their_backend():
+def test_segments_keep_their_backend():
     module = made("squeeze and excite")
     fuse_(module)
     with fused_res.backend("eager"):
