@@ -9,8 +9,9 @@ from programs import Program
 from torch import Tensor
 from workloads import Workload
 
-from fused_res import choices, reference
-from fused_res.backends import why_not
+from fused_res import reference
+from fused_res.dispatch import inference_conv
+from fused_res.dispatch.backends import why_not
 from fused_res.ops.conv_bn_act import IMPLEMENTATIONS, Call, run_as
 from fused_res.reference import ConvNorm, Norm
 
@@ -59,8 +60,10 @@ def call_of(workload: Workload, v: dict[str, Tensor]) -> Call:
 
 
 def described(workload: Workload) -> dict[str, object]:
-    """The call as ``fused_res/measured.py`` tells it from others, in two of its fields."""
-    row = choices.row_of(choices.key_of(call_of(workload, values(workload, "meta"))), {})
+    """The call as ``dispatch/shipped_timings.py`` tells it from others, in two of its fields."""
+    row = inference_conv.row_of(
+        inference_conv.key_of(call_of(workload, values(workload, "meta"))), {}
+    )
     return {"shape": list(row.shape), "like": row.like}
 
 
@@ -93,6 +96,6 @@ def implementations(workload: Workload, device: str) -> list[tuple[str, object, 
             continue
         configs = [None] if implementation.configs is None else implementation.configs(call)
         for config in configs:
-            choice = choices.Choice(name, "timed", config)
+            choice = inference_conv.Choice(name, "timed", config)
             found.append((name, config, partial(run_as, choice=choice)))
     return found

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
-from fused_res.nn.blocks import child
-from fused_res.patterns import plan_of
+from fused_res.fuse.match import plan_of
+from fused_res.fuse.modules import child
 
 
 class FoldedConv(nn.Module):

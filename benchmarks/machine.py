@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import fused_res
-from fused_res.backends import STATUS, cpu_isa
+from fused_res.dispatch.backends import STATUS, cpu_isa
 
 ROOT = Path(__file__).resolve().parent.parent
 

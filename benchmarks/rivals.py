@@ -22,7 +22,7 @@ from torch import Tensor
 from workloads import CL, FORMATS, Workload, convolutions
 
 from fused_res import FusedResBlock, reference
-from fused_res.backends import BACKENDS, why_not
+from fused_res.dispatch.backends import BACKENDS, why_not
 from fused_res.ops.bn_act import bn_act
 
 # torch.compile and cuDNN's fused calls may reassociate sums and round where they like: they are

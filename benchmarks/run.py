@@ -24,7 +24,7 @@ from rivals import compile_modes, inference_modes, rivals
 from rows import OUT_OF_TIME, lines, losses, validate, write_rows
 from workloads import CPU_SUITES, GPU_SUITES, NAMED, Workload, suites
 
-from fused_res.backends import why_not
+from fused_res.dispatch.backends import why_not
 
 START = time.monotonic()
 RESULTS = ROOT / "benchmarks" / "results"

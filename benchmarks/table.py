@@ -363,7 +363,7 @@ def _calls(rows: list[dict]) -> list[dict]:
 
 
 def dispatch(results: Path) -> str:
-    """JSON of what ``fused_res/measured.py`` reads, of GPUs.
+    """JSON of what ``fused_res/dispatch/shipped_timings.py`` reads, of GPUs.
 
     Steps of bn_act, by backend; calls of conv_bn_act and convolutions of blocks in training, by
     implementation.
@@ -406,7 +406,10 @@ def main(argv: list[str] | None = None) -> int:
     mode.add_argument("--write", type=Path, metavar="FILE", help="replace the table in FILE")
     mode.add_argument("--check", type=Path, metavar="FILE", help="exit 1 where FILE's is another")
     mode.add_argument(
-        "--dispatch", type=Path, metavar="FILE", help="write what `auto` follows, measured.json"
+        "--dispatch",
+        type=Path,
+        metavar="FILE",
+        help="write what `auto` follows, shipped_timings.json",
     )
     mode.add_argument(
         "--targets",

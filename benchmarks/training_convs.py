@@ -14,19 +14,19 @@ from programs import Program
 from torch import Tensor
 from workloads import Workload
 
-from fused_res import plans
-from fused_res.backends import why_not
+from fused_res.dispatch import training_conv
+from fused_res.dispatch.backends import why_not
 
 
 def values(workload: Workload, device: str = "cpu") -> dict[str, Tensor]:
-    from fused_res.plan_steps import values as of_call
+    from fused_res.dispatch.training_conv_candidates import values as of_call
 
     return of_call(workload.call, device)
 
 
 def described(workload: Workload) -> dict[str, object]:
-    """The call as ``fused_res/measured.py`` tells it from others, in some of its fields."""
-    row = plans.row_of(workload.call, {})
+    """The call as ``dispatch/shipped_timings.py`` tells it from others, in some of its fields."""
+    row = training_conv.row_of(workload.call, {})
     return {"op": row.op, "shape": list(row.shape), "like": row.like}
 
 
@@ -41,18 +41,18 @@ def moved_bytes(workload: Workload) -> int:
     size = used + out + torch.Size(call.weight).numel()
     if not call.backward:
         size += 2 * out  # a -> y
-    elif plans.trains(call) is not None:
+    elif training_conv.trains(call) is not None:
         size += 5 * x  # a; g, a -> da, z
     elif call.end:
         size += used
-    return item * size + (x // 8 if call.end == plans.ADD else 0)
+    return item * size + (x // 8 if call.end == training_conv.ADD else 0)
 
 
 class StepsProgram(Program):
-    """``choice``: as of ``fused_res.plans``."""
+    """``choice``: as of ``fused_res.dispatch.training_conv``."""
 
     def __init__(self, choice: int, workload: Workload, v: dict[str, Tensor]) -> None:
-        from fused_res.plan_steps import Steps
+        from fused_res.dispatch.training_conv_candidates import Steps
 
         # statistics and sums may be updated in place
         self.initial, self.v = v, {name: t.clone() for name, t in v.items()}
@@ -74,13 +74,19 @@ def exact_result(workload: Workload, v: dict[str, Tensor]) -> dict[str, Tensor]:
     convolve = partial(F.conv2d, weight=v["weight"], stride=call.stride, padding=call.padding)
 
     def normalized(a: Tensor) -> Tensor:
-        norm = v["mean"].clone(), v["var"].clone(), v["gamma"], v["beta"], plans.trains(call)
+        norm = (
+            v["mean"].clone(),
+            v["var"].clone(),
+            v["gamma"],
+            v["beta"],
+            training_conv.trains(call),
+        )
         return F.relu(F.batch_norm(a, *norm))
 
     if not call.backward:
         return {"y": normalized(convolve(v["x"]))}
     if "a" in v:
-        parameters = ["gamma", "beta"] if plans.trains(call) else []
+        parameters = ["gamma", "beta"] if training_conv.trains(call) else []
         leaves = [v[name].requires_grad_() for name in ("a", *parameters)]
         z = normalized(v["a"])
         grads = torch.autograd.grad(convolve(z), leaves, v["dy"])
@@ -97,9 +103,13 @@ def implementations(workload: Workload, device: str) -> list[tuple[str, object, 
     reason = why_not("bn_act", "triton", kind, workload.dtype)
     if reason:
         raise RuntimeError(f"suite {workload.suite} wants Triton: {reason}")
-    from fused_res.plan_steps import Steps
+    from fused_res.dispatch.training_conv_candidates import Steps
 
     return [
-        (plans.name_of(choice), plans.config_of(choice), partial(StepsProgram, choice))
+        (
+            training_conv.name_of(choice),
+            training_conv.config_of(choice),
+            partial(StepsProgram, choice),
+        )
         for choice in Steps(workload.call, values(workload, device)).choices()
     ]

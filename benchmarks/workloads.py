@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fused_res import plans
+from fused_res.dispatch import training_conv
 from fused_res.reference import ConvNorm, Norm, ResBlock
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -55,7 +55,7 @@ class Workload:
     extra: str | None = None
     net: str | None = None
     conv: Conv | None = None
-    call: plans.Call | None = None
+    call: training_conv.Call | None = None
     dtype: torch.dtype = torch.float32
     directions: tuple[str, ...] = ("forward", STEP)
     most_rounds: int | None = None
@@ -265,7 +265,7 @@ def _convs(bottleneck: bool, batch: int, dtype: str) -> list[Workload]:
     return out
 
 
-def _calls(kind: str, x: torch.Tensor, out: int, stride: int) -> list[plans.Call]:
+def _calls(kind: str, x: torch.Tensor, out: int, stride: int) -> list[training_conv.Call]:
     """Of a block in training."""
     block = ResBlock(x.size(1), out, stride, kind=kind, device="meta", dtype=x.dtype)
     convs = [getattr(block, f"conv{i + 1}") for i in range(block.depth)]
@@ -275,7 +275,7 @@ def _calls(kind: str, x: torch.Tensor, out: int, stride: int) -> list[plans.Call
         ConvNorm(c.weight, None, c.stride, c.padding, c.dilation, c.groups, norm) for c in convs
     ]
     branch, rest = stages[: block.depth], stages[block.depth :]
-    return plans.calls(plans.block_of(x, branch, *(rest or [None])))
+    return training_conv.calls(training_conv.block_of(x, branch, *(rest or [None])))
 
 
 def _training_convs(
@@ -283,7 +283,7 @@ def _training_convs(
 ) -> list[Workload]:
     """The convolutions of a net's blocks, both ways; ``channels`` of each stage."""
     width = channels[0] // 4 if kind == "bottleneck" else channels[0]
-    found: dict[plans.Call, None] = {}
+    found: dict[training_conv.Call, None] = {}
     for stage, out in enumerate(channels):
         for stride in (2 if stage else 1, 1):  # the first block; all others are alike
             shape = batch, width, size, size

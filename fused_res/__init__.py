@@ -8,12 +8,12 @@
 """
 
 from . import models, reference
-from .backends import BackendUnavailable, backend, empty_cache
-from .inference import OptimizedModel, optimize_for_inference, refresh
+from .dispatch.backends import BackendUnavailable, backend, empty_cache
+from .dispatch.tuning import TableNotWritten, TuneReport, tune
+from .fuse.swap import FuseReport, fuse_, unfuse_
 from .nn import FusedResBlock
 from .reference import Norm
-from .surgery import FuseReport, fuse_, unfuse_
-from .tuning import TableNotWritten, TuneReport, tune
+from .serve.optimize import OptimizedModel, optimize_for_inference, refresh
 from .version import __version__
 
 __all__ = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_res import choices, tuned, tuning
+from fused_res.dispatch import inference_conv, tuning, user_timings
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # triton_traffic and more
 
@@ -49,7 +49,7 @@ def cache(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSED_RES_CACHE", folder)
-        patch.setattr(tuned, "settings", tuned.settings._replace(cache=folder))
+        patch.setattr(user_timings, "settings", user_timings.settings._replace(cache=folder))
         patch.setattr(tuning, "ROUNDS", (1, 1))  # the figures do not matter
         patch.setattr(tuning, "SCRATCH", {"cpu": 1, "cuda": 1})
         yield folder
@@ -59,7 +59,7 @@ def cache(tmp_path_factory):
 def untuned(cache):
     """What one test measures chooses for no other."""
     yield
-    for path in tuned.files():
+    for path in user_timings.files():
         path.unlink()
-    tuned.forget()
-    choices.forget()
+    user_timings.forget()
+    inference_conv.forget()

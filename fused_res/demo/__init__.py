@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
         )
     args.out.mkdir(parents=True, exist_ok=True)
 
-    from .. import backends, doctor, fuse_
+    from .. import fuse_
+    from ..cli import doctor
+    from ..dispatch import backends
     from ..models import create
     from . import compare, data, page, train
 

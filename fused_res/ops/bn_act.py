@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import DTYPES, choose, is_auto, say
+from ..dispatch.backends import DTYPES, choose, is_auto, say
 from ..reference import ACTS, Act, Norm
 from . import library
 

@@ -5,7 +5,7 @@ library's and the rest ``bn_act``. An *implementation* is one way to run a call:
 (``kernels/conv_bn_act.py``), ``cudnn``, ``onednn`` (each library's convolution with the rest in its
 epilogue), ``conv_halo`` (``csrc/cuda/conv_halo.cu``), ``winograd2`` and ``winograd4``
 (``csrc/cpu/winograd.cpp``). A backend has one or more; ``bn_act`` is the library's convolution and
-that op. ``fused_res.choices`` says which is taken.
+that op. ``fused_res.dispatch.inference_conv`` says which is taken.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import choices, env, reference
-from ..backends import DTYPES, asked_for, choose, named, why_not_tensors
+from .. import env, reference
+from ..dispatch import inference_conv
+from ..dispatch.backends import DTYPES, asked_for, choose, named, why_not_tensors
 from ..reference import ACTS, Act, ConvNorm, Norm
 from ..run.weight_cache import packed_weights, scale_and_shift
 from . import conv_halo, direct, library, winograd  # noqa: F401  define the ops that run here
@@ -262,7 +263,7 @@ def _conv_halo(call: Call) -> Tensor:
     return torch.ops.fused_res.conv_halo.default(
         nhwc(x), conv.weight.to(x.dtype), conv.bias, mean, var, *affine,
         0.0 if conv.norm is None else conv.norm.eps, residual, ACTS.index(act),
-        choices.allows_tf32(),
+        inference_conv.allows_tf32(),
     )  # fmt: skip
 
 
@@ -368,10 +369,10 @@ def _(x, parameters, integers, eps, residual, concat, act, backend):
 
 
 def _run(call: Call, backend: str) -> Tensor:
-    return run_as(call, choices.choose(call, backend))
+    return run_as(call, inference_conv.choose(call, backend))
 
 
-def run_as(call: Call, choice: choices.Choice) -> Tensor:
+def run_as(call: Call, choice: inference_conv.Choice) -> Tensor:
     """A call by an implementation that can run it."""
     if choice.implementation == "eager":
         y = reference.conv_bn_act(*call)
@@ -401,7 +402,7 @@ def fuses_convolutions(x: Tensor, backend: str | None) -> bool:
     if x.is_cpu and name in ("auto", "cpu"):
         return x.dtype == torch.float32  # others run bn_act, for which there is a faster way
     # a graph asks for the op, which finds out; else a GPU that is not measured runs bn_act's ways
-    return name != "auto" or torch.compiler.is_compiling() or choices.knows(x.device)
+    return name != "auto" or torch.compiler.is_compiling() or inference_conv.knows(x.device)
 
 
 def prepared(call: Call, backend: str | None) -> Run | None:
@@ -415,7 +416,7 @@ def prepared(call: Call, backend: str | None) -> Run | None:
     name = asked_for("conv_bn_act", backend, x, call.residual)
     if name == "eager":
         return None
-    implementation = IMPLEMENTATIONS.get(choices.choose(call, name).implementation)
+    implementation = IMPLEMENTATIONS.get(inference_conv.choose(call, name).implementation)
     if implementation is None or implementation.backend != "cpu":
         return None
     return implementation.prepare(call)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import STATUS
-from ..choices import allows_tf32
+from ..dispatch.backends import STATUS
+from ..dispatch.inference_conv import allows_tf32
 from ..reference import ConvNorm
 from . import library
 

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import plans, reference
-from ..backends import choose, is_auto
+from .. import reference
+from ..dispatch import training_conv
+from ..dispatch.backends import choose, is_auto
 from ..reference import ACTS, Act, ConvNorm, Norm, Shortcut
 from . import library
 from .bn_act import bn_act_norms, is_nchw, laid_out
@@ -445,7 +446,7 @@ def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor
         x, branch, shortcut = _autocast(x, branch, shortcut, dtype)
     plan = None
     if name == "triton":
-        plan = plans.plan(x, branch, shortcut, backend)
+        plan = training_conv.plan(x, branch, shortcut, backend)
     call, parameters = _flatten(branch, shortcut, act, counters, recompute == "last", plan)
     if (
         any(t is None for t in call.running)

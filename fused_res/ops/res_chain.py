@@ -16,18 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import asked_for, why_not
-from ..choices import allows_tf32
+from ..dispatch.backends import asked_for, why_not
+from ..dispatch.inference_conv import allows_tf32
 from ..reference import ACTS, Act, ConvNorm
 from . import library
-from .conv_bn_act import (
-    IMPLEMENTATIONS,
-    PLAIN,
-    Call,
-    conv_bn_act,
-    out_shape,
-    under_modes,
-)
+from .conv_bn_act import IMPLEMENTATIONS, PLAIN, Call, conv_bn_act, out_shape, under_modes
 from .convolutions import nhwc
 
 # What res_chain takes of inputs with so many channels, behind a tensor of bytes. program, of each

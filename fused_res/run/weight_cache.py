@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..backends import STATUS
+from ..dispatch.backends import STATUS
 from ..ops import library
 from ..reference import ConvNorm
 

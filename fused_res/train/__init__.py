@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..cli import CommandError, UsageError, table
-from ..tuned import processor
+from ..dispatch.user_timings import processor
 from ..version import __version__
 from . import checkpoint, data, nets, report, trust
 from . import settings as flags

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruction_sets import ISAS, instruction_set
 
-from fused_res import BackendUnavailable, Norm, backend, backends
+from fused_res import BackendUnavailable, Norm, backend
+from fused_res.dispatch import backends
 from fused_res.ops import bn_act as op
 from fused_res.ops.bn_act import bn_act, unpack_mask
 from fused_res.reference import ACTS

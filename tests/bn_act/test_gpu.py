@@ -6,7 +6,8 @@ from bn_act_cases import LAYOUTS, Case, assert_rule, on_cuda, on_triton
 from torch import nn
 
 import fused_res
-from fused_res import backend, backends, reference
+from fused_res import backend, reference
+from fused_res.dispatch import backends
 from fused_res.models import ResNet
 from fused_res.ops.bn_act import bn_act, unpack_mask
 from fused_res.reference import ACTS, Norm

@@ -20,7 +20,8 @@ from bn_act_cases import (
 )
 from hypothesis import HealthCheck, Phase, given, settings
 
-from fused_res import FusedResBlock, Norm, backend, backends, reference
+from fused_res import FusedResBlock, Norm, backend, reference
+from fused_res.dispatch import backends
 from fused_res.ops.bn_act import bn_act, bn_act_norms, unpack_mask
 from fused_res.reference import ACTS
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from instruction_sets import ISAS, instruction_set
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_res import BackendUnavailable, FusedResBlock, Norm, backends, choices, env, reference
+from fused_res import BackendUnavailable, FusedResBlock, Norm, env, reference
+from fused_res.dispatch import backends, inference_conv
 from fused_res.ops import conv_bn_act as op
 from fused_res.ops.conv_bn_act import Call, conv_bn_act, run_as
 from fused_res.reference import ACTS, ConvNorm
@@ -126,12 +127,12 @@ class Case:
         poison(arguments[0], arguments[1].weight)
         if how in backends.STATUS or how == "auto":
             return conv_bn_act(*arguments, backend=how)
-        return run_as(Call(*arguments), choices.Choice(how, "the test's"))
+        return run_as(Call(*arguments), inference_conv.Choice(how, "the test's"))
 
     def runs(self, implementation):
         """Whether an implementation of the CPU backend can run the call."""
         call = Call(*self.arguments(self.dtype))
-        return choices.why_not(call, "cpu")[implementation] is None
+        return inference_conv.why_not(call, "cpu")[implementation] is None
 
 
 def poison(x, weight):
@@ -147,12 +148,12 @@ def poison(x, weight):
 def winograd(limit):
     """As if FUSED_RES_WINOGRAD had been ``limit`` when fused_res was imported."""
     before, env.settings = env.settings, env.settings._replace(winograd=limit)
-    choices.forget()
+    inference_conv.forget()
     try:
         yield
     finally:
         env.settings = before
-        choices.forget()
+        inference_conv.forget()
 
 
 PIECE = 512  # outputs: of fewer the largest error is luck
@@ -347,9 +348,9 @@ def test_the_setting_limits_the_tile():
         with winograd(limit):
             assert [how for how in ("winograd2", "winograd4") if case.runs(how)] == allowed
             call = Call(*case.arguments(torch.float32))
-            chosen = {choices.choose(call, name).implementation for name in ("auto", "cpu")}
+            chosen = {inference_conv.choose(call, name).implementation for name in ("auto", "cpu")}
             assert not chosen & ({"winograd2", "winograd4"} - set(allowed))
-            why = choices.why_not(call, "cpu")["winograd4"]
+            why = inference_conv.why_not(call, "cpu")["winograd4"]
             assert limit == 4 or f"FUSED_RES_WINOGRAD={limit}" in why
 
 
@@ -369,9 +370,9 @@ def test_where_a_direct_convolution_is_expected_to_win(shape, k, kernel, stride,
     options = dict(kernel=kernel, stride=stride, second="none", layout="channels_last")
     call = Call(*Case(shape, k, **options).arguments(torch.float32))
     for isa in ISAS:
-        choices.forget()
+        inference_conv.forget()
         with instruction_set(isa) as got:
-            chosen = choices.choose(call, "cpu").implementation
+            chosen = inference_conv.choose(call, "cpu").implementation
             assert chosen == ("direct" if got in sets else "onednn"), isa
 
 
@@ -409,7 +410,7 @@ def test_inputs_are_not_changed_and_outputs_are_new(how, layout):
             arguments = case.arguments(torch.float32)
             before = case.arguments(torch.float32)
             with torch.no_grad():
-                y = run_as(Call(*arguments), choices.Choice(how, "the test's"))
+                y = run_as(Call(*arguments), inference_conv.Choice(how, "the test's"))
                 y.fill_(float("nan"))
             for a, b in zip(arguments[:4], before[:4], strict=True):
                 torch.testing.assert_close(tensors_of(a), tensors_of(b), rtol=0, atol=0)

@@ -5,7 +5,8 @@ import torch
 from conv_bn_act_cases import assert_rule, to
 from conv_bn_act_gpu_cases import CALLS, image
 
-from fused_res import FusedResBlock, backend, backends, reference
+from fused_res import FusedResBlock, backend, reference
+from fused_res.dispatch import backends
 from fused_res.ops.conv_bn_act import conv_bn_act
 
 pytestmark = pytest.mark.gpu

@@ -7,7 +7,7 @@ from conv_bn_act_cases import assert_rule, to
 from conv_bn_act_gpu_cases import CALLS, image, stage
 from errors import rule
 
-from fused_res import backends
+from fused_res.dispatch import backends
 from fused_res.ops.conv_bn_act import IMPLEMENTATIONS, Call
 
 pytestmark = pytest.mark.gpu

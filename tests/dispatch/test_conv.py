@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 import fused_res
-from fused_res import backends, choices, cli, doctor, env, measured, reference, tuned, tuning
-from fused_res.measured import Row
+from fused_res import cli, env, reference
+from fused_res.cli import doctor
+from fused_res.dispatch import backends, inference_conv, shipped_timings, tuning, user_timings
+from fused_res.dispatch.shipped_timings import Row
 from fused_res.ops import conv_bn_act as op
 from fused_res.reference import ResBlock
 
@@ -42,7 +44,7 @@ def said(monkeypatch, caplog):
 
     def run(function, *args):
         monkeypatch.setattr(backends, "_logged", set())
-        choices.forget()
+        inference_conv.forget()
         caplog.clear()
         with caplog.at_level(logging.INFO, "fused_res"), torch.no_grad():
             function(*args)
@@ -63,7 +65,7 @@ def fused(model):
 
 
 def the_file():
-    (path,) = tuned.files()
+    (path,) = user_timings.files()
     return path
 
 
@@ -73,7 +75,7 @@ def edit(change):
     found = json.loads(path.read_text())
     changed = change(found)
     path.write_text(json.dumps(found if changed is None else changed))
-    tuned.forget()
+    user_timings.forget()
 
 
 def make_fastest(name):
@@ -100,14 +102,14 @@ def test_what_tune_finds_is_written_and_followed(said, cache):
     found = json.loads(the_file().read_text())
     made = found["made_by"]
     assert made["fused_res"] == fused_res.__version__ and made["torch"] == torch.__version__
-    for word in (tuned.processor(), backends.cpu_isa(), "threads: 1"):
+    for word in (user_timings.processor(), backends.cpu_isa(), "threads: 1"):
         assert word in made["device"]
     assert len(found["rows"]) == len(report.rows) == len(report.chosen) == CALLS
     for row in found["rows"]:
         winograd = {"winograd2", "winograd4"} if row["like"].startswith("3x3 stride 1x1") else set()
         assert set(row["ms"]) == {"eager", "onednn", "direct", "bn_act"} | winograd
     assert sum("winograd2" in row["ms"] for row in found["rows"]) == WINOGRAD
-    tuned.forget()  # as a new process
+    user_timings.forget()  # as a new process
     messages = said(fused(model), x)
     assert how(messages) == report.chosen and why(messages) == {"tuned"}
     text = str(report).splitlines()
@@ -174,7 +176,7 @@ def test_the_users_table_is_asked_before_the_shipped_one(said, monkeypatch):
 
     def shipped():
         """Rows of shapes nearby, in which eager wins."""
-        for row in tuned.table(torch.device("cpu")).values():
+        for row in user_timings.table(torch.device("cpu")).values():
             n, *sizes = row.shape
             ms = {name: 1.0 if name == "eager" else 2.0 for name in row.ms}
             yield row._replace(device="cpu", isa="cpu", shape=(2 * n, *sizes), ms=ms)
@@ -182,17 +184,17 @@ def test_the_users_table_is_asked_before_the_shipped_one(said, monkeypatch):
     rows = tuple(shipped())
     make_fastest("onednn")
     assert set(how(said(ours, x))) == {"onednn"}
-    monkeypatch.setattr(measured, "rows", lambda: rows)
-    measured.verdict.cache_clear()
+    monkeypatch.setattr(shipped_timings, "rows", lambda: rows)
+    shipped_timings.verdict.cache_clear()
     messages = said(ours, x)
     assert set(how(messages)) == {"onednn"} and why(messages) == {"tuned"}
     the_file().unlink()
-    tuned.forget()
+    user_timings.forget()
     messages = said(ours, x)
     assert set(how(messages)) == {"eager"} and why(messages) == {"measured"}
-    measured.verdict.cache_clear()
+    shipped_timings.verdict.cache_clear()
     monkeypatch.undo()
-    choices.forget()
+    inference_conv.forget()
     assert why(said(ours, x)) == EXPECTED
 
 
@@ -209,13 +211,13 @@ def test_only_the_very_call_is_decided(said):
     assert "eager" not in how(said(ours.bfloat16(), x.bfloat16()))
     ours = ours.float()
     assert set(how(said(ours, x))) == {"eager"}
-    with choices.recording() as calls, torch.no_grad():
+    with inference_conv.recording() as calls, torch.no_grad():
         ours(x)
     call = next(iter(calls.values()))._replace(x=x)
     for threads in (1, 2, 1):  # as it runs, nothing is read or chosen anew
         torch.set_num_threads(threads)
-        assert choices.choose(call, "auto") is choices.choose(call, "auto")
-        assert (choices.choose(call, "auto").implementation == "eager") == (threads == 1)
+        assert inference_conv.choose(call, "auto") is inference_conv.choose(call, "auto")
+        assert (inference_conv.choose(call, "auto").implementation == "eager") == (threads == 1)
 
 
 def test_calls_that_differ_only_in_what_is_added():
@@ -251,7 +253,7 @@ def test_calls_that_differ_only_in_what_is_added():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes_that_run_in_one_way(dtype):
     report = fused_res.tune(net().to(dtype), torch.randn(SHAPE, dtype=dtype))
-    assert report.rows == report.chosen == report.paths == tuned.files() == []
+    assert report.rows == report.chosen == report.paths == user_timings.files() == []
     assert str(report).startswith("convolution")
     with torch.autocast("cpu", torch.bfloat16):
         assert fused_res.tune(net(), torch.randn(SHAPE)).rows == []
@@ -311,7 +313,7 @@ def test_a_table_that_cannot_be_used_is_ignored(said, spoil):
     make_fastest("eager")
     path = the_file()
     spoil(path)
-    tuned.forget()
+    user_timings.forget()
     ours = fused(model)
     with pytest.warns(UserWarning) as caught:
         messages = said(ours, x) + said(ours, x)
@@ -324,7 +326,7 @@ def test_a_table_that_cannot_be_used_is_ignored(said, spoil):
         path.rmdir()
         return
     report = fused_res.tune(model, x)  # writes it anew
-    tuned.forget()
+    user_timings.forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert how(said(ours, x)) == report.chosen
@@ -333,7 +335,7 @@ def test_a_table_that_cannot_be_used_is_ignored(said, spoil):
 def test_a_table_that_cannot_be_read_is_ignored(said, monkeypatch):
     model, x = net(), torch.randn(SHAPE)
     fused_res.tune(model, x)
-    tuned.forget()
+    user_timings.forget()
 
     def refuse(self, *args, **options):
         raise PermissionError(13, "Permission denied", str(self))
@@ -381,7 +383,7 @@ def test_configurations(monkeypatch, said):
     report = fused_res.tune(model, x)
     assert {row.ms["mine"] for row in report.rows} == {1.0}
     assert {tuple(row.config.items()) for row in report.rows} == {(("tile", 3),)}
-    tuned.forget()
+    user_timings.forget()
     ours = fused(model)
     said(ours, x)
     assert ran == [Config(3)] * CALLS
@@ -402,8 +404,8 @@ def test_tritons_configurations_are_told_apart(monkeypatch):
     assert len(kernels.candidates(*call)) > 1
     for config in kernels.candidates(*call):
         in_file = json.loads(json.dumps(config._asdict()))
-        assert choices._config(call, "triton", in_file) == config
-    assert choices._config(call, "triton", {**in_file, "M": 7}) is None
+        assert inference_conv._config(call, "triton", in_file) == config
+    assert inference_conv._config(call, "triton", {**in_file, "M": 7}) is None
 
 
 # --- writing
@@ -428,13 +430,15 @@ def test_without_permission_to_write(said, monkeypatch, function):
     assert os.listdir(the_file().parent) == [the_file().name]
     messages = said(fused(model), x)
     assert how(messages) == caught.value.report.chosen and why(messages) == {"tuned"}
-    tuned.forget()  # a new process knows nothing of it
+    user_timings.forget()  # a new process knows nothing of it
     assert "tuned" not in why(said(fused(model), x))
 
 
 def test_the_folder_is_made_and_may_be_impossible(monkeypatch, tmp_path):
     def use(folder):
-        monkeypatch.setattr(tuned, "settings", tuned.settings._replace(cache=str(folder)))
+        monkeypatch.setattr(
+            user_timings, "settings", user_timings.settings._replace(cache=str(folder))
+        )
 
     use(tmp_path / "a" / "b")
     assert fused_res.tune(net(), torch.randn(SHAPE)).paths[0].parent == tmp_path / "a" / "b"
@@ -448,9 +452,9 @@ def test_the_next_tune_adds_to_the_table(said):
     model = net()
     first, second = torch.randn(SHAPE), torch.randn(1, *SHAPE[1:])
     fused_res.tune(model, first)
-    tuned.forget()
+    user_timings.forget()
     fused_res.tune(model, second)
-    tuned.forget()
+    user_timings.forget()
     assert len(json.loads(the_file().read_text())["rows"]) == 2 * CALLS
     for x in (first, second):
         assert why(said(fused(model), x)) == {"tuned"}
@@ -464,19 +468,19 @@ def test_writers_at_once_leave_a_whole_table():
     def row(i):
         return Row("", "", "conv_bn_act", "float32", "NCHW", (i, 1, 1, 1, 1), {"eager": 1.0}, "x")
 
-    tuned.write(device, [row(0)])
+    user_timings.write(device, [row(0)])
     path, wrong, done = the_file(), [], threading.Event()
 
     def read():
         while not done.is_set():
             try:
-                tuned.load(path)
+                user_timings.load(path)
             except (OSError, ValueError) as error:
                 wrong.append(error)
 
     def write(first):
         for i in range(first, first + 40):
-            tuned.write(device, [row(i)])
+            user_timings.write(device, [row(i)])
 
     reader = threading.Thread(target=read)
     writers = [threading.Thread(target=write, args=(first,)) for first in (100, 200, 300)]
@@ -487,7 +491,7 @@ def test_writers_at_once_leave_a_whole_table():
     done.set()
     reader.join()
     assert not wrong
-    assert row(0) in tuned.load(path)[1] and os.listdir(path.parent) == [path.name]
+    assert row(0) in user_timings.load(path)[1] and os.listdir(path.parent) == [path.name]
 
 
 # --- tune and the model
@@ -622,7 +626,7 @@ def test_errors(monkeypatch):
             fused_res.tune(model, example)
     with pytest.raises(ValueError, match="seconds=-1 must be at least 0"):
         fused_res.tune(net(), x, seconds=-1)
-    assert tuned.files() == []
+    assert user_timings.files() == []
 
 
 def test_tune_refuses_to_measure_in_a_graph(monkeypatch):
@@ -639,7 +643,7 @@ def test_tune_refuses_to_measure_in_a_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
         fused_res.tune(model, x)
-    assert tuned.files() == []
+    assert user_timings.files() == []
 
 
 def test_nothing_is_measured_in_a_forward(monkeypatch):
@@ -657,7 +661,7 @@ def test_nothing_is_measured_in_a_forward(monkeypatch):
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), expected)
     model(x.requires_grad_()).sum().backward()
-    assert tuned.files() == []
+    assert user_timings.files() == []
 
 
 # --- what is said
@@ -665,7 +669,7 @@ def test_nothing_is_measured_in_a_forward(monkeypatch):
 
 def test_each_distinct_call_is_logged_once(said):
     model, x = fused(net()), torch.randn(SHAPE)
-    messages = said(lambda: [(model(x), choices.forget()) for _ in range(3)])
+    messages = said(lambda: [(model(x), inference_conv.forget()) for _ in range(3)])
     assert len(messages) == CALLS
     assert messages[0].startswith(
         "conv_bn_act 2x16x9x11 to 16, 3x3 stride 1x1 padding 1x1, relu, float32 NCHW runs "
@@ -684,7 +688,7 @@ def test_where_there_is_no_kernel_the_reason_is_logged(said, monkeypatch):
 
 
 def test_doctor_tells_of_the_table():
-    path = tuned.path_of(tuned.made_by(torch.device("cpu")))
+    path = user_timings.path_of(user_timings.made_by(torch.device("cpu")))
     text = doctor.render(doctor.report())
     assert f"cpu: conv_bn_act: not tuned (fused-res tune MODEL --shape ... would write {path})" in (
         text
@@ -759,14 +763,14 @@ def test_command_lists_and_clears(model_file, capsys, cache):
     assert cli.main(run) == 0
     assert "float32 NCHW" in capsys.readouterr().out
     other = the_file().with_name("tuned-Z80-00000000.json")
-    other.write_text(the_file().read_text().replace(tuned.processor(), "Z80"))
+    other.write_text(the_file().read_text().replace(user_timings.processor(), "Z80"))
     assert cli.main(["tune", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     assert len(lines) == 2 and lines[0].endswith("yes") and lines[1].endswith("no")
     assert "Z80" in lines[1]
     assert cli.main(["tune", "--clear"]) == 0
     assert capsys.readouterr().out.count("removed ") == 2
-    assert tuned.files() == [] and os.listdir(cache) == []
+    assert user_timings.files() == [] and os.listdir(cache) == []
     assert cli.main(["tune", "--list"]) == 0 and capsys.readouterr().out.count("\n") == 2
 
 

@@ -1,4 +1,4 @@
-"""The table of measurements that backend auto follows: fused_res/measured.py."""
+"""The table of measurements that backend auto follows: fused_res/shipped_timings.py."""
 
 import json
 import logging
@@ -8,8 +8,10 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fused_res import FusedResBlock, backends, choices, doctor, measured
-from fused_res.measured import Row, verdict
+from fused_res import FusedResBlock
+from fused_res.cli import doctor
+from fused_res.dispatch import backends, inference_conv, shipped_timings
+from fused_res.dispatch.shipped_timings import Row, verdict
 from fused_res.ops.conv_bn_act import IMPLEMENTATIONS, fuses_convolutions
 
 H100 = ("NVIDIA H100 80GB HBM3", "sm_90")
@@ -26,12 +28,12 @@ def table(monkeypatch):
     """Sets the table's rows; nothing computed from others is left before or after."""
 
     def clear():
-        for cached in (measured.knows, measured.verdict):
+        for cached in (shipped_timings.knows, shipped_timings.verdict):
             cached.cache_clear()
-        choices.forget()
+        inference_conv.forget()
 
     def use(*rows):
-        monkeypatch.setattr(measured, "rows", lambda: rows)
+        monkeypatch.setattr(shipped_timings, "rows", lambda: rows)
         clear()
 
     clear()
@@ -154,8 +156,8 @@ def test_tensors_that_no_measurement_is_for(table, monkeypatch):
 
 
 def test_the_shipped_table_is_valid():
-    measured.rows.cache_clear()
-    for r in measured.rows():
+    shipped_timings.rows.cache_clear()
+    for r in shipped_timings.rows():
         of_convolutions = {"conv_bn_act": IMPLEMENTATIONS, "training_convolution": ["triton"]}
         known = of_convolutions.get(r.op) or backends.SUPPORT[r.op]
         assert len(r.shape) == (5 if r.like else 4)
@@ -165,8 +167,8 @@ def test_the_shipped_table_is_valid():
 def test_doctor_says_what_auto_takes_and_why(table, monkeypatch, capsys):
     assert "bn_act on cpu: auto takes cpu for float32" in doctor.render(doctor.report())
     table(row((256, 64, 56, 56), 1.0, cuda=0.5), row((64, 32, 8, 8), 0.01, cuda=0.02))
-    monkeypatch.setattr(measured, "device_of", lambda *_: H100)
-    lines = measured.summary(torch.device("cuda", 0))
+    monkeypatch.setattr(shipped_timings, "device_of", lambda *_: H100)
+    lines = shipped_timings.summary(torch.device("cuda", 0))
     assert lines[0].startswith("bn_act bfloat16: auto takes cuda; cuda 2.00x PyTorch at 256x64")
     assert lines[1].startswith("bn_act bfloat16: auto takes eager; cuda 0.50x PyTorch at 64x32")
     json.dumps(doctor.report()["choices"])
@@ -174,13 +176,13 @@ def test_doctor_says_what_auto_takes_and_why(table, monkeypatch, capsys):
 
 def test_without_a_measurement_a_gpu_runs_pytorchs_ops(table, monkeypatch):
     table()
-    monkeypatch.setattr(measured, "device_of", lambda *_: H100)
-    assert not measured.knows(torch.device("cuda", 0), "bn_act")
-    assert measured.summary(torch.device("cuda", 0)) == []
+    monkeypatch.setattr(shipped_timings, "device_of", lambda *_: H100)
+    assert not shipped_timings.knows(torch.device("cuda", 0), "bn_act")
+    assert shipped_timings.summary(torch.device("cuda", 0)) == []
 
 
 def test_a_gpu_where_only_bn_act_was_measured_keeps_to_it_in_inference(table, monkeypatch):
-    monkeypatch.setattr(measured, "device_of", lambda *_: H100)
+    monkeypatch.setattr(shipped_timings, "device_of", lambda *_: H100)
     with FakeTensorMode():
         x = torch.empty(2, 8, 4, 4, device="cuda")
         of_bn_act = row((256, 64, 56, 56), 1.0, cuda=0.5)

@@ -12,8 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_res
-from fused_res import FusedResBlock, backends, choices, cli, doctor, measured, plans, tuned, tuning
-from fused_res.measured import Row
+from fused_res import FusedResBlock, cli
+from fused_res.cli import doctor
+from fused_res.dispatch import (
+    backends,
+    inference_conv,
+    shipped_timings,
+    training_conv,
+    tuning,
+    user_timings,
+)
+from fused_res.dispatch.shipped_timings import Row
 from fused_res.ops import conv_halo
 from fused_res.reference import ResBlock
 
@@ -23,7 +32,7 @@ if torch.cuda.is_available():
 
 from fused_res.kernels import conv_bn_act, training_convolution
 
-from fused_res.plan_steps import Steps, values
+from fused_res.dispatch.training_conv_candidates import Steps, values
 
 CPU = torch.device("cpu")
 SHAPE = 2, 8, 6, 5
@@ -46,15 +55,15 @@ def shipped(monkeypatch):
     """Sets the rows of measured.json, in the first of which bn_act is fastest in Triton."""
 
     def clear():
-        for cached in (measured.knows, measured.verdict):
+        for cached in (shipped_timings.knows, shipped_timings.verdict):
             cached.cache_clear()
-        choices.forget()
+        inference_conv.forget()
 
     def use(*rows):
         of = "cpu", "cpu", "bn_act", "float32"
         ms = {"eager": 2.0, "triton": 1.0}
         bn_act = [Row(*of, layout, SHAPE, ms) for layout in ("NCHW", "channels_last")]
-        monkeypatch.setattr(measured, "rows", lambda: (*bn_act, *rows))
+        monkeypatch.setattr(shipped_timings, "rows", lambda: (*bn_act, *rows))
         clear()
 
     use()
@@ -84,11 +93,11 @@ def said(monkeypatch, caplog):
 
     def run(model, x):
         monkeypatch.setattr(backends, "_logged", set())
-        choices.forget()
+        inference_conv.forget()
         caplog.clear()
         with caplog.at_level(logging.INFO, "fused_res"):
             model(x.requires_grad_()).sum().backward()
-        return [m for m in caplog.messages if m.startswith(plans.OP)]
+        return [m for m in caplog.messages if m.startswith(training_conv.OP)]
 
     return run
 
@@ -130,13 +139,13 @@ def test_what_is_measured_is_written_and_followed(said, timed, monkeypatch):
     model, x = net(), image(*SHAPE)
     rows = fused_res.tune(model, x, train=True).rows
     assert len(rows) == CALLS and all(row.ms == TIMES for row in rows)
-    (path,) = tuned.files()
+    (path,) = user_timings.files()
     found = json.loads(path.read_text())
     for row in found["rows"]:
         if "relu and sums" in row["like"]:
             row["ms"]["triton"] = 2.95  # too little
     path.write_text(json.dumps(found))
-    tuned.forget()  # as a new process
+    user_timings.forget()  # as a new process
     ran = []
     for name in ("convolve", "input_gradient"):
         real = getattr(training_convolution, name)
@@ -183,9 +192,9 @@ def test_the_fastest_configuration_runs(said, timed, monkeypatch):
     assert own(said(fused(block), x)) == [True, True]
     assert given == [best, best]
     # one that is there no longer: the best guess
-    (path,) = tuned.files()
+    (path,) = user_timings.files()
     path.write_text(path.read_text().replace('"M": 128', '"M": 7'))
-    tuned.forget()
+    user_timings.forget()
     assert own(said(fused(block), x)) == [True, True] and given[2:] == [None, None]
 
 
@@ -201,9 +210,9 @@ def test_precedence(said, timed, shipped):
     shipped(*near)
     messages = said(ours, x)
     assert own(messages) == [True, True] and why(messages) == {"tuned"}
-    for path in tuned.files():
+    for path in user_timings.files():
         path.unlink()
-    tuned.forget()
+    user_timings.forget()
     messages = said(ours, x)
     assert own(messages) == [True, False] and why(messages) == {"measured"}
     assert "measured: triton 2.00x PyTorch at 4x8x6x5x8 3x3 stride 1x1" in messages[0]
@@ -269,8 +278,8 @@ def test_a_frozen_norm_is_another_call(timed):
 
 def test_inference_does_not_go_by_it(timed, monkeypatch):
     fused_res.tune(net(), image(*SHAPE), train=True)
-    assert choices.knows(CPU) == measured.knows(CPU, choices.OP)
-    monkeypatch.setattr(tuned, "devices", lambda: [torch.device("cpu")])
+    assert inference_conv.knows(CPU) == shipped_timings.knows(CPU, inference_conv.OP)
+    monkeypatch.setattr(user_timings, "devices", lambda: [torch.device("cpu")])
     assert "cpu: conv_bn_act: not tuned (fused-res tune MODEL" in doctor.render(doctor.report())
 
 
@@ -278,14 +287,14 @@ def test_inference_does_not_go_by_it(timed, monkeypatch):
 
 
 CASES = {
-    "statistics": (False, (16, 8, 3, 3), 2, plans.STATISTICS),
-    "frozen norm": (False, (16, 8, 1, 1), 1, plans.FROZEN),
-    "relu": (True, (16, 8, 3, 3), 1, plans.RELU),
-    "relu, strided": (True, (16, 8, 3, 3), 2, plans.RELU),
-    "relu, frozen": (True, (16, 8, 1, 1), 1, plans.FROZEN_RELU),
+    "statistics": (False, (16, 8, 3, 3), 2, training_conv.STATISTICS),
+    "frozen norm": (False, (16, 8, 1, 1), 1, training_conv.FROZEN),
+    "relu": (True, (16, 8, 3, 3), 1, training_conv.RELU),
+    "relu, strided": (True, (16, 8, 3, 3), 2, training_conv.RELU),
+    "relu, frozen": (True, (16, 8, 1, 1), 1, training_conv.FROZEN_RELU),
     "nothing": (True, (16, 8, 3, 3), 2, ""),
-    "add": (True, (16, 8, 1, 1), 1, plans.ADD),
-    "add in place": (True, (16, 8, 1, 1), 2, plans.ADD_IN_PLACE),
+    "add": (True, (16, 8, 1, 1), 1, training_conv.ADD),
+    "add in place": (True, (16, 8, 1, 1), 2, training_conv.ADD_IN_PLACE),
 }
 
 
@@ -297,7 +306,7 @@ def test_all_that_is_timed_is_the_same(case, monkeypatch):
     backward, weight, stride, end = CASES[case]
     pad = (weight[2] // 2,) * 2
     numbers = (stride,) * 2, pad, (1, 1), 1, True
-    call = plans.Call(CPU, torch.float32, SHAPE, True, weight, *numbers, backward, end)
+    call = training_conv.Call(CPU, torch.float32, SHAPE, True, weight, *numbers, backward, end)
     wanted = None
     library, *ours = Steps(call, values(call, "cpu")).choices()
     for choice in (library, *ours):
@@ -309,7 +318,10 @@ def test_all_that_is_timed_is_the_same(case, monkeypatch):
             torch.testing.assert_close(
                 t, wanted[name], rtol=1e-3, atol=1e-3, msg=f"{name} {choice}"
             )
-    assert ran == {conv_bn_act.CONFIGS[choice - plans.OWN - 1] for choice in ours} and len(ran) > 2
+    assert (
+        ran == {conv_bn_act.CONFIGS[choice - training_conv.OWN - 1] for choice in ours}
+        and len(ran) > 2
+    )
 
 
 def test_tune_runs_all_of_it(monkeypatch):
@@ -321,7 +333,9 @@ def test_tune_runs_all_of_it(monkeypatch):
     report = fused_res.tune(block, image(*SHAPE), train=True)
     assert len(report.rows) == 2 and report.chosen == ["eager", "eager"]
     assert "2x8x6x5 to 8, 3x3 stride 1x1 padding 1x1, backward, add, " in str(report)
-    assert ran.count(plans.LIBRARY) == 2 and len(ran) == 2 * (1 + len(set(ran) - {plans.LIBRARY}))
+    assert ran.count(training_conv.LIBRARY) == 2 and len(ran) == 2 * (
+        1 + len(set(ran) - {training_conv.LIBRARY})
+    )
 
 
 # --- the model
@@ -345,7 +359,7 @@ def test_the_model_is_as_it_was(timed):
         assert p.requires_grad == (name != "1.conv1.weight")
     assert torch.equal(model[0].bn1.weight.grad, torch.ones(8))
     assert of_parts == [(type(m), m.training, sorted(m.__dict__)) for m in model.modules()]
-    assert backends.named() == "auto" and plans._recorded is None
+    assert backends.named() == "auto" and training_conv._recorded is None
 
 
 def test_autocast(timed):
@@ -360,7 +374,7 @@ def test_errors(timed, monkeypatch):
         fused_res.tune(nn.Conv2d(8, 8, 1), image(*SHAPE), train=True)
     with pytest.raises(ValueError, match="example must be what model takes"):
         fused_res.tune(net(), image(2, 7, 6, 5), train=True)
-    assert plans._recorded is None
+    assert training_conv._recorded is None
     assert fused_res.tune(net().double(), image(*SHAPE).double(), train=True).rows == []
 
 
@@ -381,7 +395,7 @@ def test_command(timed, monkeypatch, capsys, tmp_path):
     command = ["tune", "--train", f"{path}:net", "--shape", "2x8x6x5"]
     assert cli.main(command) == 0
     out = capsys.readouterr()
-    assert out.out.count(" backward, add") == 1 and f"wrote {tuned.files()[0]}" in out.out
+    assert out.out.count(" backward, add") == 1 and f"wrote {user_timings.files()[0]}" in out.out
     assert "tune: 2 of 2: " in out.err
     nothing = "nothing to choose: "
     assert cli.main([*command, "--no-channels-last"]) == 0

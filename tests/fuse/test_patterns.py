@@ -54,7 +54,7 @@ DEPTHS = [
     (3, True, torch.contiguous_format, ["none", "in place"]),
     (3, False, torch.channels_last, ["none", "function"]),
 ]
-BACKENDS = [b for b in ("auto", "cpu", "eager") if not fused_res.backends.STATUS.get(b)]
+BACKENDS = [b for b in ("auto", "cpu", "eager") if not fused_res.dispatch.backends.STATUS.get(b)]
 MODES = {  # whether in training, and what is around the call
     "eval": (False, nullcontext),
     "no_grad": (False, torch.no_grad),
@@ -193,7 +193,7 @@ def compare(specs, depth, last_norm, layout):
 def few_classes():
     """torch.fx gets slower with every subclass of nn.Module that there is."""
     yield
-    getattr(fused_res.surgery.fused_class, "cache_clear", int)()
+    getattr(fused_res.fuse.swap.fused_class, "cache_clear", int)()
     gc.collect()
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import fused_res
 from fused_res import fuse_
 
-NAMED = "cpu" if fused_res.backends.STATUS["cpu"] is None else "auto"
+NAMED = "cpu" if fused_res.dispatch.backends.STATUS["cpu"] is None else "auto"
 CHANNELS = 4
 LINES = {  # of two values that are there; each makes another, or changes one
     "{out} = self.norm{i}(self.conv{i}({a}))": 6,

@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_res
 from fused_res import fuse_, unfuse_
 
-NAMED = "cpu" if fused_res.backends.STATUS["cpu"] is None else "auto"
+NAMED = "cpu" if fused_res.dispatch.backends.STATUS["cpu"] is None else "auto"
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:fuse_ found no residual block"),
@@ -67,7 +67,7 @@ def fused_calls(module, x) -> FusedCalls:
 
 
 needs_kernels = pytest.mark.skipif(
-    fused_res.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
+    fused_res.dispatch.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
 )
 
 

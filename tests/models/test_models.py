@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from fused_res import FusedResBlock, models, reference
 from fused_res.nn.blocks import FusedForward
-from fused_res.nn.chains import FusedSequential
+from fused_res.nn.sequential import FusedSequential
 
 DOCS = (Path(__file__).parents[2] / "docs/models.md").read_text()
 BLOCKS = reference.ResBlock, models.PreActBlock

@@ -9,7 +9,9 @@ import sys
 import pytest
 import torch
 
-from fused_res import __version__, backends, check, cli, doctor, reference
+from fused_res import __version__, cli, reference
+from fused_res.cli import check, doctor
+from fused_res.dispatch import backends
 from fused_res.reference import Norm
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fused_res
-from fused_res import env, tuned
+from fused_res import env
+from fused_res.dispatch import user_timings
 
 
 def python(code, *options, cwd=None, **environ):
@@ -64,7 +65,8 @@ pwd.getpwuid = getpwuid
 """
 SERVE = """
 import os, warnings, torch, fused_res
-from fused_res import cli, tuned, tuning
+from fused_res import cli
+from fused_res.dispatch import tuning, user_timings
 tuning.ROUNDS, tuning.SCRATCH = (1, 1), {"cpu": 1}
 net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), fused_res.FusedResBlock(8, 8))
 with warnings.catch_warnings(record=True) as said:
@@ -74,7 +76,7 @@ print(*(str(w.message) for w in said if "tune could not write" in str(w.message)
 for args in (["doctor"], ["tune", "--list"], ["tune", "--clear"]):
     if cli.main(args):
         raise SystemExit(f"{args} failed")
-print("files:", os.listdir("."), "tables:", tuned.files())
+print("files:", os.listdir("."), "tables:", user_timings.files())
 """
 HOMELESS = {"FUSED_RES_CACHE": None, "XDG_CACHE_HOME": None}
 
@@ -109,10 +111,10 @@ def test_a_home_that_is_none(home, monkeypatch):
 
 def test_nothing_is_written_without_a_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tuned, "settings", tuned.settings._replace(cache=None))
-    assert tuned.table(torch.device("cpu")) == {} and tuned.files() == []
+    monkeypatch.setattr(user_timings, "settings", user_timings.settings._replace(cache=None))
+    assert user_timings.table(torch.device("cpu")) == {} and user_timings.files() == []
     with pytest.raises(OSError, match="no home directory"):
-        tuned.write(torch.device("cpu"), [])
+        user_timings.write(torch.device("cpu"), [])
     assert os.listdir(tmp_path) == []
 
 

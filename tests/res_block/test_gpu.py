@@ -9,7 +9,8 @@ from errors import FACTOR, half_ulp, rms
 from res_block_cases import Case
 
 import fused_res
-from fused_res import backends, reference
+from fused_res import reference
+from fused_res.dispatch import backends
 from fused_res.ops.res_block import res_block
 
 pytestmark = pytest.mark.gpu
@@ -63,7 +64,9 @@ def on_triton(choice, **options):
 
     def call(x, branch, shortcut, act):
         n = len(branch) + bool(shortcut)
-        with mock.patch.object(fused_res.plans, "plan", lambda *_: [choice] * 2 * n):
+        with mock.patch.object(
+            fused_res.dispatch.training_conv, "plan", lambda *_: [choice] * 2 * n
+        ):
             y = res_block(x, branch, shortcut, act, backend="triton", **options)
         assert type(y.grad_fn).__name__ == "_ResBlockBackward"
         return y

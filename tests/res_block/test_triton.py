@@ -14,7 +14,8 @@ from errors import FACTOR, half_ulp, rms
 from res_block_cases import Case
 
 import fused_res
-from fused_res import FusedResBlock, Norm, backend, backends, reference
+from fused_res import FusedResBlock, Norm, backend, reference
+from fused_res.dispatch import backends
 from fused_res.ops.res_block import res_block
 from fused_res.reference import ACTS, ConvNorm
 
@@ -146,7 +147,7 @@ def on_triton(plan="own", **options):
 
     def call(x, branch, shortcut, act):
         n = len(branch) + bool(shortcut)
-        with mock.patch.object(fused_res.plans, "plan", lambda *_: make(n)):
+        with mock.patch.object(fused_res.dispatch.training_conv, "plan", lambda *_: make(n)):
             y = res_block(x, branch, shortcut, act, backend="triton", **options)
         assert type(y.grad_fn).__name__ == "_ResBlockBackward"
         return y

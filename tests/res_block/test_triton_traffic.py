@@ -16,7 +16,7 @@ import training_convs
 import workloads
 from fused_res.kernels import bn_act, res_block
 
-from fused_res.plan_steps import Steps
+from fused_res.dispatch.training_conv_candidates import Steps
 
 README = Path(__file__).resolve().parents[2] / "benchmarks" / "README.md"
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ from res_chain_cases import KINDS, blocks_of, by_blocks, double, image, stage
 
 import fused_res
 from fused_res import FusedResBlock, env, fuse_, unfuse_
-from fused_res.nn.chains import FusedSequential
+from fused_res.nn.sequential import FusedSequential
 from fused_res.ops import res_chain as op
 from fused_res.ops.res_chain import Link, res_chain
 from fused_res.reference import ACTS, ResBlock
@@ -22,7 +22,8 @@ from fused_res.reference import ACTS, ResBlock
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(
-        fused_res.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
+        fused_res.dispatch.backends.STATUS["cpu"] is not None,
+        reason="no CPU kernels on this machine",
     ),
 ]
 

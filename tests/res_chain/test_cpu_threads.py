@@ -13,7 +13,7 @@ import fused_res
 from fused_res.reference import ResBlock
 
 pytestmark = pytest.mark.skipif(
-    fused_res.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
+    fused_res.dispatch.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
 )
 
 UNLIMITED = 2**63 - 1

@@ -8,7 +8,8 @@ from agreement import randomise
 from errors import rule
 from res_chain_cases import blocks_of, by_blocks, double
 
-from fused_res import backends, fuse_
+from fused_res import fuse_
+from fused_res.dispatch import backends
 from fused_res.ops import res_chain as op
 from fused_res.ops.res_chain import Link, res_chain
 from fused_res.reference import ResBlock

@@ -29,7 +29,7 @@ from fused_res.reference import KINDS, RELUS, SKIPS, ResBlock
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 needs_kernels = pytest.mark.skipif(
-    fused_res.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
+    fused_res.dispatch.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
 )
 BACKENDS = [pytest.param("cpu", marks=needs_kernels), "eager"]
 
@@ -240,13 +240,13 @@ def test_illegal_arguments_are_named(args, kwargs, names):
 
 
 def unavailable():
-    names = [n for n, reason in fused_res.backends.STATUS.items() if reason]
+    names = [n for n, reason in fused_res.dispatch.backends.STATUS.items() if reason]
     return names or [pytest.param("", marks=pytest.mark.skip(reason="every backend is available"))]
 
 
 @pytest.mark.parametrize("name", unavailable())
 def test_unavailable_backend_raises_with_the_reason(name):
-    reason = fused_res.backends.STATUS[name]
+    reason = fused_res.dispatch.backends.STATUS[name]
     with pytest.raises(fused_res.BackendUnavailable) as caught, fused_res.backend(name):
         pass
     assert name in str(caught.value) and reason in str(caught.value)

@@ -19,7 +19,8 @@ from torch import fx, nn
 
 import fused_res
 from fused_res import FusedResBlock
-from fused_res.nn.blocks import FusedForward, is_frozen
+from fused_res.fuse.modules import is_frozen
+from fused_res.nn.blocks import FusedForward
 from fused_res.reference import ResBlock
 from fused_res.run.guards import Record, guard_of
 from fused_res.run.reads import Reads

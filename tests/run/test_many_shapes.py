@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fused_res
-from fused_res import FusedResBlock, Norm, measured, tuned
+from fused_res import FusedResBlock, Norm
+from fused_res.dispatch import shipped_timings, user_timings
 from fused_res.ops.bn_act import bn_act_norms
 from fused_res.ops.conv_bn_act import conv_bn_act
 from fused_res.reference import ConvNorm
@@ -82,15 +83,15 @@ def test_memory_of_many_sizes_is_bounded(make, most, one_thread):
 
 
 def test_measurements_are_bounded(monkeypatch):
-    monkeypatch.setattr(tuned, "MOST_ROWS", 3)
+    monkeypatch.setattr(user_timings, "MOST_ROWS", 3)
     cpu = torch.device("cpu")
 
     def row(i, ms):
-        return measured.Row("", "", "bn_act", "float32", "NCHW", (1, 8, i, i), {"eager": ms})
+        return shipped_timings.Row("", "", "bn_act", "float32", "NCHW", (1, 8, i, i), {"eager": ms})
 
-    tuned.keep(cpu, [row(i, 1.0) for i in (1, 2, 3)])
-    tuned.keep(cpu, [row(1, 2.0), row(4, 1.0)])  # what was measured again is not the oldest
-    path = tuned.write(cpu, [row(i, 1.0) for i in (1, 2, 3)])
-    tuned.write(cpu, [row(1, 2.0), row(4, 1.0)])
-    for rows in (tuned.table(cpu).values(), tuned.load(path)[1]):
+    user_timings.keep(cpu, [row(i, 1.0) for i in (1, 2, 3)])
+    user_timings.keep(cpu, [row(1, 2.0), row(4, 1.0)])  # what was measured again is not the oldest
+    path = user_timings.write(cpu, [row(i, 1.0) for i in (1, 2, 3)])
+    user_timings.write(cpu, [row(1, 2.0), row(4, 1.0)])
+    for rows in (user_timings.table(cpu).values(), user_timings.load(path)[1]):
         assert [(r.shape[2], r.ms["eager"]) for r in rows] == [(3, 1.0), (1, 2.0), (4, 1.0)]

@@ -14,7 +14,7 @@ from fused_res.ops.convolutions import convolution, joined
 from fused_res.reference import ResBlock
 
 pytestmark = pytest.mark.skipif(
-    fused_res.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
+    fused_res.dispatch.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
 )
 
 BYTES = 4 * 32 * 40 * 40  # of an output of the block below, for one image
@@ -39,7 +39,7 @@ def by_block(**kwargs):
 def by_chain():
     net = nn.Sequential(*[ResBlock(32, 32) for _ in range(2)]).eval()
     fused_res.fuse_(net)
-    assert isinstance(net, fused_res.nn.chains.FusedSequential)
+    assert isinstance(net, fused_res.nn.sequential.FusedSequential)
     with torch.no_grad():
         return net(images(2))
 

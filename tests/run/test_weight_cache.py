@@ -17,13 +17,14 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 
 import fused_res
-from fused_res import FusedResBlock, choices
+from fused_res import FusedResBlock
+from fused_res.dispatch import inference_conv
 from fused_res.ops import conv_bn_act
 from fused_res.reference import ResBlock
 from fused_res.run import weight_cache
 
 pytestmark = pytest.mark.skipif(
-    fused_res.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
+    fused_res.dispatch.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
 )
 
 
@@ -39,12 +40,12 @@ def way(request, monkeypatch):
 
     def choose(call, backend):
         if call.x.dtype == torch.float64:
-            return choices.Choice("eager", "the test's")
-        reasons = choices.why_not(call, "cpu")
+            return inference_conv.Choice("eager", "the test's")
+        reasons = inference_conv.why_not(call, "cpu")
         able = [name for name in own if request.param == "own" and not reasons[name]]
-        return choices.Choice((able or ["onednn"])[0], "the test's")
+        return inference_conv.Choice((able or ["onednn"])[0], "the test's")
 
-    monkeypatch.setattr(choices, "choose", choose)
+    monkeypatch.setattr(inference_conv, "choose", choose)
     monkeypatch.setitem(globals(), "X", X.contiguous(memory_format=WAYS[request.param]))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -707,7 +708,9 @@ def test_blocks_that_lead_to_themselves_are_freed(how, monkeypatch):
     elif how == "parent":
         block.conv1.parent = [block]
     else:
-        monkeypatch.setattr(choices, "choose", lambda *_: choices.Choice("bn_act", "the test's"))
+        monkeypatch.setattr(
+            inference_conv, "choose", lambda *_: inference_conv.Choice("bn_act", "the test's")
+        )
     x = X.clone(memory_format=torch.preserve_format)
     look(block, x)
     look(block, x)

@@ -187,7 +187,7 @@ class Ops(TorchDispatchMode):
 
 
 needs_kernels = pytest.mark.skipif(
-    fused_res.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
+    fused_res.dispatch.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
 )
 
 
@@ -604,9 +604,9 @@ def test_compiles():
 @needs_kernels
 def test_tunes_once(monkeypatch):
     tuned = []
-    tune = fused_res.tuning.tune
+    tune = fused_res.dispatch.tuning.tune
     monkeypatch.setattr(
-        fused_res.tuning, "tune", lambda *args: tuned.append(tune(*args)) or tuned[-1]
+        fused_res.dispatch.tuning, "tune", lambda *args: tuned.append(tune(*args)) or tuned[-1]
     )
     model = randomise(HandWritten())
     x = torch.randn(1, 3, 13, 13)
@@ -624,7 +624,7 @@ def test_tuning_that_cannot_be_written_is_a_warning(monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(fused_res.tuned.os, "replace", refuse)
+    monkeypatch.setattr(fused_res.dispatch.user_timings.os, "replace", refuse)
     with pytest.warns(UserWarning, match="Permission denied.*FUSED_RES_CACHE"):
         ours = optimized(randomise(HandWritten()), x := torch.randn(5, 3, 13, 13), tune=True)
     ours(x)

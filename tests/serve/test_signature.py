@@ -85,7 +85,7 @@ def convolutions(served, *args, **kwargs) -> int:
 
 
 needs_kernels = pytest.mark.skipif(
-    fused_res.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
+    fused_res.dispatch.backends.STATUS["cpu"] is not None, reason="no CPU kernels on this machine"
 )
 
 
@@ -267,7 +267,7 @@ def test_a_mapping_is_an_example():
 
 @needs_kernels
 def test_a_dict_is_tuned(monkeypatch, tmp_path):
-    monkeypatch.setattr(fused_res.tuned, "write", lambda device, rows: tmp_path)
+    monkeypatch.setattr(fused_res.dispatch.user_timings, "write", lambda device, rows: tmp_path)
     model, served = pair(Optional, {"scale": 2.0, "pixel_values": X[:, :, :7]}, tune=True)
     same(served, model, pixel_values=X[:, :, :7], scale=2.0)
     report = fused_res.tune(model, {"pixel_values": X, "flip": True}, seconds=0)
@@ -417,7 +417,7 @@ def test_outputs(kind, freeze):
     if kind == "model output":
         pytest.importorskip("transformers.modeling_outputs")
     model, served = pair(lambda: Outputs(kind), freeze=freeze)
-    if fused_res.backends.STATUS["cpu"] is None:
+    if fused_res.dispatch.backends.STATUS["cpu"] is None:
         assert len(served.report.fused) == 2, served.report
     for _ in range(2):
         for x in OTHER:

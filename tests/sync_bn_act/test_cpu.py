@@ -27,7 +27,8 @@ from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm
 
 import fused_res
-from fused_res import backends, fuse_, optimize_for_inference
+from fused_res import fuse_, optimize_for_inference
+from fused_res.dispatch import backends
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

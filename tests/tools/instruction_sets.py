@@ -2,7 +2,7 @@
 
 import contextlib
 
-from fused_res import backends
+from fused_res.dispatch import backends
 
 ISAS = ("plain", "avx2", "avx512")
 

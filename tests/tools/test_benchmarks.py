@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_res import backends, choices, fuse_, measured, plans, reference
+from fused_res import fuse_, reference
+from fused_res.dispatch import backends, inference_conv, shipped_timings, training_conv
 from fused_res.ops import conv_bn_act
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -685,19 +686,21 @@ def test_what_auto_follows(fabricated, table, tmp_path, monkeypatch):
     (tmp_path / "nvidia-x" / "convs.json").write_text(json.dumps(rows))
     path = tmp_path / "measured.json"
     assert table.main(["--results", str(tmp_path), "--dispatch", str(path)]) == 0
-    (found,) = [measured.Row(**row) for row in json.loads(path.read_text())]
+    (found,) = [shipped_timings.Row(**row) for row in json.loads(path.read_text())]
     assert found.ms == {"eager": 2.0, "cudnn": 1.5, "triton": 0.5}
-    monkeypatch.setattr(measured, "rows", lambda: (found._replace(shape=tuple(found.shape)),))
-    measured.verdict.cache_clear()
+    monkeypatch.setattr(
+        shipped_timings, "rows", lambda: (found._replace(shape=tuple(found.shape)),)
+    )
+    shipped_timings.verdict.cache_clear()
     weight, norm = torch.zeros(24, 16, 3, 3), reference.Norm(*torch.ones(4, 24))
     conv = reference.ConvNorm(weight, None, (2, 2), (1, 1), (1, 1), 1, norm)
     x = torch.zeros(2, 16, 9, 9, dtype=torch.float16).to(memory_format=torch.channels_last)
-    key = choices.row_of(choices.key_of(conv_bn_act.Call(x, conv)), {})
+    key = inference_conv.row_of(inference_conv.key_of(conv_bn_act.Call(x, conv)), {})
     try:
-        verdict = measured.verdict(key.op, ("NVIDIA X", "sm_90"), key.dtype, key.layout, key.shape,
-                                   ("cudnn", "triton"), key.like)  # fmt: skip
+        device, of = ("NVIDIA X", "sm_90"), key[3:6]
+        verdict = shipped_timings.verdict(key.op, device, *of, ("cudnn", "triton"), key.like)
     finally:
-        measured.verdict.cache_clear()
+        shipped_timings.verdict.cache_clear()
     assert (verdict.backend, verdict.config) == ("triton", fast)
 
 
@@ -742,8 +745,8 @@ def test_training_convolutions_are_right_and_followed(
     """Every configuration is timed; the fastest decides for its call."""
     configs = importlib.import_module("fused_res.kernels.conv_bn_act").CONFIGS
     calls = {w.call[-2:]: w for w in workloads.GPU_QUICK["training-convs"]}
-    assert {end for _, end in calls} == {
-        plans.STATISTICS, plans.RELU, plans.ADD, plans.ADD_IN_PLACE, ""}  # fmt: skip
+    names = "STATISTICS", "RELU", "ADD", "ADD_IN_PLACE"
+    assert {end for _, end in calls} == {"", *(getattr(training_conv, n) for n in names)}
     written = []
     where = {"allocator": "cuda", "versions": {"torch": "2"}, "commit": "0", "date": "2026-01-01"}
     where["device"] = {"slug": "x", "name": "NVIDIA X", "cores": 9, "threads": 1, "isa": "sm_90"}
@@ -761,21 +764,21 @@ def test_training_convolutions_are_right_and_followed(
     (tmp_path / "x" / "training-convs.json").write_text(json.dumps(written))
     path = tmp_path / "measured.json"
     assert table.main(["--results", str(tmp_path), "--dispatch", str(path)]) == 0
-    shipped = [measured.Row(**row) for row in json.loads(path.read_text())]
+    shipped = [shipped_timings.Row(**row) for row in json.loads(path.read_text())]
     assert len(shipped) == len(calls)
     by_call = [r._replace(shape=tuple(r.shape), device="cpu", isa="cpu") for r in shipped]
-    monkeypatch.setattr(measured, "rows", lambda: tuple(by_call))
-    measured.verdict.cache_clear()
-    choices.forget()
+    monkeypatch.setattr(shipped_timings, "rows", lambda: tuple(by_call))
+    shipped_timings.verdict.cache_clear()
+    inference_conv.forget()
     try:
         for (backward, _), workload in calls.items():
             call = workload.call._replace(device=torch.device("cpu"))
-            choice = plans._choose(call, False, -1)
-            assert (choice > plans.OWN) == backward
-            assert not backward or configs[choice - plans.OWN - 1][1:3] == (128, 64)
+            choice = training_conv._choose(call, False, -1)
+            assert (choice > training_conv.OWN) == backward
+            assert not backward or configs[choice - training_conv.OWN - 1][1:3] == (128, 64)
     finally:
-        measured.verdict.cache_clear()
-        choices.forget()
+        shipped_timings.verdict.cache_clear()
+        inference_conv.forget()
     assert "3x3 8-8ch 4x4 stride 2 backward, batch 2 fp16" in table.markdown(tmp_path)
 
 

@@ -18,7 +18,8 @@ import torch
 from model_libraries import timm  # noqa: F401  with torchvision, before a checkpoint names it
 from train_commands import contents, failed, same, train
 
-from fused_res import cli, tuning
+from fused_res import cli
+from fused_res.dispatch import tuning
 from fused_res.train import checkpoint, data, engine, lock, nets, report
 from fused_res.train.settings import Settings
 

@@ -13,8 +13,9 @@ from agreement import agree
 from train_commands import contents, same
 from train_processes import CASES, DRAWS, FUSED, PROCESSES, RUN, gradients, main
 
-from fused_res import backends, cli
+from fused_res import cli
 from fused_res.cli import CommandError
+from fused_res.dispatch import backends
 from fused_res.train.place import Place
 
 pytestmark = [

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from . import backends, choices, measured, plans, tuned
-from .cli import table
-from .env import settings
-from .version import __version__
+from ..dispatch import backends, inference_conv, shipped_timings, training_conv, user_timings
+from ..env import settings
+from ..version import __version__
+from . import table
 
 VARIABLES = {f"FUSED_RES_{field.upper()}": getattr(settings, field) for field in settings._fields}
 
@@ -28,7 +28,7 @@ def _triton_version() -> str | None:
 
 
 def _devices() -> list[dict[str, str]]:
-    found = [{"type": "cpu", "name": tuned.processor()}]
+    found = [{"type": "cpu", "name": user_timings.processor()}]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         memory = f"{p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}"
@@ -45,23 +45,25 @@ def _choices() -> list[str]:
             lines.append(f"{op} on {name}: auto takes {name} for {words}, measured to win there")
     lines.append("SyncBatchNorm: as bn_act on a CPU, else PyTorch's own; a backend can be named")
     for i in range(torch.cuda.device_count()):
-        found = measured.summary(torch.device("cuda", i))
+        found = shipped_timings.summary(torch.device("cuda", i))
         nothing = "not measured, so auto takes PyTorch's own ops; a backend can be named"
         lines += [f"cuda:{i}: {line}" for line in found or [nothing]]
-    for device in tuned.devices():
-        lines.append(f"{device}: {choices.OP}: {_tuned(device, choices.OP, '')}")
+    for device in user_timings.devices():
+        lines.append(f"{device}: {inference_conv.OP}: {_tuned(device, inference_conv.OP, '')}")
         if device.type != "cpu":
-            lines.append(f"{device}: {plans.OP}: {_tuned(device, plans.OP, '--train ')}")
+            lines.append(
+                f"{device}: {training_conv.OP}: {_tuned(device, training_conv.OP, '--train ')}"
+            )
     return lines
 
 
 def _tuned(device: torch.device, op: str, option: str) -> str:
     """What ``tune`` has found of an op for a device, in words."""
-    path = tuned.path_of(tuned.made_by(device))
-    if tuned.settings.cache is None:
+    path = user_timings.path_of(user_timings.made_by(device))
+    if user_timings.settings.cache is None:
         path = "no file: there is no home directory; set FUSED_RES_CACHE"
-    rows = tuned.table(device).values()
-    found = collections.Counter(choices.taken(row) for row in rows if row.op == op)
+    rows = user_timings.table(device).values()
+    found = collections.Counter(inference_conv.taken(row) for row in rows if row.op == op)
     if not found:
         return f"not tuned (fused-res tune {option}MODEL --shape ... would write {path})"
     counts = ", ".join(f"{count} by {name}" for name, count in found.most_common())
@@ -70,7 +72,7 @@ def _tuned(device: torch.device, op: str, option: str) -> str:
 
 def _libraries() -> list[str]:
     """Names of the libraries of kernels that this process has loaded from the package."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
     loaded = (Path(path) for path in torch.ops.loaded_libraries)
     return sorted(path.name for path in loaded if path.parent == folder)
 

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from . import backends, measured
-from .env import settings
-from .measured import Row
-from .version import __version__
+from ..env import settings
+from ..version import __version__
+from . import backends, shipped_timings
+from .shipped_timings import Row
 
 # (op, dtype, layout, shape, like) -> measurement
 Table = dict[tuple, Row]
@@ -52,7 +52,7 @@ def made_by(device: torch.device) -> dict[str, str]:
     if device.type == "cpu":
         isa = "no kernels" if backends.STATUS["cpu"] else backends.cpu_isa()
         return versions | {"device": f"{processor()}, {isa}, threads: {torch.get_num_threads()}"}
-    name, isa = measured.device_of(device.type, device.index)
+    name, isa = shipped_timings.device_of(device.type, device.index)
     driver = "none"
     if device.type == "cuda" and torch.cuda.is_available():
         driver = str(torch.version.hip or torch._C._cuda_getDriverVersion())

@@ -1,4 +1,5 @@
-"""Finds what can be fused of a block that is not one plan, and writes its forward anew."""
+"""Partial fusion: finds the segments that can be fused in a block that is not one plan, and writes
+its forward anew around them."""
 
 from __future__ import annotations
 
@@ -10,19 +11,19 @@ from torch import fx, nn
 from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
-from .graphs import Nodes
-from .nn.blocks import BlockPlan, Stage, has_frozen, is_norm
-from .nn.parts import PartsPlan, Program
-from .ops.res_block import MOST_STAGES
+from ..ops.res_block import MOST_STAGES
+from .modules import has_frozen, is_norm
+from .plan import BlockPlan, PartialPlan, Program, Stage
+from .trace import Nodes
 
 IN_PLACE_ADDS = (operator.iadd, "add_")
 
 
-class _Part(NamedTuple):
+class _Segment(NamedTuple):
     """Nodes that become one call: {convolution, norm, ReLU,} [convolution,] norm [, add] [, ReLU].
 
-    x, residual: what goes in. shortcut: the nodes of ``residual``'s own convolution and norm.
-    before: convolutions and norms of the stages before. into: as in a ``BlockPlan``.
+    x, residual: the inputs. shortcut: the nodes of ``residual``'s own convolution and norm.
+    before: convolutions and norms of earlier stages. into: as in a ``BlockPlan``.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -66,14 +67,14 @@ def _calls(nodes: Nodes, node: fx.Node, known: bool) -> bool:
     )
 
 
-def _movable(nodes: Nodes, part: _Part) -> bool:
+def _movable(nodes: Nodes, segment: _Segment) -> bool:
     """Whether all of it can run where its last node does: nothing is overwritten in between."""
     order = list(nodes.graph.nodes)
-    first, last = (of(order.index(n) for n in part.nodes) for of in (min, max))
-    between = [n for n in order[first:last] if n not in part.nodes]
+    first, last = (of(order.index(n) for n in segment.nodes) for of in (min, max))
+    between = [n for n in order[first:last] if n not in segment.nodes]
     # what reads the norms' statistics does so at its own time
     owners = {n.target.rpartition(".")[0] for n in nodes.graph.find_nodes(op="get_attr")}
-    if between and any(n.op == "call_module" and n.target in owners for n in part.nodes):
+    if between and any(n.op == "call_module" and n.target in owners for n in segment.nodes):
         return False
     return not any(nodes.writes(n) and not _into_its_own(nodes, n) for n in between)
 
@@ -95,88 +96,89 @@ def _into_its_own(nodes: Nodes, node: fx.Node) -> bool:
     return own and nodes.writes_first(node)
 
 
-def _around_norm(nodes: Nodes, norm: fx.Node) -> _Part:
+def _around_norm(nodes: Nodes, norm: fx.Node) -> _Segment:
     (x,) = norm.args
-    parts = [_Part((norm,), x, None, norm, relu=False)]
+    segments = [_Segment((norm,), x, None, norm, relu=False)]
     conv = type(nodes.module(x)) is nn.Conv2d and _only_user(x) is norm
     if conv and _calls(nodes, x, True):
-        parts.append(parts[-1]._replace(nodes=(x, norm), x=x.args[0], conv=x))
+        segments.append(segments[-1]._replace(nodes=(x, norm), x=x.args[0], conv=x))
     after = _only_user(norm)
     if after is not None and nodes.is_relu(after):
-        parts += [p._replace(nodes=(*p.nodes, after), relu=True) for p in parts]
-    return next(p for p in reversed(parts) if _movable(nodes, p))
+        segments += [p._replace(nodes=(*p.nodes, after), relu=True) for p in segments]
+    return next(p for p in reversed(segments) if _movable(nodes, p))
 
 
-def _with_add(nodes: Nodes, add: fx.Node, ends: dict[fx.Node, _Part]) -> _Part | None:
-    """A part that ends with this add, of the parts that end with its operands."""
+def _with_add(nodes: Nodes, add: fx.Node, by_last: dict[fx.Node, _Segment]) -> _Segment | None:
+    """The segment that ends with this add, made from the segments that end with its operands."""
     operands = nodes.operands_of_add(add)
     if operands is None or operands[0] is operands[1]:
         return None
-    found = [ends.get(o) if _only_user(o) is add else None for o in operands]
+    found = [by_last.get(o) if _only_user(o) is add else None for o in operands]
     if add.target in IN_PLACE_ADDS and not _into_its_own(nodes, add):
         return None  # what it is written into may be seen elsewhere
-    found = [None if part is None or part.residual is not None else part for part in found]
-    choices = []
+    found = [None if one is None or one.residual is not None else one for one in found]
+    candidates = []
     sides = (*found, operands[1], "branch"), (*found[::-1], operands[0], "shortcut")
     for one, other, residual, left in sides:
         if one is None:
             continue
         into = left if add.target in IN_PLACE_ADDS else ""
-        part = one._replace(nodes=(*one.nodes, add), residual=residual, into=into)
+        segment = one._replace(nodes=(*one.nodes, add), residual=residual, into=into)
         if other is not None and other.conv is not None and not other.relu:
-            both = (*other.nodes, *part.nodes)
+            both = (*other.nodes, *segment.nodes)
             shortcut = other.conv, other.norm
-            choices.append(part._replace(nodes=both, residual=other.x, shortcut=shortcut))
-        choices.append(part)
+            candidates.append(segment._replace(nodes=both, residual=other.x, shortcut=shortcut))
+        candidates.append(segment)
     # the branch is the side that does more; then the shortcut's norm in the same pass
-    choices.sort(key=lambda p: (_work(nodes, p), p.shortcut is not None), reverse=True)
-    for part in choices:
+    candidates.sort(key=lambda p: (_work(nodes, p), p.shortcut is not None), reverse=True)
+    for segment in candidates:
         after = _only_user(add)
-        if after is not None and nodes.is_relu(after) and not part.relu:
-            longer = part._replace(nodes=(*part.nodes, after), relu_after=True)
+        if after is not None and nodes.is_relu(after) and not segment.relu:
+            longer = segment._replace(nodes=(*segment.nodes, after), relu_after=True)
             if _movable(nodes, longer):
                 return longer
-        if _movable(nodes, part):
-            return part
+        if _movable(nodes, segment):
+            return segment
     return None
 
 
-def _work(nodes: Nodes, part: _Part) -> int:
-    return 0 if part.conv is None else _pair(nodes.module(part.conv).kernel_size)[0]
+def _work(nodes: Nodes, segment: _Segment) -> int:
+    return 0 if segment.conv is None else _pair(nodes.module(segment.conv).kernel_size)[0]
 
 
-def _find(nodes: Nodes) -> list[_Part]:
-    parts = [
+def _find(nodes: Nodes) -> list[_Segment]:
+    segments = [
         _around_norm(nodes, n)
         for n in nodes.graph.nodes
         if n.op == "call_module" and _calls(nodes, n, is_norm(nodes.module(n)))
     ]
-    ends = {part.nodes[-1]: part for part in parts}
+    by_last = {segment.nodes[-1]: segment for segment in segments}
     for add in nodes.graph.nodes:
-        longer = _with_add(nodes, add, ends)
+        longer = _with_add(nodes, add, by_last)
         if longer is not None:
-            ends = {end: p for end, p in ends.items() if not set(p.nodes) <= set(longer.nodes)}
-            ends[longer.nodes[-1]] = longer
-    for part in list(ends.values()):  # from the first to the last
-        _join(nodes, part, ends)
-    return list(ends.values())
+            inside = set(longer.nodes)
+            by_last = {last: p for last, p in by_last.items() if not set(p.nodes) <= inside}
+            by_last[longer.nodes[-1]] = longer
+    for segment in list(by_last.values()):  # from the first to the last
+        _join(nodes, segment, by_last)
+    return list(by_last.values())
 
 
-def _join(nodes: Nodes, part: _Part, ends: dict[fx.Node, _Part]) -> None:
-    """Makes one of a part and of that whose ReLU its convolution is of."""
-    before = ends.get(part.x)
-    if before is None or part.conv is None or before.conv is None or before.residual is not None:
+def _join(nodes: Nodes, segment: _Segment, by_last: dict[fx.Node, _Segment]) -> None:
+    """Joins a segment to the one whose ReLU is the input of its convolution."""
+    before = by_last.get(segment.x)
+    if before is None or segment.conv is None or before.conv is None or before.residual is not None:
         return
-    if not before.relu or _only_user(part.x) is not part.conv:
+    if not before.relu or _only_user(segment.x) is not segment.conv:
         return
-    longer = part._replace(
-        nodes=(*before.nodes, *part.nodes),
+    longer = segment._replace(
+        nodes=(*before.nodes, *segment.nodes),
         x=before.x,
         before=(*before.before, (before.conv, before.norm)),
     )
     if len(longer.before) < MOST_STAGES - 1 and _movable(nodes, longer):
-        del ends[part.x]
-        ends[part.nodes[-1]] = longer
+        del by_last[segment.x]
+        by_last[segment.nodes[-1]] = longer
 
 
 def _is_on(block: nn.Module, path: str) -> bool:
@@ -188,50 +190,51 @@ def _is_on(block: nn.Module, path: str) -> bool:
 
 
 def _program(nodes: Nodes, prefix: str) -> Program | None:
-    """The graph, which is changed, as a program; None where it has no part to fuse or cannot be
+    """The graph, which is changed, as a program; None where it has no segment to fuse, or cannot be
     written as source."""
-    parts = _find(nodes)
+    segments = _find(nodes)
     graph = nodes.graph
     fused: dict[fx.Node, fx.Node] = {}
-    for i, part in enumerate(parts):
-        last = part.nodes[-1]
+    for i, segment in enumerate(segments):
+        last = segment.nodes[-1]
         with graph.inserting_before(last):
-            call = graph.call_module(f"{prefix}{i}", tuple(fused.get(n, n) for n in part.inputs))
+            call = graph.call_module(f"{prefix}{i}", tuple(fused.get(n, n) for n in segment.inputs))
         last.replace_all_uses_with(call)
         fused[last] = call
-    gone = {node for part in parts for node in part.nodes}
+    gone = {node for segment in segments for node in segment.nodes}
     for node in reversed(list(graph.nodes)):
         if node in gone:
             graph.erase_node(node)
-    if not parts or not all(_is_on(nodes.block, n.target) for n in graph.find_nodes(op="get_attr")):
+    attributes = [n.target for n in graph.find_nodes(op="get_attr")]
+    if not segments or not all(_is_on(nodes.block, path) for path in attributes):
         return None  # fx keeps tensors that the forward makes in its copy of the block
     code = graph.python_code("self")
     found = compile(code.src, "", "exec")
     (body,) = (c for c in found.co_consts if hasattr(c, "co_names"))
     used = {*found.co_names, *body.co_names}
     names = tuple((name, value) for name, value in code.globals.items() if name in used)
-    return Program(code.src, names, tuple(p.plan() for p in parts))
+    return Program(code.src, names, tuple(p.plan() for p in segments))
 
 
-def parts_plan(
+def partial_plan(
     nodes: Nodes, quiet: Nodes | BlockPlan | None, quieted: tuple[str, ...], reason: str
-) -> PartsPlan | None:
-    """The plan of a block in parts; None where none can be fused.
+) -> PartialPlan | None:
+    """The partial plan of a block; None where nothing can be fused.
 
     Args:
         nodes: of its graph, which is changed.
-        quiet: without its children ``quieted``: the nodes, or the plan of the whole.
-        reason: why the block as a whole is not one plan.
+        quiet: the nodes, or the plan of the whole, without the children ``quieted``.
+        reason: why the whole block is not one plan.
     """
     inputs = [n for n in nodes.graph.nodes if n.op == "placeholder"]
     if any(n.target.startswith("*") for n in inputs):
         return None
     while inputs and not inputs[-1].users:
         inputs.pop()
-    usual = _program(nodes, "_part_")
+    usual = _program(nodes, "_segment_")
     if usual is None:
         return None
     if isinstance(quiet, Nodes):
-        quiet = _program(quiet, "_quiet_part_")
+        quiet = _program(quiet, "_quiet_segment_")
     frozen = has_frozen(nodes.block)
-    return PartsPlan(usual, quiet, quieted, len(inputs), reason, frozen)
+    return PartialPlan(usual, quiet, quieted, len(inputs), reason, frozen)

@@ -18,10 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, reference
-from .cli import table
-from .ops.bn_act import bn_act_norms
-from .reference import Act, Norm
+from .. import reference
+from ..dispatch import backends
+from ..ops.bn_act import bn_act_norms
+from ..reference import Act, Norm
+from . import table
 
 LIMIT = 1.5
 # float64 has nothing wider to be compared with: this part of the largest value stands for PyTorch's
@@ -327,7 +328,7 @@ def check_inference(
 
 def check_all() -> list[Result]:
     """Results of every backend that runs on this machine."""
-    from . import FusedResBlock
+    from .. import FusedResBlock
 
     results = []
     for name, reason in backends.STATUS.items():

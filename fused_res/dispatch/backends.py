@@ -17,11 +17,9 @@ from pathlib import Path
 
 import torch
 
-from . import (
-    measured,
-    ops,  # noqa: F401  defines the ops that this module calls
-)
-from .env import BACKENDS, CPU_ISAS, settings
+from .. import ops  # noqa: F401  defines the ops that this module calls
+from ..env import BACKENDS, CPU_ISAS, settings
+from . import shipped_timings
 
 _log = logging.getLogger("fused_res")
 if settings.log == "dispatch":
@@ -70,7 +68,7 @@ class BackendUnavailable(RuntimeError):
 
 def _load(name: str) -> str | None:
     """Loads a library of kernels; returns why it could not be, or None."""
-    path = Path(__file__).parent / f"{name}.abi3.so"
+    path = Path(__file__).parent.parent / f"{name}.abi3.so"
     if not path.exists():
         return f"{path.name} was not built (no compiler when fused_res was installed)"
     try:
@@ -204,9 +202,9 @@ def why_not_tensors(*tensors: torch.Tensor | None) -> str | None:
 def _auto(op: str, x: torch.Tensor) -> tuple[str, str]:
     """What ``auto`` takes for a tensor, and why."""
     # a compiler's shapes are symbols, and its own kernels would be the rival
-    if not torch.compiler.is_compiling() and x.dim() == 4 and measured.knows(x.device, op):
+    if not torch.compiler.is_compiling() and x.dim() == 4 and shipped_timings.knows(x.device, op):
         able = [b for b in SUPPORT[op] if why_not(op, b, x.device.type, x.dtype) is None]
-        backend, reason, _ = measured.verdict_on(op, x, tuple(able))
+        backend, reason, _ = shipped_timings.verdict_on(op, x, tuple(able))
         if backend is not None:
             return backend, reason
     return preferred(op, x)

@@ -7,15 +7,18 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from .backends import BackendUnavailable
-from .version import __version__
+from ..dispatch.backends import BackendUnavailable
+from ..version import __version__
 
 # name -> (module with add_arguments(parser) and run(args) -> exit code, summary). Only the module
 # of the command that was asked for is imported.
 COMMANDS = {
-    "doctor": ("fused_res.doctor", "say what is installed, what runs where, and why"),
-    "check": ("fused_res.check", "test every available backend against float64"),
-    "tune": ("fused_res.tuning", "measure which kernels run a model's inference fastest here"),
+    "doctor": ("fused_res.cli.doctor", "say what is installed, what runs where, and why"),
+    "check": ("fused_res.cli.check", "test every available backend against float64"),
+    "tune": (
+        "fused_res.dispatch.tuning",
+        "measure which kernels run a model's inference fastest here",
+    ),
     "train": ("fused_res.train", "train a model, fused, plain or both"),
     "evaluate": ("fused_res.train.evaluate", "say how good a trained model is"),
     "demo": ("fused_res.demo", "train two plain PyTorch nets beside their fused twins"),

@@ -12,12 +12,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels import bn_act, res_block
-from .kernels import training_convolution as own
-from .ops import conv_halo
-from .ops.bn_act import unpack_mask
-from .plans import ADD, ADD_IN_PLACE, HALO, LIBRARY, OWN, RELU, STATISTICS, Call, tensors_of, trains
-from .reference import ACTS
+from ..kernels import bn_act, res_block
+from ..kernels import training_convolution as own
+from ..ops import conv_halo
+from ..ops.bn_act import unpack_mask
+from ..reference import ACTS
+from .training_conv import (
+    ADD,
+    ADD_IN_PLACE,
+    HALO,
+    LIBRARY,
+    OWN,
+    RELU,
+    STATISTICS,
+    Call,
+    tensors_of,
+    trains,
+)
 
 _RELU = ACTS.index("relu")
 

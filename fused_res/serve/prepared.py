@@ -1,9 +1,9 @@
-"""A traced model's forward whose fused parts are looked up once, not in every part.
+"""A traced model's forward whose fused calls are looked up once, not one by one in every call.
 
-A fused block checks in each call whether what it prepared still holds. Between two kernels that
-read a network's weights nothing of that is in a cache, and it takes 0.2 ms a block: a tenth of a
-ResNet-50 at batch 1. Here the modules of all parts are checked in one pass and their tensors by one
-fingerprint.
+A fused block checks in each call whether what it kept is still right. That takes 0.2 ms a block
+between two kernels that read a network's weights, since nothing of it is in a cache then: a tenth
+of a ResNet-50 at batch 1. Here one pass checks the modules of all fused calls, and one fingerprint
+their tensors.
 """
 
 from __future__ import annotations
@@ -18,25 +18,28 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import choices
-from .graphs import Unfusable
-from .nn.blocks import MOST_SIZES, FusedForward, child, prepared_block, runs_plan
-from .nn.chains import FusedSequential, chain_of, linked, links, unique
-from .nn.conv_norm import conv_norm_relu, prepared_conv
-from .ops.conv_bn_act import under_modes
-from .run.description import Unknowable, has_hooks
-from .run.guards import Record, Watch, guard_of, holds_compiled
-from .run.places import Places
-from .run.reads import Reads
-from .run.weight_cache import fingerprint
-from .tracing import function
+from ..fuse.modules import child
+from ..fuse.plan import runs_plan
+from ..fuse.trace import Unfusable
+from ..nn.blocks import FusedForward
+from ..nn.sequential import FusedSequential
+from ..ops.conv_bn_act import under_modes
+from ..run.chain import chain_of, is_link, linked, places_of, unique_tensors
+from ..run.description import Unknowable, has_hooks
+from ..run.guards import ModulesGuard, Record, guard_of, passes_compiled
+from ..run.inference import kept_for, run_kept
+from ..run.kept import Kept, keep, size_of
+from ..run.places import Places
+from ..run.reads import Reads
+from ..run.weight_cache import fingerprint
+from .conv_norm import conv_norm_relu, prepared_conv
+from .outside_blocks import function
 
 Step = Callable[[Tensor], Tensor]
 
 
 class _Found(NamedTuple):
-    """``run``: a part for inputs of one size, while ``tensors`` have this fingerprint and
-    ``places`` hold."""
+    """A step for inputs of one size, while its tensors have the fingerprint and its places pass."""
 
     run: Step
     tensors: list[Tensor]
@@ -44,7 +47,9 @@ class _Found(NamedTuple):
     places: Places = Places()
 
 
-class _Block(NamedTuple):
+class _BlockSite(NamedTuple):
+    """Where the graph calls a fused block."""
+
     path: str
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
@@ -57,17 +62,16 @@ class _Block(NamedTuple):
         block = child(model, self.path)
         if not runs_plan(block) or any(map(has_hooks, block.modules())):
             return None
-        kept = prepared_block(block, x)
-        if kept is None:
+        if "forward" in block.__dict__ or not block._is_as_recorded():
             return None
-        places, source = guard_of(block, block.plan.record).places, kept.source
-        if places is None:
+        kept, places = kept_for(block, block.plan, x), guard_of(block, block.plan.record).places
+        if kept is None or places is None:
             return None
-        return _Found(lambda x: kept.run(x, x), source.tensors, source.fingerprint, places)
+        return _Found(lambda x: run_kept(kept, x, x), kept.tensors, kept.fingerprint, places)
 
 
-class _Chain(NamedTuple):
-    """Blocks that follow each other and keep the size of their input."""
+class _ChainSite(NamedTuple):
+    """Where the graph calls blocks that follow each other and keep the size of their input."""
 
     paths: tuple[str, ...]
 
@@ -83,16 +87,13 @@ class _Chain(NamedTuple):
         blocks = [child(model, path) for path in self.paths]
         made, found, steps, i = list(map(linked, blocks)), [], [], 0
         while i < len(blocks):
-            tensors = unique(t for one in made[i:] if one is not None for t in one.tensors)
+            tensors = unique_tensors(made[i:])
             before = fingerprint(tensors)
             chain, count = chain_of(blocks[i:], made[i:], x)
             if chain is None:
-                one = _Block(self.paths[i]).find(model, x)
+                one = _BlockSite(self.paths[i]).find(model, x)
             else:
-                places = Places()
-                for link in made[i : i + count]:
-                    places.add(link.places)
-                one = _Found(chain, tensors, before, places)
+                one = _Found(chain, tensors, before, places_of(made[i : i + count]))
             if one is not None:
                 found.append(one)
             steps.append(blocks[i] if one is None else one.run)
@@ -103,37 +104,38 @@ class _Chain(NamedTuple):
                 x = step(x)
             return x
 
-        tensors = unique(t for one in found for t in one.tensors)
+        tensors = unique_tensors(found)
         before = fingerprint(tensors)
-        still = all(fingerprint(one.tensors) == one.fingerprint for one in found)
-        places = Places()
-        for one in found:
-            places.add(one.places)
-        return _Found(run, tensors, before, places) if found and still else None
+        return _Found(run, tensors, before, places_of(found)) if _unchanged(found) else None
 
 
-class _Conv(NamedTuple):
-    """Paths of a convolution and what follows it, or whether a ReLU does."""
+class _ConvSite(NamedTuple):
+    """Paths of a convolution and the BatchNorm and ReLU after it; ``relu`` may be a bool."""
 
     conv: str
     bn: str | None
     relu: str | bool
 
-    def _parts(self, model: nn.Module) -> list:
+    def _called(self, model: nn.Module) -> list:
         return [child(model, p) if type(p) is str else p for p in self]
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
-        return [part for part in self._parts(model) if isinstance(part, nn.Module)]
+        return [m for m in self._called(model) if isinstance(m, nn.Module)]
 
     def plain(self, model: nn.Module, x: Tensor) -> Tensor:
-        return conv_norm_relu(x, *self._parts(model))
+        return conv_norm_relu(x, *self._called(model))
 
     def find(self, model: nn.Module, x: Tensor) -> _Found | None:
-        found = prepared_conv(x, *self._parts(model))
+        found = prepared_conv(x, *self._called(model))
         return None if found is None else _Found(*found)
 
 
-_Part = _Block | _Chain | _Conv
+_Site = _BlockSite | _ChainSite | _ConvSite
+
+
+def _unchanged(found: list[_Found]) -> bool:
+    """Whether something was found, of weights that are still as they were."""
+    return bool(found) and all(fingerprint(one.tensors) == one.fingerprint for one in found)
 
 
 def _run(steps: list[Step], i: int, x: Tensor) -> Tensor:
@@ -151,36 +153,36 @@ def _runs(model: nn.Module, graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     runs: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         x = _only_arg(node) if node.op == "call_module" else None
-        if x is not None and links(child(model, node.target)):
+        if x is not None and is_link(child(model, node.target)):
             before = runs.pop(x) if x in runs and len(x.users) == 1 else []
             runs[node] = [*before, node]
     return {run[0]: run for run in runs.values() if len(run) > 1}
 
 
-def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part]]:
-    """The graph with one more input, a list of what runs each fused part; and the parts. Blocks in
-    containers are called in the containers' place."""
+def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Site]]:
+    """The graph with one more input, the list of steps that run its fused calls; and these sites.
+    Blocks in containers are called in the containers' place."""
     made, values = fx.Graph(), {}
     runs = _runs(model, graph)
     chained = {node for run in runs.values() for node in run[1:]}
-    steps, parts = made.placeholder("fused_res_steps"), []
+    steps, sites = made.placeholder("fused_res_steps"), []
 
-    def add(part: _Part, x: fx.Node) -> fx.Node:
-        parts.append(part)
-        return made.call_function(_run, (steps, len(parts) - 1, x))
+    def add(site: _Site, x: fx.Node) -> fx.Node:
+        sites.append(site)
+        return made.call_function(_run, (steps, len(sites) - 1, x))
 
     def add_module(path: str, x: fx.Node) -> fx.Node:
         module = child(model, path)
         if isinstance(module, FusedForward):
-            return add(_Block(path), x)
+            return add(_BlockSite(path), x)
         inside = any(isinstance(m, FusedForward) for m in module.modules())
         plain = type(module) in (nn.Sequential, FusedSequential)
         if not inside or not plain or has_hooks(module):
             return made.call_module(path, (x,))
-        for linking, group in groupby(module._modules, lambda name: links(module._modules[name])):
+        for linking, group in groupby(module._modules, lambda name: is_link(module._modules[name])):
             paths = [f"{path}.{name}" for name in group]
             if linking and len(paths) > 1:
-                x = add(_Chain(tuple(paths)), x)
+                x = add(_ChainSite(tuple(paths)), x)
                 continue
             for each in paths:
                 x = add_module(each, x)
@@ -192,11 +194,11 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part
         if node in runs:
             # in place of the first: what comes between them may write to the chain's input
             paths = tuple(one.target for one in runs[node])
-            values[runs[node][-1]] = add(_Chain(paths), values[_only_arg(node)])
+            values[runs[node][-1]] = add(_ChainSite(paths), values[_only_arg(node)])
         elif node.op == "call_function" and node.target is conv_norm_relu:
             x, *rest = node.args
             paths = [p.target if isinstance(p, fx.Node) else p for p in rest]
-            values[node] = add(_Conv(*paths), values[x])
+            values[node] = add(_ConvSite(*paths), values[x])
         elif node.op == "call_module" and _only_arg(node) is not None:
             values[node] = add_module(node.target, values[_only_arg(node)])
         else:
@@ -204,25 +206,7 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Part
     for node in reversed(made.nodes):
         if node.op == "get_attr" and not node.users:
             made.erase_node(node)
-    return made, parts
-
-
-class _Kept(NamedTuple):
-    """What runs the parts of inputs of some sizes; ``forgotten``: how often all had been."""
-
-    watch: Watch
-    places: Places
-    tensors: list[Tensor]
-    fingerprint: tuple
-    steps: list[Step]
-    forgotten: int
-
-    def holds(self) -> bool:
-        return (
-            self.watch.holds()
-            and self.places.hold()
-            and fingerprint(self.tensors) == self.fingerprint
-        )
+    return made, sites
 
 
 def _size(x: Tensor) -> tuple:
@@ -253,31 +237,28 @@ class PreparedForward:
         Raises:
             Unfusable: the forward read something that cannot be compared.
         """
-        graph, self._parts = _with_steps(model, graph)
+        graph, self._sites = _with_steps(model, graph)
         self._forward = function(model, graph)
         called = [n.target for n in graph.nodes if n.op in ("call_module", "get_attr")]
-        for part in self._parts:
-            called += [
-                p for p in (part.paths if isinstance(part, _Chain) else part) if type(p) is str
-            ]
+        for site in self._sites:
+            paths = site.paths if isinstance(site, _ChainSite) else site
+            called += [path for path in paths if type(path) is str]
         self._containers = _above(called)
         leaves = reads.leaves.difference(self._containers)
         try:
             self._record = Record(model, replace(reads, leaves=leaves), calls=True)
         except Unknowable as reason:
             raise Unfusable(str(reason)) from None
-        self._kept: dict[tuple, _Kept] = {}
-        self._forgotten = 0  # times
+        self._sizes: dict[tuple, Kept] = {}
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether all that the model's forward read when it was traced is as it was."""
         if torch.compiler.is_compiling():
-            return holds_compiled(model, self._record)
+            return passes_compiled(model, self._record)
         return guard_of(model, self._record).same
 
     def forget(self) -> None:
-        self._forgotten += 1
-        self._kept.clear()
+        self._sizes = {}  # a call that is under way keeps its steps in the old one
 
     def __call__(self, model: nn.Module, inputs: list[Tensor], plain: Callable, frozen: bool):
         """``plain(model, *inputs)``, without gradients. Frozen: as it was when inputs of these
@@ -285,25 +266,25 @@ class PreparedForward:
         usual = all(x.is_cpu and not under_modes(x) for x in inputs)
         if not usual or _has_any_global_hook():
             return plain(model, *inputs)
-        sizes = [(x.shape, x.stride(), x.dtype) for x in inputs]
-        key = *sizes, torch.get_num_threads(), *choices.state()
-        kept = self._kept.get(key)
-        if kept is None or kept.forgotten != self._forgotten or not (frozen or kept.holds()):
-            return self._prepare(key, model, inputs)
+        sizes, size = self._sizes, tuple(map(size_of, inputs))
+        kept = sizes.get(size)
+        if kept is None or not (frozen or kept.passes()):
+            sizes.pop(size, None)  # it keeps alive what was replaced
+            return self._prepare(sizes, size, model, inputs)
         return self._forward(model, kept.steps, *inputs)
 
-    def _prepare(self, key: tuple, model: nn.Module, inputs: list[Tensor]):
-        self._kept.pop(key, None)  # it keeps what was replaced
-        forgotten = self._forgotten
+    def _prepare(
+        self, sizes: dict[tuple, Kept], size: tuple, model: nn.Module, inputs: list[Tensor]
+    ):
         modules = [model, *(child(model, path) for path in self._containers)]
-        watch = Watch(modules + [m for part in self._parts for m in part.modules(model)])
-        plains = [partial(part.plain, model) for part in self._parts]
+        guard = ModulesGuard(modules + [m for site in self._sites for m in site.modules(model)])
+        plains = [partial(site.plain, model) for site in self._sites]
         steps, found = list(plains), []
 
-        def recorder(i: int, part: _Part) -> Step:
+        def recorder(i: int, site: _Site) -> Step:
             def record(x: Tensor) -> Tensor:
                 y = plains[i](x)
-                one = part.find(model, x)
+                one = site.find(model, x)
                 if one is not None:
                     steps[i] = _step(_size(x), one.run, plains[i])
                     found.append(one)
@@ -311,17 +292,10 @@ class PreparedForward:
 
             return record
 
-        y = self._forward(model, [recorder(*p) for p in enumerate(self._parts)], *inputs)
-        if not found:
-            return y
+        y = self._forward(model, [recorder(*pair) for pair in enumerate(self._sites)], *inputs)
         tensors = [t for one in found for t in one.tensors]
-        places = Places()
-        for one in found:
-            places.add(one.places)
-        kept = _Kept(watch, places, tensors, fingerprint(tensors), steps, forgotten)
-        # what was found holds still, so the fingerprint of all is of what it was made from
-        if kept.holds() and all(fingerprint(one.tensors) == one.fingerprint for one in found):
-            while len(self._kept) >= MOST_SIZES:
-                self._kept.pop(next(iter(tuple(self._kept)), None), None)
-            self._kept[key] = kept  # of no use if all was forgotten meanwhile
+        kept = Kept(steps, guard, places_of(found), tensors, fingerprint(tensors))
+        # the steps' own fingerprints are from before their weights were read
+        if kept.passes() and _unchanged(found):
+            keep(sizes, size, kept)
         return y

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from . import choices, tuned, tuning
+from ..dispatch import inference_conv, tuning, user_timings
+from ..fuse.modules import child, is_exported, is_norm_act
+from ..fuse.plan import BlockPlan
+from ..fuse.swap import FuseReport, fuse_, fused_class, refuse_wrapped, unfuse_
+from ..fuse.trace import Unfusable, in_words
+from ..run.reads import Reads
+from ..run.weight_cache import forget_weights
 from .calls import Call, Parameters, example_call, holds_no_tensor, is_plain
-from .graphs import Unfusable, in_words
-from .nn.blocks import BlockPlan, child, is_exported, is_norm_act
+from .outside_blocks import chains, convolves, function, fuse_convolutions, graph_of
 from .prepared import PreparedForward
-from .run.reads import Reads
-from .run.weight_cache import forget_weights
-from .surgery import FuseReport, fuse_, fused_class, refuse_wrapped, unfuse_
-from .tracing import chains, convolves, function, fuse_convolutions, graph_of
 
 WARM_UPS = 3  # before a CUDA graph is captured: libraries choose algorithms and allocate
 
@@ -446,7 +447,7 @@ def _leave_to_the_graph(model: nn.Module, report: FuseReport) -> None:
         block = model.get_submodule(name)
         more = isinstance(block.plan.quiet, BlockPlan) or any(
             part.skip == "add" or any(is_norm_act(child(block, s.norm)) for s in part.branch)
-            for part in block.plan.usual.parts
+            for part in block.plan.usual.segments
         )
         if not more or not name:  # a whole model is a graph itself
             unfuse_(block)
@@ -519,9 +520,9 @@ def _set_layout(model: nn.Module, layout: torch.memory_format) -> None:
 
 def _tune(model: OptimizedModel, args: tuple, kwargs: dict) -> None:
     """Measures, if a convolution runs that the user's table does not have."""
-    with choices.recording() as calls:
+    with inference_conv.recording() as calls:
         model._serving_answer(args, kwargs)
-    if all(tuned.find(key.device, choices.row_of(key, {})) for key in calls):
+    if all(user_timings.find(key.device, inference_conv.row_of(key, {})) for key in calls):
         return
     try:
         tuning.tune(model, kwargs or args)

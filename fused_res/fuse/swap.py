@@ -14,21 +14,28 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from .graphs import Unfusable, Untraceable, in_words
-from .nn.blocks import BlockPlan, FusedForward, Unplanned, is_norm, with_signature_of
-from .nn.chains import FusedSequential, has_chain, unchain
-from .nn.parts import FusedParts, PartsPlan, methods
-from .ops.res_block import check_recompute
-from .patterns import plan_of
-from .run.description import kind_of
-from .run.guards import guard_of
+from ..nn.blocks import FusedForward, FusedPartialForward, with_signature_of
+from ..nn.sequential import FusedSequential, unchain
+from ..ops.res_block import check_recompute
+from ..run.chain import has_chain
+from ..run.description import kind_of
+from ..run.guards import guard_of
+from ..run.partial import methods
+from .match import plan_of
+from .modules import is_norm
+from .plan import BlockPlan, PartialPlan, Unplanned
+from .trace import Unfusable, Untraceable, in_words
 
 
 @dataclass
 class FuseReport:
-    """What ``fuse_`` did. ``fused``: names of modules; ``partly``: (name, why not the whole) of
-    those of which only parts run fused; ``skipped``: (name, reason); ``advice``: sentences on what
-    would make it faster. Prints as a table."""
+    """The result of ``fuse_``. Prints as a table.
+
+    fused: names of the blocks that run fused.
+    partly: (name, reason) of blocks of which only segments run fused.
+    skipped: (name, reason) of blocks that stay as they are.
+    advice: sentences on what would make the model faster.
+    """
 
     fused: list[str] = field(default_factory=list)
     partly: list[tuple[str, str]] = field(default_factory=list)
@@ -54,7 +61,7 @@ _classes: WeakValueDictionary[tuple, type[nn.Module]] = WeakValueDictionary()
 
 
 def fused_class(
-    original: type[nn.Module], plan: BlockPlan | PartsPlan | Unplanned, recompute: str | None
+    original: type[nn.Module], plan: BlockPlan | PartialPlan | Unplanned, recompute: str | None
 ) -> type[nn.Module]:
     """The class of a fused block: ``original`` with its forward replaced by ``plan``."""
     key = original, plan, recompute
@@ -70,9 +77,9 @@ def fused_class(
 
 
 def _fused_class(
-    original: type[nn.Module], plan: BlockPlan | PartsPlan | Unplanned, recompute: str | None
+    original: type[nn.Module], plan: BlockPlan | PartialPlan | Unplanned, recompute: str | None
 ) -> type[nn.Module]:
-    mixin = FusedParts if isinstance(plan, PartsPlan) else FusedForward
+    mixin = FusedPartialForward if isinstance(plan, PartialPlan) else FusedForward
     body = {
         "plan": plan,
         "recompute": recompute,
@@ -83,13 +90,13 @@ def _fused_class(
         "__reduce_ex__": _reduce_ex,
         "__setstate__": _set_state,
     }
-    if isinstance(plan, PartsPlan):
+    if isinstance(plan, PartialPlan):
         body |= methods(plan)
     return type(f"Fused{original.__name__}", (mixin, original), body)
 
 
 def _rebuild(
-    original: type[nn.Module], plan: BlockPlan | PartsPlan | Unplanned, recompute: str | None
+    original: type[nn.Module], plan: BlockPlan | PartialPlan | Unplanned, recompute: str | None
 ) -> nn.Module:
     cls = fused_class(original, plan, recompute)
     return cls.__new__(cls)
@@ -200,25 +207,55 @@ def fuse_(
     """
     refuse_wrapped(model)
     check_recompute(recompute)
-    report = FuseReport()
-    classes: list[tuple[nn.Module, type[nn.Module]]] = []
-    filtered: list[tuple[str, str]] = []
-    opaque: dict[str, bool] = {}  # of skipped ones, whether they may be no blocks
-    already = False
+    search = _Search(filter_fn, recompute)
+    search.visit(model, "")
+    report = search.report
+    if strict and report.skipped:
+        raise ValueError(f"strict=True, but blocks were skipped; nothing was changed:\n{report}")
+    report.skipped += search.filtered
+    if search.classes and not _is_channels_last(model):
+        report.advice.append(CHANNELS_LAST)
+    if not dry_run:
+        _put_classes(search.classes)
+        for module in model.modules():
+            if type(module) is nn.Sequential and has_chain(module):
+                module.__class__ = FusedSequential
+    if not search.classes and not search.found_fused:
+        warnings.warn(f"fuse_ found no residual block to fuse\n{report}", stacklevel=2)
+    return report
 
-    def visit(module: nn.Module, name: str, seen: set[int]) -> bool:
-        """Whether a residual block was found in ``module``; blocks are looked for inside out."""
-        nonlocal already
-        if id(module) in seen:
+
+class _Search:
+    """Looks for residual blocks in a model, inside out.
+
+    classes: the class that each block is to get.
+    filtered: (name, reason) of blocks that the filter leaves out.
+    found_fused: whether a block was fused before.
+    """
+
+    def __init__(
+        self, filter_fn: Callable[[nn.Module, str], bool] | None, recompute: str | None
+    ) -> None:
+        self.report = FuseReport()
+        self.classes: list[tuple[nn.Module, type[nn.Module]]] = []
+        self.filtered: list[tuple[str, str]] = []
+        self.found_fused = False
+        self._filter, self._recompute = filter_fn, recompute
+        self._opaque: dict[str, bool] = {}  # name of a skipped block -> whether it may be none
+        self._seen: set[int] = set()
+
+    def visit(self, module: nn.Module, name: str) -> bool:
+        """Whether a residual block was found in ``module``."""
+        if id(module) in self._seen:
             return False
-        seen.add(id(module))
+        self._seen.add(id(module))
         if isinstance(module, FusedForward) and (
             "original" not in type(module).__dict__ or guard_of(module, module.plan.record).same
         ):
-            already = True
+            self.found_fused = True
             return True
         inside = [
-            visit(part, f"{name}.{key}" if name else key, seen)
+            self.visit(part, f"{name}.{key}" if name else key)
             for key, part in module.named_children()
         ]
         forward = type(module).forward
@@ -228,53 +265,44 @@ def fuse_(
             return False  # one layer, whatever its weight is made of
         if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
             return False
+        return self._is_block(module, name)
+
+    def _is_block(self, module: nn.Module, name: str) -> bool:
+        """Whether it is a residual block that can be fused; notes it, or the reason."""
         prefix = f"{name}." if name else ""
-        inner = {n: n[len(prefix) :] for n in opaque if n.startswith(prefix)}
+        inner = {n: n[len(prefix) :] for n in self._opaque if n.startswith(prefix)}
         try:
             with torch.inference_mode(False):  # whose tensors torch.fx cannot trace
                 plan = plan_of(module, inner.values())
         except Unfusable as reason:
-            report.skipped.append((name, str(reason)))
+            self.report.skipped.append((name, str(reason)))
             normless = not any(map(is_norm, module.modules()))
-            opaque[name] = normless or isinstance(reason, Untraceable)
-            return False  # what it is in may be a block, of which other parts can be fused
+            self._opaque[name] = normless or isinstance(reason, Untraceable)
+            return False  # its parent may be a block in which something else can be fused
         if plan is None:
             return False
         reason, cls = _why_no_subclass(module), None
         if reason is None:
             try:
-                cls = fused_class(kind_of(module), plan, recompute)
+                cls = fused_class(kind_of(module), plan, self._recompute)
             except Exception as error:  # of its __init_subclass__ or metaclass
                 reason = f"its class cannot have a subclass: {in_words(error)}"
         if reason is not None:
-            report.skipped.append((name, reason))
+            self.report.skipped.append((name, reason))
             return False
-        if filter_fn is not None and not filter_fn(module, name):
-            filtered.append((name, "left out by filter_fn"))
+        if self._filter is not None and not self._filter(module, name):
+            self.filtered.append((name, "left out by filter_fn"))
             return True
-        report.skipped = [row for row in report.skipped if not (row[0] in inner and opaque[row[0]])]
-        if isinstance(plan, PartsPlan):
+        self.report.skipped = [
+            row for row in self.report.skipped if not (row[0] in inner and self._opaque[row[0]])
+        ]
+        if isinstance(plan, PartialPlan):
             norms = sum(isinstance(m, _BatchNorm) for m in module.modules())
-            report.partly.append((name, f"{plan.norms} of {norms} norms; {plan.reason}"))
+            self.report.partly.append((name, f"{plan.norms} of {norms} norms; {plan.reason}"))
         else:
-            report.fused.append(name)
-        classes.append((module, cls))
+            self.report.fused.append(name)
+        self.classes.append((module, cls))
         return True
-
-    visit(model, "", set())
-    if strict and report.skipped:
-        raise ValueError(f"strict=True, but blocks were skipped; nothing was changed:\n{report}")
-    report.skipped += filtered
-    if classes and not _is_channels_last(model):
-        report.advice.append(CHANNELS_LAST)
-    if not dry_run:
-        _put_classes(classes)
-        for module in model.modules():
-            if type(module) is nn.Sequential and has_chain(module):
-                module.__class__ = FusedSequential
-    if not classes and not already:
-        warnings.warn(f"fuse_ found no residual block to fuse\n{report}", stacklevel=2)
-    return report
 
 
 def _put_classes(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:

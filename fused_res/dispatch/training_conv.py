@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, choices, measured, tuned
-from .measured import Row
-from .reference import ConvNorm, Shortcut
+from ..reference import ConvNorm, Shortcut
+from . import backends, inference_conv, shipped_timings, user_timings
+from .shipped_timings import Row
 
 OP = "training_convolution"
 # What kernels/res_block.py takes: or OWN + 1 + i, our own in Triton's i-th configuration.
@@ -81,7 +81,7 @@ def block_of(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut) -> Block:
         ),
         bool(shortcut),
         shortcut is not False,
-        x.dtype is torch.float32 and choices.allows_tf32(),
+        x.dtype is torch.float32 and inference_conv.allows_tf32(),
     )
 
 
@@ -116,7 +116,7 @@ def name_of(choice: int) -> str:
 
 def config_of(choice: int):
     """Triton's configuration; None: the best guess, or not Triton's."""
-    from .kernels.conv_bn_act import CONFIGS
+    from ..kernels.conv_bn_act import CONFIGS
 
     return CONFIGS[choice - OWN - 1] if choice > OWN else None
 
@@ -128,12 +128,12 @@ def trains(call: Call) -> bool | None:
 
 def row_of(call: Call, ms: dict[str, float], config: dict | None = None) -> Row:
     """A measurement of a call as the tables keep it, for any device."""
-    like = f"{choices._sizes(*call[4:9])}, {'backward' if call.backward else 'forward'}"
+    like = f"{inference_conv._sizes(*call[4:9])}, {'backward' if call.backward else 'forward'}"
     if call.end:
         like += f", {call.end}"
     if call.dtype == torch.float32:
         like += ", tf32" if call.tf32 else ", no tf32"
-    return choices.row_like(like, OP, call, ms, config)
+    return inference_conv.row_like(like, OP, call, ms, config)
 
 
 def tensors_of(call: Call, device: torch.device | str) -> tuple[Tensor, ConvNorm]:
@@ -146,33 +146,33 @@ def tensors_of(call: Call, device: torch.device | str) -> tuple[Tensor, ConvNorm
     return x, ConvNorm(weight, None, *call[5:9], None)
 
 
-@functools.lru_cache(maxsize=measured.MOST_SHAPES)
+@functools.lru_cache(maxsize=shipped_timings.MOST_SHAPES)
 def _choose(call: Call, named: bool, forgotten: int) -> int:
     """``forgotten``: what was chosen before the tables changed does not count."""
-    from .kernels import conv_bn_act, training_convolution
+    from ..kernels import conv_bn_act, training_convolution
 
     row, config, choice = row_of(call, {}), None, LIBRARY
     reason = training_convolution.why_not(*tensors_of(call, "meta"))
     if reason is None and named:
         choice, reason = OWN, "the backend was named"
     elif reason is None:
-        mine = tuned.find(call.device, row)
+        mine = user_timings.find(call.device, row)
         if mine is not None and mine.ms.keys() >= {"eager", "triton"}:
-            name, config = choices.taken(mine), mine.config
+            name, config = inference_conv.taken(mine), mine.config
             ms = mine.ms["triton" if name == "eager" else name]
             reason = f"tuned: {ms:.3g} ms, {mine.ms['eager'] / ms:.2f}x the library"
         else:
-            device = measured.device_of(call.device.type, call.device.index)
+            device = shipped_timings.device_of(call.device.type, call.device.index)
             of = row.dtype, row.layout, row.shape
             ours = "triton", "conv_halo"
-            name, reason, config = measured.verdict(OP, device, *of, ours, row.like)
+            name, reason, config = shipped_timings.verdict(OP, device, *of, ours, row.like)
         if name == "conv_halo":
             choice = HALO
         elif name == "triton":
             fields = [c._asdict() for c in conv_bn_act.CONFIGS]
             choice = OWN + (1 + fields.index(config) if config in fields else 0)
     runs = "the library" if choice == LIBRARY else "our own"
-    backends.say(f"{OP} {choices.words(row)} runs {runs}: {reason}")
+    backends.say(f"{OP} {inference_conv.words(row)} runs {runs}: {reason}")
     # the layouts inside a block are known when it runs, and looked at then
     return OWN if named else choice
 
@@ -193,7 +193,7 @@ def recording() -> Iterator[dict[Call, None]]:
 
 
 def _record(block: Block, x: Tensor) -> list[int]:
-    from .kernels import training_convolution
+    from ..kernels import training_convolution
 
     for call in calls(block):
         if training_convolution.why_not(*tensors_of(call, "meta")) is None:
@@ -215,10 +215,10 @@ def plan(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, backend: str | N
     block = block_of(x, branch, shortcut)
     if _recorded is not None:
         return _record(block, x)
-    return list(_plan(block, not backends.is_auto(backend), choices.state()[0]))
+    return list(_plan(block, not backends.is_auto(backend), inference_conv.state()[0]))
 
 
-@functools.lru_cache(maxsize=measured.MOST_SHAPES)
+@functools.lru_cache(maxsize=shipped_timings.MOST_SHAPES)
 def _plan(block: Block, named: bool, forgotten: int) -> tuple[int, ...]:
     found = calls(block)
     if not found:  # which the op finds too

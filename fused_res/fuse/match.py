@@ -12,12 +12,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
-from .graphs import Nodes, Tracer, Unfusable, Untraceable, in_words, trace
-from .nn.blocks import BlockPlan, Stage, has_frozen, is_norm
-from .nn.parts import PartsPlan
-from .parts import IN_PLACE_ADDS, parts_plan
-from .run.description import Unknowable, has_hooks
-from .run.guards import Record
+from ..run.description import Unknowable, has_hooks
+from ..run.guards import Record
+from .modules import has_frozen, is_norm
+from .partial import IN_PLACE_ADDS, partial_plan
+from .plan import BlockPlan, PartialPlan, Stage
+from .trace import Nodes, Tracer, Unfusable, Untraceable, in_words, trace
 
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 
@@ -161,26 +161,24 @@ def _parse(nodes: Nodes) -> BlockPlan:
     return BlockPlan(tuple(branch), end_of_shortcut, skip, relu, frozen, into)
 
 
-def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | PartsPlan | None:
-    """The plan of a residual block, or of those parts of it that can be fused; None where the
-    module is not one.
+def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | PartialPlan | None:
+    """The plan of a residual block, or of its segments that can be fused; None where the module is
+    no residual block.
 
-    The block's forward is traced twice, in training and in eval mode, and nothing of it is changed.
+    The block's forward is traced twice, in training and in eval mode. The block is not changed.
 
     Args:
         opaque: names of children that are not looked into.
 
     Raises:
-        Untraceable: it may be a residual block, which cannot be seen.
-        Unfusable: it is a residual block of which nothing can be fused.
+        Untraceable: it may be a residual block, but a trace cannot show it.
+        Unfusable: it is a residual block in which nothing can be fused.
     """
     try:
         training = trace(block, True, Tracer(opaque))
         in_eval = trace(block, False, Tracer(opaque), known=training.reads)
         reads = training.reads | in_eval.reads
-        if not training.reads.covers(
-            in_eval.reads
-        ):  # whatever it reads in a mode, it must not change
+        if not training.reads.covers(in_eval.reads):  # neither mode may write to them
             in_eval = trace(block, False, Tracer(opaque), known=reads)
     except Unfusable:
         raise
@@ -204,13 +202,13 @@ def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | Parts
     try:
         plan = _parse(nodes)
     except Unfusable as reason:
-        plan = _in_parts(nodes, Nodes(block, in_eval.graph), str(reason))
+        plan = _partial_plan(nodes, Nodes(block, in_eval.graph), str(reason))
         if plan is None:
             raise
     return plan._replace(record=record)
 
 
-def _in_parts(nodes: Nodes, in_eval: Nodes, reason: str) -> PartsPlan | None:
+def _partial_plan(nodes: Nodes, in_eval: Nodes, reason: str) -> PartialPlan | None:
     quieted, quiet = in_eval.without_what_is_quiet(), None
     if quieted:
         in_eval.split_norms()
@@ -218,7 +216,7 @@ def _in_parts(nodes: Nodes, in_eval: Nodes, reason: str) -> PartsPlan | None:
             quiet = _parse(in_eval)
         except Unfusable:
             quiet = in_eval
-    return parts_plan(nodes, quiet, quieted, reason)
+    return partial_plan(nodes, quiet, quieted, reason)
 
 
 def _refuse_hooks(block: nn.Module) -> None:

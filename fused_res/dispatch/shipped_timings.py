@@ -1,9 +1,9 @@
-"""What was measured where: the table that backend ``auto`` follows.
+"""The timings that the package ships: the table that backend ``auto`` follows.
 
-``measured.json`` has a row per device, op, dtype, layout and shape, with the milliseconds that each
-implementation takes (of ``bn_act`` forward and backward); ``benchmarks/table.py --dispatch`` writes
-it from the committed results. What was not measured follows the nearest shape that was, if there is
-one near, on the same device or else on one of the same architecture.
+``shipped_timings.json`` has a row per device, op, dtype, layout and shape, with the milliseconds
+that each implementation takes (for ``bn_act``: forward and backward). ``benchmarks/table.py
+--dispatch`` writes it from the committed results. A shape without a row follows the nearest row of
+the same device, or else of the same architecture, if one is near.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Verdict(NamedTuple):
 
 @functools.cache
 def rows() -> tuple[Row, ...]:
-    text = (Path(__file__).parent / "measured.json").read_text()
+    text = (Path(__file__).parent / "shipped_timings.json").read_text()
     return tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(text))
 
 

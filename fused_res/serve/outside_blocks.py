@@ -7,13 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
-from .graphs import Nodes, Tracer, trace
-from .nn.blocks import FusedForward, child
-from .nn.chains import links
-from .nn.conv_norm import conv_norm_relu, plain_conv_norm
-from .run.description import NORMS, has_hooks
-from .run.reads import Reads
-from .surgery import FuseReport
+from ..fuse.modules import child
+from ..fuse.swap import FuseReport
+from ..fuse.trace import Nodes, Tracer, trace
+from ..nn.blocks import FusedForward
+from ..run.chain import is_link
+from ..run.description import NORMS, has_hooks
+from ..run.reads import Reads
+from .conv_norm import conv_norm_relu, plain_conv_norm
 
 
 def convolves(module: nn.Module) -> bool:
@@ -25,7 +26,7 @@ def convolves(module: nn.Module) -> bool:
 
 def chains(module: nn.Module) -> bool:
     """Whether it has blocks that may be parts of a chain."""
-    return sum(map(links, module.modules())) > 1
+    return sum(map(is_link, module.modules())) > 1
 
 
 class _Tracer(Tracer):

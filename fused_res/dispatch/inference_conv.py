@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import backends, measured, tuned
-from .measured import Row
+from . import backends, shipped_timings, user_timings
+from .shipped_timings import Row
 
 OP = "conv_bn_act"
 
@@ -126,9 +126,9 @@ def words(row: Row) -> str:
 
 def taken(row: Row) -> str:
     """What backend ``auto`` takes where it has a measurement of its own."""
-    from .ops.conv_bn_act import IMPLEMENTATIONS
+    from ..ops.conv_bn_act import IMPLEMENTATIONS
 
-    return measured.fastest(row.ms, [n for n in ("eager", *IMPLEMENTATIONS) if n in row.ms])
+    return shipped_timings.fastest(row.ms, [n for n in ("eager", *IMPLEMENTATIONS) if n in row.ms])
 
 
 # Weights in Winograd's form are 4 (tiles of 4) or 1.8 times larger and are read once for all tiles:
@@ -182,7 +182,7 @@ def choose(call, backend: str) -> Choice:
     known = _chosen.get(place)
     if known is None:
         known = _chosen[place] = _first(call, key, backend)
-        while len(_chosen) > measured.MOST_SHAPES:
+        while len(_chosen) > shipped_timings.MOST_SHAPES:
             _chosen.pop(next(iter(tuple(_chosen)), None), None)
     return known
 
@@ -190,8 +190,8 @@ def choose(call, backend: str) -> Choice:
 @functools.cache
 def knows(device: torch.device) -> bool:
     """Whether backend ``auto`` may take a kernel on a device: one was measured there, or is now."""
-    mine = any(row.op == OP for row in tuned.table(device).values())
-    return _recorded is not None or measured.knows(device, OP) or mine
+    mine = any(row.op == OP for row in user_timings.table(device).values())
+    return _recorded is not None or shipped_timings.knows(device, OP) or mine
 
 
 def forget() -> None:
@@ -237,7 +237,7 @@ def _first(call, key: Key, backend: str) -> Choice:
 
 def why_not(call, backend: str) -> dict[str, str | None]:
     """Why each implementation of a backend cannot run a call; None where it can."""
-    from .ops.conv_bn_act import FLOAT32_ALONE, IMPLEMENTATIONS
+    from ..ops.conv_bn_act import FLOAT32_ALONE, IMPLEMENTATIONS
 
     reasons = {}
     for name, implementation in IMPLEMENTATIONS.items():
@@ -256,7 +256,7 @@ def why_not(call, backend: str) -> dict[str, str | None]:
 
 def _config(call, name: str, wanted: dict | None) -> object:
     """The configuration that a table names, if it is still one for this call."""
-    from .ops.conv_bn_act import IMPLEMENTATIONS
+    from ..ops.conv_bn_act import IMPLEMENTATIONS
 
     configs = None if name == "eager" else IMPLEMENTATIONS[name].configs
     if configs is None or wanted is None:
@@ -265,22 +265,22 @@ def _config(call, name: str, wanted: dict | None) -> object:
 
 
 def _choose(call, key: Key, backend: str) -> Choice:
-    from .ops.conv_bn_act import IMPLEMENTATIONS
+    from ..ops.conv_bn_act import IMPLEMENTATIONS
 
     reasons = why_not(call, backend)
     able = [name for name, reason in reasons.items() if reason is None]
     row = row_of(key, {})
-    mine = tuned.find(key.device, row)
+    mine = user_timings.find(key.device, row)
     names = ["eager", *able] if backend == "auto" else able
     timed = [name for name in names if mine is not None and name in mine.ms]
     if timed:
-        name = measured.fastest(mine.ms, timed)
+        name = shipped_timings.fastest(mine.ms, timed)
         gain = f", {mine.ms['eager'] / mine.ms[name]:.2f}x PyTorch" if "eager" in mine.ms else ""
         config = _config(call, name, mine.config)
         return Choice(name, f"tuned: {mine.ms[name]:.3g} ms{gain}", config)
     if backend == "auto":
-        device = measured.device_of(key.device.type, key.device.index)
-        name, reason, config = measured.verdict(
+        device = shipped_timings.device_of(key.device.type, key.device.index)
+        name, reason, config = shipped_timings.verdict(
             OP, device, row.dtype, row.layout, row.shape, tuple(able), row.like
         )
         if name is not None:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..fuse.modules import conv_norm_of, is_exported, tensors_of
 from ..ops.conv_bn_act import Call, conv_bn_act, prepared
 from ..reference import ConvNorm
 from ..run.description import NORMS, has_hooks
 from ..run.weight_cache import fingerprint
-from .blocks import conv_norm_of, is_exported, tensors_of
 
 
 def plain_conv_norm(

@@ -18,9 +18,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-from .nn.blocks import child, is_norm, is_norm_act
-from .run.description import Description, Unknowable
-from .run.reads import Reads, Recorder, recording
+from ..run.description import Description, Unknowable
+from ..run.reads import Reads, Recorder, recording
+from .modules import child, is_norm, is_norm_act
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}

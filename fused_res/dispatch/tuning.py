@@ -29,15 +29,15 @@ from torch import Tensor, nn
 from torch.random import fork_rng
 from torch.utils import _pytree as pytree
 
-from . import backends, choices, plans, tuned
-from .calls import example_call
-from .choices import Choice, Key
-from .cli import UsageError, table
-from .env import settings
-from .measured import Row
-from .nn.blocks import FusedForward
-from .ops.conv_bn_act import IMPLEMENTATIONS, Call, run_as
-from .surgery import fuse_, refuse_wrapped
+from ..cli import UsageError, table
+from ..env import settings
+from ..fuse.swap import fuse_, refuse_wrapped
+from ..nn.blocks import FusedForward
+from ..ops.conv_bn_act import IMPLEMENTATIONS, Call, run_as
+from ..serve.calls import example_call
+from . import backends, inference_conv, training_conv, user_timings
+from .inference_conv import Choice, Key
+from .shipped_timings import Row
 
 _log = logging.getLogger("fused_res")
 SECONDS = 0.1  # for one implementation of one call
@@ -73,7 +73,7 @@ class TuneReport:
         found = dict.fromkeys(name for row in self.rows for name in row.ms)
         cells = [
             [
-                choices.words(row),
+                inference_conv.words(row),
                 *(f"{row.ms[name]:.3f}" if name in row.ms else "-" for name in found),
                 chosen,
                 f"{row.ms['eager'] / row.ms[chosen]:.2f}x",
@@ -93,7 +93,7 @@ def _refuse_to_measure() -> None:
 
 def _calls_of(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], train: bool
-) -> dict[Key, Call] | dict[plans.Call, None]:
+) -> dict[Key, Call] | dict[training_conv.Call, None]:
     """The distinct calls in a forward of a copy, which shares the parameters."""
     try:
         model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
@@ -108,7 +108,9 @@ def _calls_of(
         model.eval()
     elif not model.training:  # else some of it may be frozen
         model.train()
-    backend, recording = ("triton", plans.recording) if train else ("auto", choices.recording)
+    backend, recording = (
+        ("triton", training_conv.recording) if train else ("auto", inference_conv.recording)
+    )
     inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     gpus = {t.device.index for t in (*inputs, *model.parameters()) if t.is_cuda}
     with torch.no_grad(), backends.backend(backend), recording() as calls, fork_rng(gpus):
@@ -135,7 +137,7 @@ def _words(t: Tensor) -> str:
 def _ways(call: Call) -> list[Choice]:
     """Everything that can run a call, an implementation with configurations in each of them."""
     ways = [Choice("eager", "")]
-    for name, reason in choices.why_not(call, "auto").items():
+    for name, reason in inference_conv.why_not(call, "auto").items():
         if reason is None:
             configs = IMPLEMENTATIONS[name].configs
             found = [None] if configs is None else configs(call)
@@ -236,7 +238,7 @@ def _measure(key: Key, call: Call, seconds: float) -> Row | None:
         times = _time(call, ways, seconds)
     names = [way.implementation for way in ways]
     ms, config = _fastest(names, [way.config for way in ways], times)
-    return choices.row_of(key, ms, config) if len(ms) > 1 and "eager" in ms else None
+    return inference_conv.row_of(key, ms, config) if len(ms) > 1 and "eager" in ms else None
 
 
 def _fastest(names, configs, times) -> tuple[dict[str, float], dict | None]:
@@ -257,16 +259,16 @@ def _why_not_training(x: Tensor) -> str | None:
     return reason and f"training runs in the library's convolutions without Triton: {reason}"
 
 
-def _measure_training(call: plans.Call, _, seconds: float) -> Row | None:
+def _measure_training(call: training_conv.Call, _, seconds: float) -> Row | None:
     """As ``_measure``, a convolution of a block in training, one way."""
-    from .plan_steps import Steps, values
+    from .training_conv_candidates import Steps, values
 
     v = values(call, call.device)
     steps = Steps(call, v)
     found = steps.choices()
-    names, configs = [*map(plans.name_of, found)], [*map(plans.config_of, found)]
+    names, configs = [*map(training_conv.name_of, found)], [*map(training_conv.config_of, found)]
     makers = {
-        f"{plans.OP} {name} {config}": partial(partial, steps.run, choice)
+        f"{training_conv.OP} {name} {config}": partial(partial, steps.run, choice)
         for choice, name, config in zip(found, names, configs, strict=True)
     }
     with contextlib.ExitStack() as stack:
@@ -275,7 +277,7 @@ def _measure_training(call: plans.Call, _, seconds: float) -> Row | None:
         inputs = [v.get(name) for name in ("x", "a", "dy", "other", "masked")]
         times = _time_in_turns(makers, [t for t in inputs if t is not None], seconds)
     ms, config = _fastest(names, configs, times)
-    return plans.row_of(call, ms, config) if len(ms) > 1 and "eager" in ms else None
+    return training_conv.row_of(call, ms, config) if len(ms) > 1 and "eager" in ms else None
 
 
 @torch.no_grad()
@@ -351,18 +353,21 @@ def tune(
         if row is None:
             continue
         report.rows.append(row)
-        report.chosen.append(choices.taken(row))
+        report.chosen.append(inference_conv.taken(row))
         by_device.setdefault(key.device, []).append(row)
-        _log.info("tune: %d of %d: %s: %s", i, len(calls), choices.words(row), report.chosen[-1])
+        _log.info(
+            "tune: %d of %d: %s: %s", i, len(calls), inference_conv.words(row), report.chosen[-1]
+        )
     for device, rows in by_device.items():
-        tuned.keep(device, rows)
-    choices.forget()
+        user_timings.keep(device, rows)
+    inference_conv.forget()
     for device, rows in by_device.items():
         try:
-            report.paths.append(tuned.write(device, rows))
+            report.paths.append(user_timings.write(device, rows))
         except OSError as error:
+            path = user_timings.path_of(user_timings.made_by(device))
             raise TableNotWritten(
-                f"tune could not write {tuned.path_of(tuned.made_by(device))} ({error}): its "
+                f"tune could not write {path} ({error}): its "
                 f"choices hold in this process only; FUSED_RES_CACHE must name a folder that can "
                 f"be written",
                 report,
@@ -450,10 +455,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _list() -> str:
     rows = []
-    here = {tuned.path_of(tuned.made_by(device)) for device in tuned.devices()}
-    for path in tuned.files():
+    here = {user_timings.path_of(user_timings.made_by(device)) for device in user_timings.devices()}
+    for path in user_timings.files():
         try:
-            made, found = tuned.load(path)
+            made, found = user_timings.load(path)
             about = [made["device"], f"torch {made['torch']}", len(found)]
         except (OSError, ValueError, KeyError) as error:
             about = [f"cannot be used: {error}", "", ""]
@@ -480,15 +485,15 @@ def run(args: argparse.Namespace) -> int:
     if args.list or args.clear:
         if args.list:
             print(_list())
-        for path in tuned.files() if args.clear else []:
+        for path in user_timings.files() if args.clear else []:
             path.unlink()
             print(f"removed {path}")
-        tuned.forget()
-        choices.forget()
+        user_timings.forget()
+        inference_conv.forget()
         return 0
     if args.model is None or args.shape is None:
         raise UsageError("MODEL and --shape must be given, or --list or --clear")
-    from .inference import optimize_for_inference
+    from ..serve.optimize import optimize_for_inference
 
     model = named_model(args.model)
     reason = f"{args.dtype} runs in one way here"
