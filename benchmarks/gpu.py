@@ -54,7 +54,7 @@ def _tests() -> list[list[str]]:
     return [
         [*run, "tests/bn_act/test_gpu.py"],
         [*run, "tests/conv_bn_act/test_gpu.py", "tests/conv_halo/test_gpu.py",
-         "tests/serve/test_inference.py"],
+         "tests/serve/test_optimize.py"],
         [*run, "tests/res_chain/test_gpu.py"],
         [*run, "tests/res_block/test_gpu.py"],
     ]  # fmt: skip
