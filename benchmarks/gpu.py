@@ -53,10 +53,11 @@ def _tests() -> list[list[str]]:
     run = [sys.executable, "-m", "pytest", "-q", *parallel, "-m", "gpu"]
     return [
         [*run, "tests/bn_act/test_gpu.py"],
-        [*run, "tests/conv_bn_act/test_gpu.py", "tests/serve/test_inference.py"],
+        [*run, "tests/conv_bn_act/test_gpu.py", "tests/conv_halo/test_gpu.py",
+         "tests/serve/test_optimize.py"],
         [*run, "tests/res_chain/test_gpu.py"],
         [*run, "tests/res_block/test_gpu.py"],
-    ]
+    ]  # fmt: skip
 
 
 def _sanitizer() -> list[list[str]]:

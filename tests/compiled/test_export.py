@@ -5,12 +5,12 @@ import contextlib
 import copy
 import io
 
+import blocks
 import pytest
-import seed_blocks as seeds
 import torch
 import torch.nn as nn
+from agreement import agree, outcome, randomise
 from torch.export import Dim
-from zoo import agree, outcome, randomise
 
 import fused_res
 from fused_res import fuse_, optimize_for_inference
@@ -22,8 +22,8 @@ def net() -> nn.Module:
     """A stem, a block of each kind of shortcut, and a head."""
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
-        seeds.BasicBlock(6, 6),
-        seeds.BasicBlock(6, 9, 2),
+        blocks.BasicBlock(6, 6),
+        blocks.BasicBlock(6, 9, 2),
         fused_res.FusedResBlock(9, 4, kind="single", skip="concat", dropout=0.3),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(13, 5),
     )  # fmt: skip

@@ -2,10 +2,10 @@
 
 import copy
 
+import model_libraries  # noqa: F401  torchvision, before torchmetrics imports it
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo  # noqa: F401  torchvision, before torchmetrics imports it
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

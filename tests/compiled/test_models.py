@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import randomise
+from model_libraries import timm, torchvision
 from torch.func import functional_call
-from zoo import randomise, timm, torchvision
 
 import fused_res
 from fused_res import fuse_

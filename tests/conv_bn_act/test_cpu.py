@@ -248,7 +248,7 @@ def test_within_the_rule(name, dtype):
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("second", SECONDS)
 def test_every_ending(second, act, norm):
-    """What follows the convolution, for the library's kernels and for our own."""
+    """What follows the convolution, for ATen's kernels and for the native ones."""
     for layout in LAYOUTS:
         for bias in (False, True):
             options = dict(layout=layout, bias=bias, norm=norm, act=act, second=second)

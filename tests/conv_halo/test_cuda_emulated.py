@@ -1,6 +1,6 @@
 """The CUDA kernel of convolutions of few channels, run on the CPU by tests/cuda_emulation: against
 fp64 by the 1.5 x rule, bit by bit under shuffled thread orders, within bounds, without bank
-conflicts; for inference and with both ends of training. And faults planted in it, which these
+conflicts; for inference and with both epilogues of training. And faults planted in it, which these
 checks must catch."""
 
 import os

@@ -1,4 +1,4 @@
-"""Which convolutions of a block in training are our own in Triton: the tables, their precedence,
+"""Which convolutions of a block in training run in Triton: the tables, their precedence,
 ``fused_res.tune(..., train=True)`` and its command. Kernels run in Triton's interpreter."""
 
 import copy
@@ -74,7 +74,7 @@ def shipped(monkeypatch):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Nothing is measured: our own takes the milliseconds given, in one configuration longer."""
+    """Nothing is measured: Triton takes the milliseconds given, in one configuration longer."""
 
     def use(own=1.0, library=3.0, slower=lambda name: False):
         def time(makers, inputs, seconds):
@@ -118,7 +118,7 @@ def fused(model):
 
 
 def own(messages):
-    """Of each convolution whether it is our own."""
+    """Of each convolution whether Triton runs it."""
     return [re.search(r" runs (our own|the library): ", m).group(1) == "our own" for m in messages]
 
 
@@ -129,7 +129,7 @@ def why(messages):
 # --- the choice
 
 
-def test_the_library_where_nothing_is_known(said):
+def test_cudnn_where_nothing_is_known(said):
     messages = said(fused(net()), image(*SHAPE))
     assert len(messages) == CALLS and not any(own(messages))
     assert "was not measured on cpu" in messages[0]
@@ -227,7 +227,7 @@ def test_precedence(said, timed, shipped):
     assert own(said(ours, x)) == [False, False]
 
 
-def test_what_our_own_cannot_run_is_the_librarys(said, timed):
+def test_cudnn_runs_what_triton_cannot(said, timed):
     block, x = nn.Sequential(ResBlock(8, 8, kind="single")), torch.randn(2, 8, 4, 4)
     assert fused_res.tune(block, x, train=True).rows == []
     messages = said(fused(block), x)
@@ -240,7 +240,7 @@ def test_what_our_own_cannot_run_is_the_librarys(said, timed):
         assert "runs the library: the convolution has groups" in message
 
 
-def test_a_named_backend_runs_our_own_where_the_inside_of_a_block_lets_it(monkeypatch):
+def test_a_named_backend_runs_triton_where_the_inside_of_a_block_lets_it(monkeypatch):
     """Whatever the layout of the block's input."""
     ran, real = [], training_convolution.convolve
     monkeypatch.setattr(training_convolution, "convolve", lambda *a: ran.append(a[1]) or real(*a))
@@ -300,7 +300,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_that_is_timed_is_the_same(case, monkeypatch):
-    """The library and our own, in every configuration."""
+    """cuDNN, and Triton in every configuration."""
     ran, real = set(), training_convolution._run
     monkeypatch.setattr(training_convolution, "_run", lambda *a: ran.add(a[-1]) or real(*a))
     backward, weight, stride, end = CASES[case]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import coverage_table
 import pytest
-from odd_blocks import Configurable, OwnBatchNorm
+from blocks import Configurable, OwnBatchNorm
+from model_libraries import timm
 from torch import nn
-from zoo import timm
 
 from fused_res.nn.blocks import FusedForward
 

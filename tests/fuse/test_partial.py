@@ -5,17 +5,18 @@ import io
 import pickle
 from functools import partial
 
+import blocks
 import numpy
-import odd_blocks as odd
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from odd_blocks import Configurable, variant
+from agreement import agree, outcome, randomise
+from blocks import Configurable, variant
+from model_libraries import timm, torchvision
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo import agree, outcome, randomise, timm, torchvision
 
 import fused_res
 from fused_res import fuse_, unfuse_
@@ -232,7 +233,7 @@ def seen(attention):
 
 
 PARTS = {  # block; its norms, and of them run fused; a word its reason has
-    "squeeze and excite": (lambda: Configurable(extra=odd.SqueezeExcite(6)), 2, 2, "extra"),
+    "squeeze and excite": (lambda: Configurable(extra=blocks.SqueezeExcite(6)), 2, 2, "extra"),
     "ECA": (lambda: Configurable(extra=timm.layers.EcaModule(6)), 2, 2, "extra"),
     "drop path": (lambda: Configurable(extra=timm.layers.DropPath(0.2)), 2, 2, "DropPath"),
     "stochastic depth": (
@@ -244,16 +245,16 @@ PARTS = {  # block; its norms, and of them run fused; a word its reason has
     "ReLU6 at the end": (lambda: Configurable(last=nn.ReLU6), 2, 2, "not the last"),
     "pre-activation": (variant(pre_activated), 2, 2, "pre-activation"),
     "weight_norm": (
-        odd.changed(lambda m: parametrizations.weight_norm(m.conv1)), 2, 2, "parametrization",
+        blocks.changed(lambda m: parametrizations.weight_norm(m.conv1)), 2, 2, "parametrization",
     ),
-    "one convolution twice": (odd.same_conv_twice, 2, 2, "conv1"),
-    "two adds": (variant(odd.two_adds), 2, 2, "add"),
-    "result used twice": (variant(odd.used_twice), 2, 2, ""),
-    "shortcut from inside": (variant(odd.exit_inside), 2, 2, ""),
-    "norm's output used twice": (variant(odd.norm_used_twice), 2, 2, "bn1"),
-    "scaled add": (variant(odd.scaled), 2, 2, ""),
-    "two outputs": (variant(odd.two_outputs), 2, 2, "more than one"),
-    "ReLU before the norm": (variant(odd.activation_before_norm), 2, 2, "bn1"),
+    "one convolution twice": (blocks.same_conv_twice, 2, 2, "conv1"),
+    "two adds": (variant(blocks.two_adds), 2, 2, "add"),
+    "result used twice": (variant(blocks.used_twice), 2, 2, ""),
+    "shortcut from inside": (variant(blocks.exit_inside), 2, 2, ""),
+    "norm's output used twice": (variant(blocks.norm_used_twice), 2, 2, "bn1"),
+    "scaled add": (variant(blocks.scaled), 2, 2, ""),
+    "two outputs": (variant(blocks.two_outputs), 2, 2, "more than one"),
+    "ReLU before the norm": (variant(blocks.activation_before_norm), 2, 2, "bn1"),
     "*= and -=": (variant(multiplied_in_place), 2, 2, ""),
     "adds in a row": (variant(nested), 2, 2, ""),
     "written into another": (variant(written_into_kept), 2, 2, ""),
@@ -278,7 +279,7 @@ PARTS = {  # block; its norms, and of them run fused; a word its reason has
     "slices": (Split, 3, 3, ""),
     "timm's norms": (Grouped, 4, 4, "SiLU"),
     "a norm of its own kind": (
-        odd.changed(lambda m: setattr(m, "bn1", odd.OwnBatchNorm(6))), 2, 1, "OwnBatchNorm",
+        blocks.changed(lambda m: setattr(m, "bn1", blocks.OwnBatchNorm(6))), 2, 1, "OwnBatchNorm",
     ),
     "a part that cannot be traced": (seen(Attention), 2, 2, "Attention"),
 }  # fmt: skip
@@ -357,7 +358,7 @@ def nodes_behind(y):
     ids=["SE", "SiLU", "ECA bottleneck", "RepVGG"],
 )
 def test_a_part_trains_in_one_call(make, convolutions):
-    """Stages that follow each other, with their convolutions, which may then be our own."""
+    """Stages that follow each other, with their convolutions, which may then be native kernels."""
     model = make().to(memory_format=torch.channels_last)
     fuse_(model)
     x = torch.randn(8, 32, 12, 12).contiguous(memory_format=torch.channels_last)
@@ -444,7 +445,7 @@ def test_hooks_and_changes_after_fusing():
     for model in (module, plain):
         torch.manual_seed(3)
         model.extra = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Tanh())
-        model.bn2 = odd.OwnBatchNorm(6)
+        model.bn2 = blocks.OwnBatchNorm(6)
     torch.testing.assert_close(module(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
@@ -613,7 +614,7 @@ def test_a_relu_called_in_two_places():
 
 
 @pytest.mark.parametrize("extra", [nn.Dropout(0.2), timm.layers.DropPath(0.2)])
-def test_what_only_eval_mode_folds(extra):
+def test_what_only_eval_mode_fuses(extra):
     ours = randomise(Configurable(extra=extra)).eval()
     plain = copy.deepcopy(ours)
     fuse_(ours)
@@ -863,7 +864,7 @@ def test_what_is_not_read_by_the_backward_pass_may_be_overwritten():
         torch.autograd.grad(y.sum(), ours.bn1.weight, create_graph=True)
 
 
-def test_an_attribute_of_our_name_inside():
+def test_an_attribute_of_a_reserved_name_inside():
     """What is not fused on its own is still seen by what it is in."""
 
     class Outer(Configurable):
@@ -877,7 +878,7 @@ def test_an_attribute_of_our_name_inside():
     assert report.partly[0][1].startswith("3 of 4 norms")
 
 
-def test_an_attribute_of_our_name():
+def test_an_attribute_of_a_reserved_name():
     plain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
     holds = type("Holds", (nn.Module,), {"forward": lambda self, x: self.inner(x)})()
     holds.inner, holds.backend = plain, "of no interest"
@@ -890,12 +891,12 @@ def test_an_attribute_of_our_name():
 
 
 def test_untraceable_blocks_are_named():
-    model = nn.Sequential(variant(odd.depends_on_data)(), Configurable())
+    model = nn.Sequential(variant(blocks.depends_on_data)(), Configurable())
     report = fuse_(model)
     assert report.fused == ["1"] and [n for n, _ in report.skipped] == ["0"]
 
 
-def test_parts_keep_their_backend():
+def test_segments_keep_their_backend():
     module = made("squeeze and excite")
     fuse_(module)
     with fused_res.backend("eager"):

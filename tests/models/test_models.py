@@ -6,13 +6,14 @@ import re
 import warnings
 from pathlib import Path
 
+import blocks
 import pytest
-import seed_blocks as seeds
 import torch
 import torch.nn.functional as F
+from agreement import agree, outcome, randomise
+from model_libraries import torchvision
 from torch import nn
 from torch.testing import assert_close
-from zoo import agree, outcome, randomise, torchvision
 
 from fused_res import FusedResBlock, models, reference
 from fused_res.nn.blocks import FusedForward
@@ -193,20 +194,20 @@ def check_same(ours, theirs, x):
 
 def test_blocks_by_hand():
     x = torch.randn(4, 8, 12, 12)
-    check_same(make("plain_block").blocks, seeds.PlainBlock(8, 8), x)
-    check_same(make("plain_block", stride=2).blocks, seeds.PlainBlock(8, 8, 2), x)
-    plain = nn.Sequential(seeds.PlainBlock(8, 8), nn.ReLU())
+    check_same(make("plain_block").blocks, blocks.PlainBlock(8, 8), x)
+    check_same(make("plain_block", stride=2).blocks, blocks.PlainBlock(8, 8, 2), x)
+    plain = nn.Sequential(blocks.PlainBlock(8, 8), nn.ReLU())
     check_same(make("plain_block", relu="after").blocks, plain, x)
     for bias in (True, False):
-        check_same(make("bn_block", bias=bias).blocks, seeds.ResidualBlock(8, bias), x)
-    check_same(make("concat_block").blocks, seeds.SkipConnectionBlock(8, 8), x)
+        check_same(make("bn_block", bias=bias).blocks, blocks.ResidualBlock(8, bias), x)
+    check_same(make("concat_block").blocks, blocks.SkipConnectionBlock(8, 8), x)
 
     def transformed(stride, transform):
         body = nn.Sequential(
             nn.Conv2d(8, 8, 3, stride, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
             nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8),
         )  # fmt: skip
-        return seeds.TransformSkip(body, transform)
+        return blocks.TransformSkip(body, transform)
 
     projection = nn.Sequential(nn.Conv2d(8, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
     check_same(make("projection_block").blocks, transformed(2, projection), x)
@@ -224,32 +225,34 @@ def convolve(c_in, c_out, act):
 
 
 def test_nets_by_hand():
-    two = nn.Sequential(seeds.PlainBlock(3, 8), nn.ReLU(), seeds.PlainBlock(8, 16), *PooledHead(16))
+    two = nn.Sequential(
+        blocks.PlainBlock(3, 8), nn.ReLU(), blocks.PlainBlock(8, 16), *PooledHead(16)
+    )
     tanh, relu, head = nn.Tanh(), nn.ReLU(), (nn.Linear(32, 10),)
     by_hand = {
         "two_blocks": (two, {}),
         "plain_block": (
             nn.Sequential(
-                nn.Conv2d(3, 8, 3, padding=1), relu, seeds.PlainBlock(8, 8), *PooledHead(8)
+                nn.Conv2d(3, 8, 3, padding=1), relu, blocks.PlainBlock(8, 8), *PooledHead(8)
             ),
             {},
         ),
         "concat_block": (
             nn.Sequential(
-                nn.Conv2d(3, 8, 3, padding=1), relu, seeds.SkipConnectionBlock(8, 8),
+                nn.Conv2d(3, 8, 3, padding=1), relu, blocks.SkipConnectionBlock(8, 8),
                 *PooledHead(16),
             ),
             {},
         ),
         "resnet18_cifar": (
-            seeds.ResNet(seeds.BasicBlock, (2, 2, 2, 2), width=4),
+            blocks.ResNet(blocks.BasicBlock, (2, 2, 2, 2), width=4),
             {"width": 4, "counts": (2, 2, 2, 2)},
         ),
         "resnet": (
-            seeds.ResNet(seeds.Bottleneck, (2, 1, 2), width=4),
+            blocks.ResNet(blocks.Bottleneck, (2, 1, 2), width=4),
             {"kind": "bottleneck", "width": 4, "counts": (2, 1, 2)},
         ),
-        "deep_cnn": (seeds.DeepCNN(blocks=3), {"n_blocks": 3, "width": 32}),
+        "deep_cnn": (blocks.DeepCNN(blocks=3), {"n_blocks": 3, "width": 32}),
         "net": (
             nn.Sequential(*convolve(3, 16, tanh), *convolve(16, 8, tanh), nn.Flatten(),
                           nn.Linear(512, 32), tanh, *head),
@@ -263,10 +266,10 @@ def test_nets_by_hand():
     }  # fmt: skip
     for name, (theirs, arguments) in by_hand.items():
         check_same(make(name, **arguments), theirs, images(4))
-    check_same(make("net_res", num_classes=2), seeds.NetRes(), images(4))
+    check_same(make("net_res", num_classes=2), blocks.NetRes(), images(4))
     for shared in (False, True):
         ours = make("net_res_deep", n_chans1=32, n_blocks=6, shared=shared, num_classes=2)
-        check_same(ours, seeds.NetResDeep(n_blocks=6, shared=shared), images(4))
+        check_same(ours, blocks.NetResDeep(n_blocks=6, shared=shared), images(4))
 
 
 def test_net_is_written_twice():

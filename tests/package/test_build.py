@@ -84,7 +84,8 @@ def test_install_without_a_compiler(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = """
 import torch, fused_res
-from fused_res import backends, reference
+from fused_res import reference
+from fused_res.dispatch import backends
 assert "not built" in backends.STATUS["cpu"], backends.STATUS
 x = torch.randn(2, 8, 5, 5)
 block = fused_res.FusedResBlock(8, 8)
@@ -149,7 +150,7 @@ def test_bad_environment_variable_is_named(name):
 def test_environment_variables_take_effect(tmp_path):
     code = """
 import torch
-from fused_res import backends
+from fused_res.dispatch import backends
 from fused_res.ops.bn_act import bn_act
 print(backends.cpu_isa())
 bn_act(torch.randn(2, 3, 4, 4, dtype=torch.double), None, None, training=True)

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+import model_libraries  # noqa: F401  torchvision, before a page imports it
 import pytest
 import torch
-import zoo  # noqa: F401  torchvision, before a page imports it
 
 import fused_res
 from fused_res import cli, env

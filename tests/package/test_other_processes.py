@@ -65,7 +65,8 @@ pwd.getpwuid = getpwuid
 """
 SERVE = """
 import os, warnings, torch, fused_res
-from fused_res import cli, user_timings, tuning
+from fused_res import cli
+from fused_res.dispatch import tuning, user_timings
 tuning.ROUNDS, tuning.SCRATCH = (1, 1), {"cpu": 1}
 net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), fused_res.FusedResBlock(8, 8))
 with warnings.catch_warnings(record=True) as said:

@@ -58,9 +58,9 @@ def draw(name, dtype):
 
 
 def on_triton(choice, **options):
-    """res_block with one choice for every convolution, forward and backward: 0 the library, 1 our
-    own with the configuration that is expected to be the fastest, more: that of CONFIGS; -1
-    ``conv_halo`` where it can."""
+    """res_block with one choice for every convolution, forward and backward: 0 cuDNN, 1 Triton with
+    the configuration that is expected to be the fastest, more: that of CONFIGS; -1 ``conv_halo``
+    where it can."""
 
     def call(x, branch, shortcut, act):
         n = len(branch) + bool(shortcut)

@@ -346,7 +346,7 @@ def test_recompute_and_another_run_change_no_bit(name, plan, dtype):
 
 
 # Of a bottleneck's backward pass, where only some of x and the parameters of its stages want a
-# gradient: our own convolutions, passes after these (which of dx and of what the convolution read
+# gradient: Triton's convolutions, passes after these (which of dx and of what the convolution read
 # they write), and weights' gradients.
 WANTED = {
     "g3": (0, [], 0),
@@ -446,7 +446,7 @@ def test_tf32_is_rounded_where_it_is_multiplied_and_nowhere_else(monkeypatch):
 
 @pytest.mark.parametrize("layouts", ["input", "weights", "all", "first weight", "gradient"])
 def test_of_any_layout(launched, layouts):
-    """What is not channels_last is the library's; a convolution may change the layout."""
+    """What is not channels_last is cuDNN's; a convolution may change the layout."""
     cases = []
     for _ in range(4):
         case = Case(([(3, 1)] * 3, None), torch.float32, (2, 4, 5, 4), layout=CHANNELS_LAST)

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from agreement import randomise
 from errors import rms, rule
 from instruction_sets import ISAS, instruction_set
 from res_chain_cases import KINDS, blocks_of, by_blocks, double, image, stage
-from zoo import randomise
 
 import fused_res
 from fused_res import FusedResBlock, env, fuse_, unfuse_

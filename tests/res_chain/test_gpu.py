@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from agreement import randomise
 from errors import rule
 from res_chain_cases import blocks_of, by_blocks, double
-from zoo import randomise
 
 from fused_res import fuse_
 from fused_res.dispatch import backends

@@ -15,12 +15,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn as nn
+from agreement import agree, outcome, randomise
 from functorch.compile import make_boxed_func
 from hypothesis import HealthCheck, given, settings
+from model_libraries import torchvision
 from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from zoo import agree, outcome, randomise, torchvision
 
 import fused_res
 from fused_res import FusedResBlock

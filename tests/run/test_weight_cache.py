@@ -1,5 +1,5 @@
 """Weights folded with BatchNorm must never be stale: forward, change, forward, for every way to
-change what a fold is made of; and they are seen nowhere and live no longer than the model."""
+change what they are made of; and they are seen nowhere and live no longer than the model."""
 
 import copy
 import gc
@@ -34,7 +34,7 @@ WAYS = {"onednn": torch.contiguous_format, "own": torch.channels_last}
 
 @pytest.fixture(autouse=True, params=WAYS)
 def way(request, monkeypatch):
-    """Every convolution by the library, on an NCHW input; or by a kernel of ours that can run it,
+    """Every convolution by ATen, on an NCHW input; or by a fused kernel that can run it,
     on a channels_last one, for which a block keeps what it has looked up."""
     own = ("winograd4", "direct")
 
@@ -428,7 +428,7 @@ def test_a_convolution_shared_by_blocks_with_other_norms():
         same(ours, theirs)
 
 
-def test_folds_are_made_once(monkeypatch):
+def test_packed_weights_are_made_once(monkeypatch):
     made = []
     fold = weight_cache.scale_and_shift
     for module in (weight_cache, conv_bn_act):
@@ -575,14 +575,14 @@ def test_compiled():
 def test_threads():
     ours, _ = pair("fused")
     xs = [torch.randn(1 + i % 6, 8, 7, 6) for i in range(24)]
-    with ThreadPoolExecutor(4) as pool:  # the first calls make the folds, all at once
+    with ThreadPoolExecutor(4) as pool:  # the first calls pack the weights, all at once
         found = list(pool.map(lambda x: look(ours, x), xs))
     for y, x in zip(found, xs, strict=True):
         assert torch.equal(y, look(ours, x))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_folds_are_seen_nowhere(name):
+def test_packed_weights_are_seen_nowhere(name):
     ours, _ = pair(name)
 
     def seen():
@@ -613,7 +613,7 @@ def count():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_folds_live_as_long_as_the_model(name, count):
+def test_packed_weights_live_as_long_as_the_model(name, count):
     kept, tensors = len(weight_cache._packed), count()
     ours, theirs = pair(name)
     weight = weakref.ref(conv_of(ours).weight)
@@ -624,7 +624,7 @@ def test_folds_live_as_long_as_the_model(name, count):
     assert weight() is None and len(weight_cache._packed) == kept
 
 
-def test_folds_do_not_add_up(count):
+def test_packed_weights_do_not_add_up(count):
     ours = pair()[0]
     look(ours)
     tensors = count()

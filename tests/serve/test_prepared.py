@@ -4,11 +4,11 @@ afterwards may go unseen."""
 import threading
 
 import pytest
-import seed_blocks as seeds
 import torch
 import torch.nn.functional as F
+from agreement import randomise
+from blocks import BasicBlock
 from torch import nn
-from zoo import randomise
 
 import fused_res
 from fused_res import optimize_for_inference
@@ -63,8 +63,8 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
         self.rows, self.sum, self.gain = Rows(), Sum(), Gain()
-        blocks = [seeds.BasicBlock(8, 8), seeds.BasicBlock(8, 16, 2), seeds.BasicBlock(16, 16)]
-        self.stages = nn.ModuleList([nn.Sequential(*blocks[:2]), nn.Sequential(blocks[2])])
+        a, b, c = BasicBlock(8, 8), BasicBlock(8, 16, 2), BasicBlock(16, 16)
+        self.stages = nn.ModuleList([nn.Sequential(a, b), nn.Sequential(c)])
         self.head = Head()
 
     def forward(self, x):
@@ -153,7 +153,7 @@ CHANGES = {
     "a buffer": lambda m: setattr(m.stages[0][0].n2, "running_mean", torch.ones(8)),
     "eps": lambda m: setattr(m.stages[0][0].n2, "eps", 3.0),
     "eps of the stem's": lambda m: setattr(m.stem[1], "eps", 3.0),
-    "a block": lambda m: replaced(m, "stages.0.0", fresh(lambda: seeds.BasicBlock(8, 8))),
+    "a block": lambda m: replaced(m, "stages.0.0", fresh(lambda: BasicBlock(8, 8))),
     "a block by a convolution": lambda m: replaced(m, "stages.0.0", fresh(
         lambda: nn.Conv2d(8, 8, 3))),
     "a convolution": lambda m: replaced(m, "stages.0.0.c2", fresh(
@@ -161,8 +161,8 @@ CHANGES = {
     "a convolution's class": lambda m: setattr(m.stages[0][0].c2, "__class__", Doubled),
     "the stem's class": lambda m: setattr(m.stem[0], "__class__", Doubled),
     "a stage": lambda m: m.stages.__setitem__(1, nn.Sequential(
-        fresh(lambda: seeds.BasicBlock(16, 16)), fresh(lambda: seeds.BasicBlock(16, 16)))),
-    "one more block": lambda m: m.stages[0].append(fresh(lambda: seeds.BasicBlock(16, 16))),
+        fresh(lambda: BasicBlock(16, 16)), fresh(lambda: BasicBlock(16, 16)))),
+    "one more block": lambda m: m.stages[0].append(fresh(lambda: BasicBlock(16, 16))),
     "one less": lambda m: m.stages[1].__delitem__(0),
     "the stem's ReLU": lambda m: replaced(m, "stem.2", nn.Tanh()),
     "a block's forward": lambda m: setattr(m.stages[1][0], "forward", lambda x: -x),

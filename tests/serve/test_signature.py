@@ -9,12 +9,12 @@ import io
 import pickle
 import typing
 
+import blocks
 import pytest
-import seed_blocks as seeds
 import torch
 import torch.nn.functional as F
+from agreement import randomise
 from torch import nn
-from zoo import randomise
 
 import fused_res
 from fused_res import optimize_for_inference
@@ -35,7 +35,7 @@ class Stem(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.block = seeds.BasicBlock(8, 8)
+        self.block = blocks.BasicBlock(8, 8)
         self.config = {"a": 1}
 
     def features(self, x):
@@ -488,8 +488,8 @@ def test_signature_attributes_and_methods():
     with torch.no_grad():
         torch.testing.assert_close(served.features(X), model.features(X), rtol=1e-4, atol=1e-4)
     assert served.forward.__func__.__defaults__ is None
-    _, block = pair(lambda: seeds.BasicBlock(3, 3))
-    assert inspect.signature(block.forward) == inspect.signature(seeds.BasicBlock(3, 3).forward)
+    _, block = pair(lambda: blocks.BasicBlock(3, 3))
+    assert inspect.signature(block.forward) == inspect.signature(blocks.BasicBlock(3, 3).forward)
 
 
 class Names(Stem):

@@ -7,7 +7,7 @@ import functools
 import importlib
 import warnings
 
-from zoo import timm, torchvision
+from model_libraries import timm, torchvision
 
 import fused_res
 

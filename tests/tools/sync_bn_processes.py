@@ -143,7 +143,7 @@ class Block(NamedTuple):
 
 
 def step(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """As ``zoo.outcome``, which would import the model libraries."""
+    """As ``agreement.outcome``, with a gradient that is this process's part of the batch's."""
     x = x.detach().clone().requires_grad_()
     out = model(x)
     named = dict(model.named_parameters())

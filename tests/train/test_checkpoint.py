@@ -15,8 +15,8 @@ import sys
 
 import pytest
 import torch
+from model_libraries import timm  # noqa: F401  with torchvision, before a checkpoint names it
 from train_commands import contents, failed, same, train
-from zoo import timm  # noqa: F401  with torchvision, before a checkpoint names it
 
 from fused_res import cli
 from fused_res.cli import model as cli_model

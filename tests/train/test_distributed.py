@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 import torch.multiprocessing as mp
+from agreement import agree
 from train_commands import contents, same
 from train_processes import CASES, DRAWS, FUSED, PROCESSES, RUN, gradients, main
-from zoo import agree
 
 from fused_res import cli
 from fused_res.cli import CommandError

@@ -1,4 +1,4 @@
-"""Our own convolutions in training on a CPU, in the op res_block: the rule for outputs and every
+"""The native convolutions of training on a CPU, in the op res_block: the rule for outputs and every
 gradient, where they run, and that sums do not depend on the threads."""
 
 import os
@@ -102,7 +102,7 @@ def made(name):
     return branch, shortcut, x, torch.randn_like(y)
 
 
-# on a map of the bottleneck's size 1x1 convolutions are the library's with AVX2
+# on a map of the bottleneck's size 1x1 convolutions are oneDNN's with AVX2
 WITH_AVX2 = [(name, "avx2") for name in BLOCKS if name != "bottleneck"]
 
 
@@ -164,7 +164,7 @@ def test_random_shapes(seed):
 
 
 def library_calls(run) -> int:
-    """The library's convolutions: forward passes, in which alone it calls ops."""
+    """oneDNN's convolutions: forward passes, in which alone it calls ops."""
     with torch.profiler.profile() as profile:
         run()
     names = "mkldnn_convolution", "slow_conv2d"  # which of them depends on the threads
@@ -175,7 +175,7 @@ def library_calls(run) -> int:
 def test_they_run(name, isa):
     args = (*made(name), "relu", torch.float32)
     assert library_calls(lambda: step(reference.res_block, *args)) > 0
-    with instruction_set(isa):  # a shortcut of 1x1 on a small map is the library's
+    with instruction_set(isa):  # a shortcut of 1x1 on a small map is oneDNN's
         assert library_calls(lambda: step(ours, *args)) == ("projection" in name)
 
 
@@ -203,7 +203,7 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_elsewhere_the_library_runs(name):
+def test_elsewhere_onednn_runs(name):
     branch, x = ELSEWHERE[name]()
     args = branch, None, x, torch.randn_like(x), "relu", torch.float32
     calls = library_calls(lambda: step(reference.res_block, *args))
@@ -212,7 +212,7 @@ def test_elsewhere_the_library_runs(name):
         torch.testing.assert_close(step(ours, *args)[key], value, rtol=1e-3, atol=1e-3)
 
 
-def test_the_library_runs_1x1_of_few_channels():
+def test_onednn_runs_1x1_of_few_channels():
     x = image(32, 96, 32, 32)
     args = [stage(96, 16, 1), stage(16, 96, 1)], None, x, torch.randn_like(x), "relu", torch.float32
     calls = library_calls(lambda: step(reference.res_block, *args))
@@ -220,7 +220,7 @@ def test_the_library_runs_1x1_of_few_channels():
 
 
 @pytest.mark.parametrize("name", ["single", "bottleneck"])
-def test_in_plain_code_the_library_runs(name):
+def test_in_plain_code_onednn_runs(name):
     args = (*made(name), "relu", torch.float32)
     calls = library_calls(lambda: step(reference.res_block, *args))
     with instruction_set("plain"):
@@ -228,7 +228,7 @@ def test_in_plain_code_the_library_runs(name):
 
 
 @pytest.mark.parametrize("name", [*BLOCKS, *ELSEWHERE, "few pixels after a stride"])
-def test_large_maps_are_one_call_where_ours_run(name, monkeypatch):
+def test_large_maps_are_one_call_where_native_kernels_run(name, monkeypatch):
     monkeypatch.setattr(cpu_rules, "MOST_ELEMENTS_OF_BLOCK", 0)
     if name in BLOCKS:
         branch, shortcut, shape = BLOCKS[name]()
@@ -307,7 +307,7 @@ print(*(bool(t.isnan().any()) for t in (y[:, 6:], dx[:, 6:], dweight[6])))
 
 @pytest.mark.parametrize(("limit", "some"), [("0", False), ("2", True)])
 def test_the_setting_limits_winograd(limit, some):
-    """Its sums and differences make NaN of an infinity; the library's convolutions do not."""
+    """Its sums and differences make NaN of an infinity; oneDNN's convolutions do not."""
     run = subprocess.run(
         [sys.executable, "-c", INFINITIES], capture_output=True, text=True,
         env={**os.environ, "FUSED_RES_WINOGRAD": limit},

@@ -7,15 +7,16 @@ import io
 import pickle
 import warnings
 
+import blocks
 import pytest
-import seed_blocks as seeds
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from agreement import agree, outcome, randomise
 from errors import rule
+from model_libraries import timm, torchvision
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo import agree, outcome, randomise, timm, torchvision
 
 import fused_res
 from fused_res import optimize_for_inference
@@ -34,7 +35,7 @@ class HandWritten(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(8)
-        self.layers = nn.Sequential(seeds.BasicBlock(8, 8), seeds.BasicBlock(8, 11, 2))
+        self.layers = nn.Sequential(blocks.BasicBlock(8, 8), blocks.BasicBlock(8, 11, 2))
         self.dropout = nn.Dropout(0.5)
         self.pool = pool
         self.fc = nn.Linear(44 if pool == 3 else 11, 5)
@@ -105,7 +106,7 @@ class Branching(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
-        self.block = seeds.BasicBlock(6, 6)
+        self.block = blocks.BasicBlock(6, 6)
 
     def forward(self, x):
         out = self.bn(self.conv(x))
@@ -478,7 +479,7 @@ def test_parametrized_and_subclassed_layers_are_left_alone():
 
 
 def test_copies_and_pickles():
-    for make in (HandWritten, Branching, lambda: seeds.BasicBlock(3, 5)):
+    for make in (HandWritten, Branching, lambda: blocks.BasicBlock(3, 5)):
         ours = optimized(randomise(make()), x := torch.randn(2, 3, 13, 13))
         expected = ours(x)
         file = io.BytesIO()

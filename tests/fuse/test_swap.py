@@ -12,11 +12,12 @@ import types
 import warnings
 from pathlib import Path
 
+import blocks
 import pytest
-import seed_blocks as seeds
 import torch
 import torch.nn as nn
-from odd_blocks import (
+from agreement import agree, outcome, randomise
+from blocks import (
     Configurable,
     OwnBatchNorm,
     backward_hooked,
@@ -28,9 +29,9 @@ from odd_blocks import (
     same_norm_twice,
     variant,
 )
+from model_libraries import timm, torchvision, transformers
 from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo import agree, outcome, randomise, timm, torchvision, transformers
 
 import fused_res
 from fused_res import fuse_, unfuse_
@@ -71,11 +72,11 @@ needs_kernels = pytest.mark.skipif(
 
 
 def block(channels=6) -> nn.Module:
-    return randomise(seeds.BasicBlock(channels, channels))
+    return randomise(blocks.BasicBlock(channels, channels))
 
 
 def projecting_block(channels=6) -> nn.Module:
-    return randomise(seeds.BasicBlock(channels, 2 * channels, 2))
+    return randomise(blocks.BasicBlock(channels, 2 * channels, 2))
 
 
 def image(channels=6, size=9, batch=4):
@@ -104,7 +105,7 @@ def same(model, other, x, train=True):
         torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
-# --- the zoo: what is fused ----------------------------------------------------------------------
+# --- what of many models is fused
 
 TORCHVISION = {
     "resnet18": 8,
@@ -193,11 +194,11 @@ NETS = {  # (net, blocks fused)
     "timm resnetblur18": (lambda: timm.create_model("resnetblur18", num_classes=10), 5),
     "transformers basic": (lambda: hugging_resnet("basic"), 5),
     "transformers bottleneck": (lambda: hugging_resnet("bottleneck"), 5),
-    "S3": (lambda: seeds.ResNet(seeds.BasicBlock, (2, 2, 2, 2), width=16), 8),
-    "S4": (lambda: seeds.ResNet(seeds.Bottleneck, (2, 1, 1), width=16), 4),
-    "S8": (lambda: seeds.DeepCNN(blocks=3), 3),
-    "S13": (lambda: seeds.NetResDeep(n_blocks=10), 10),
-    "S13 shared": (lambda: seeds.NetResDeep(n_blocks=6, shared=True), 1),
+    "S3": (lambda: blocks.ResNet(blocks.BasicBlock, (2, 2, 2, 2), width=16), 8),
+    "S4": (lambda: blocks.ResNet(blocks.Bottleneck, (2, 1, 1), width=16), 4),
+    "S8": (lambda: blocks.DeepCNN(blocks=3), 3),
+    "S13": (lambda: blocks.NetResDeep(n_blocks=10), 10),
+    "S13 shared": (lambda: blocks.NetResDeep(n_blocks=6, shared=True), 1),
 }
 
 
@@ -246,47 +247,47 @@ class DividedShortcut(nn.Module):
 
 
 HAND_WRITTEN = {  # (block of 6 channels in, norms that run fused)
-    "S3": (lambda: seeds.BasicBlock(6, 6), 2),
-    "S3 projection": (lambda: seeds.BasicBlock(6, 8, 2), 2),
-    "S4": (lambda: seeds.Bottleneck(6, 4, 2), 3),
-    "S5": (lambda: seeds.ResidualBlock(6, bias=False), 2),
-    "S5 bias": (lambda: seeds.ResidualBlock(6, bias=True), 2),
-    "S6 normalised": (lambda: seeds.SkipConnectionBlock(6, 5, norm=True), 2),
-    "S7 identity": (lambda: seeds.TransformSkip(conv_bn(6), nn.Identity()), 1),
-    "S7 none": (lambda: seeds.TransformSkip(conv_bn(6)), 1),
-    "S7 empty": (lambda: seeds.TransformSkip(conv_bn(6), nn.Sequential()), 1),
+    "S3": (lambda: blocks.BasicBlock(6, 6), 2),
+    "S3 projection": (lambda: blocks.BasicBlock(6, 8, 2), 2),
+    "S4": (lambda: blocks.Bottleneck(6, 4, 2), 3),
+    "S5": (lambda: blocks.ResidualBlock(6, bias=False), 2),
+    "S5 bias": (lambda: blocks.ResidualBlock(6, bias=True), 2),
+    "S6 normalised": (lambda: blocks.SkipConnectionBlock(6, 5, norm=True), 2),
+    "S7 identity": (lambda: blocks.TransformSkip(conv_bn(6), nn.Identity()), 1),
+    "S7 none": (lambda: blocks.TransformSkip(conv_bn(6)), 1),
+    "S7 empty": (lambda: blocks.TransformSkip(conv_bn(6), nn.Sequential()), 1),
     "S7 strided conv": (
-        lambda: seeds.TransformSkip(conv_bn(6, 8, 2), nn.Conv2d(6, 8, 1, stride=2)),
+        lambda: blocks.TransformSkip(conv_bn(6, 8, 2), nn.Conv2d(6, 8, 1, stride=2)),
         1,
     ),
-    "S13": (lambda: seeds.ResBlock(6), 1),
+    "S13": (lambda: blocks.ResBlock(6), 1),
     "branch handed over": (
-        lambda: seeds.Residual(nn.Sequential(*conv_bn(6), nn.ReLU(), *conv_bn(6))),
+        lambda: blocks.Residual(nn.Sequential(*conv_bn(6), nn.ReLU(), *conv_bn(6))),
         2,
     ),
-    "a Sequential with its own forward": (lambda: seeds.SequentialResidual(*conv_bn(6)), 1),
-    "option A": (lambda: seeds.ParameterFreeShortcut(6, 10), 2),
-    "keywords": (lambda: seeds.KeywordStyle(6), 1),
+    "a Sequential with its own forward": (lambda: blocks.SequentialResidual(*conv_bn(6)), 1),
+    "option A": (lambda: blocks.ParameterFreeShortcut(6, 10), 2),
+    "keywords": (lambda: blocks.KeywordStyle(6), 1),
     "pooled projection": (lambda: DividedShortcut(6), 2),
     "no affine": (
-        lambda: seeds.Residual(
+        lambda: blocks.Residual(
             nn.Sequential(nn.Conv2d(6, 6, 3, 1, 1), nn.BatchNorm2d(6, affine=False))
         ),
         1,
     ),
     "no running statistics": (
-        lambda: seeds.Residual(
+        lambda: blocks.Residual(
             nn.Sequential(nn.Conv2d(6, 6, 3, 1, 1), nn.BatchNorm2d(6, track_running_stats=False))
         ),
         1,
     ),
     "cumulative statistics": (
-        lambda: seeds.Residual(
+        lambda: blocks.Residual(
             nn.Sequential(nn.Conv2d(6, 6, 3, 1, 1), nn.BatchNorm2d(6, momentum=None))
         ),
         1,
     ),
-    "dropout": (lambda: seeds.WideDropout(6), 2),
+    "dropout": (lambda: blocks.WideDropout(6), 2),
 }
 
 
@@ -331,14 +332,14 @@ def test_hand_written_block_exactly(name):
 def test_seed_nets_without_a_norm_are_skipped():
     """S1, S2, S6 and S12 have no BatchNorm, so there is nothing for us to fuse; they are named."""
     for net, names in [
-        (seeds.PlainBlock(4, 8), [""]),
-        (seeds.TwoBlockNet(), ["one", "two"]),
-        (seeds.SkipConnectionBlock(3, 4), [""]),
+        (blocks.PlainBlock(4, 8), [""]),
+        (blocks.TwoBlockNet(), ["one", "two"]),
+        (blocks.SkipConnectionBlock(3, 4), [""]),
     ]:
         report = fuse_(net)
         assert report.fused == [] and [n for n, _ in report.skipped] == names
         assert all("norm" in reason for _, reason in report.skipped)
-    report = fuse_(seeds.NetRes())
+    report = fuse_(blocks.NetRes())
     assert report.fused == [] and [n for n, _ in report.skipped] == [""]
 
 
@@ -497,7 +498,7 @@ def test_forward_patched_on_a_child():
 
 
 def test_extra_arguments_take_the_blocks_own_forward():
-    class Scaled(seeds.BasicBlock):
+    class Scaled(blocks.BasicBlock):
         def forward(self, x, scale=None):
             out = super().forward(x)
             return out
@@ -517,9 +518,9 @@ def net():
     return randomise(
         nn.Sequential(
             nn.Conv2d(3, 8, 3, 1, 1),
-            seeds.BasicBlock(8, 8),
-            seeds.BasicBlock(8, 12, 2),
-            seeds.ResBlock(12),
+            blocks.BasicBlock(8, 8),
+            blocks.BasicBlock(8, 12, 2),
+            blocks.ResBlock(12),
         )
     )
 
@@ -538,7 +539,7 @@ def test_model_is_the_same_and_comes_back():
     report = fuse_(model)
     assert report.fused == FUSED_IN_NET
     assert identity_of(model) == before
-    assert isinstance(model[1], seeds.BasicBlock) and isinstance(model[3], seeds.ResBlock)
+    assert isinstance(model[1], blocks.BasicBlock) and isinstance(model[3], blocks.ResBlock)
     changed = [type(m) for m in model.modules()]
     again = fuse_(model)  # idempotent
     assert [type(m) for m in model.modules()] == changed and identity_of(model) == before
@@ -556,7 +557,7 @@ def test_model_is_the_same_and_comes_back():
 def test_a_block_by_itself():
     module = block()
     assert fuse_(module).fused == [""] and unfuse_(module) == [""]
-    assert type(module) is seeds.BasicBlock
+    assert type(module) is blocks.BasicBlock
 
 
 def overwrites_first(self, x):
@@ -797,7 +798,7 @@ def test_a_saved_model_loads_in_a_new_process(tmp_path):
         "torch.testing.assert_close(saved['model'](saved['x']), saved['y'])\n"
         "import fused_res; assert fused_res.unfuse_(saved['model']) == ['1', '2', '3']\n"
     )
-    where = str(Path(seeds.__file__).parent)
+    where = str(Path(blocks.__file__).parent)
     subprocess.run([sys.executable, "-c", script, where, tmp_path / "model.pt"], check=True)
 
 
@@ -974,7 +975,7 @@ def test_identity_replaced_by_drop_path():
 
 def test_output_may_be_written_in_place():
     plain = nn.Sequential(
-        randomise(seeds.ResBlock(4)), nn.ReLU(inplace=True), randomise(seeds.ResBlock(4))
+        randomise(blocks.ResBlock(4)), nn.ReLU(inplace=True), randomise(blocks.ResBlock(4))
     )
     ours = copy.deepcopy(plain)
     fuse_(ours)
@@ -1004,7 +1005,7 @@ def test_training_flags_are_left_alone(make):
 
 
 def test_overridden_train_is_not_called():
-    class Frozen(seeds.BasicBlock):
+    class Frozen(blocks.BasicBlock):
         def train(self, mode=True):
             raise AssertionError("train() was called")
 

@@ -1,34 +1,11 @@
-"""The model libraries, imported once, and one step of any model as numbers to compare.
-
-``from zoo import timm, torchvision, transformers``
-"""
+"""One step of any model as numbers, and whether two models agree on them."""
 
 import math
 import statistics
-import sys
 
 import torch
 from errors import FACTOR, half_ulp, rms
 from torch import nn
-
-try:
-    import torchvision
-except RuntimeError as error:
-    # torchvision wants operators its library registers; beside a PyTorch without CUDA the one that
-    # pip installs does not load, and nothing here calls them
-    if "torchvision::nms" not in str(error):
-        raise
-    for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    operators = torch.library.Library("torchvision", "DEF")  # lives as long as this module
-    operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
-
-import timm
-import transformers
-
-__all__ = ["agree", "outcome", "randomise", "timm", "torchvision", "transformers"]
 
 
 def randomise(model: nn.Module) -> nn.Module:

@@ -118,7 +118,7 @@ def test_a_convolution_follows_the_nearest_of_its_kind(table):
     assert ask((32, 64, 56, 56)).backend == "cuda"  # another op's rows
 
 
-def test_ours_must_beat_the_library_too(table):
+def test_a_fused_kernel_must_beat_cudnn_too(table):
     table(conv((32, 64, 56, 56, 64), eager=1.0, cudnn=0.8, triton=0.79))
     assert ask_conv((32, 64, 56, 56, 64)).backend == "cudnn"
     table(conv((32, 64, 56, 56, 64), eager=1.0, cudnn=0.8, triton=0.75))

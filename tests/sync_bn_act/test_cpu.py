@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 import torch.multiprocessing as mp
+from agreement import agree
 from bn_act_cases import NAMES, assert_rule
 from sync_bn_processes import (
     BLOCKS,
@@ -24,7 +25,6 @@ from sync_bn_processes import (
 )
 from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm
-from zoo import agree
 
 import fused_res
 from fused_res import fuse_, optimize_for_inference
