@@ -111,5 +111,5 @@ def implementations(workload: Workload, device: str) -> list[tuple[str, object, 
             training_conv.config_of(choice),
             partial(StepsProgram, choice),
         )
-        for choice in Steps(workload.call, values(workload, device)).choices()
+        for choice in Steps(workload.call, values(workload, device)).candidates()
     ]

@@ -78,10 +78,10 @@ def moments(x: Tensor) -> Tensor:
     return torch.stack((mean, m2, torch.full_like(mean, count)))
 
 
-def merged(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``moments`` of parts, (parts, ..., 3, C), as those of the whole, each (..., C), in a fixed
+def merged(partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``moments`` of several parts, (parts, ..., 3, C), merged, each (..., C), in a fixed
     order (Chan, Golub and LeVeque, 1983)."""
-    means, m2s, counts = parts.unbind(-2)
+    means, m2s, counts = partial.unbind(-2)
     count = counts.sum(0)
     mean = (means * (counts / count)).sum(0)
     return mean, (m2s + counts * (means - mean).square()).sum(0), count

@@ -81,7 +81,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 class Errors:
-    """Errors of ours and of PyTorch's ops against float64, pooled by quantity.
+    """Errors of the fused and of PyTorch's ops against float64, pooled by quantity.
 
     Errors are relative to the exact tensor, the largest to its largest value and the root mean
     square to its root mean square. They are pooled over cases because the errors of sums over a few
@@ -89,11 +89,13 @@ class Errors:
     """
 
     def __init__(self) -> None:
-        # key -> largest error: ours, theirs, floor; squared errors: ours, theirs, floor
+        # key -> largest error: fused, theirs, floor; squared errors: fused, theirs, floor
         self._pooled: dict[str, list[float]] = {}
         self._where: dict[str, str] = {}
 
-    def add(self, key: str, where: str, ours: Tensor | None, theirs: Tensor, exact: Tensor) -> None:
+    def add(
+        self, key: str, where: str, fused: Tensor | None, theirs: Tensor, exact: Tensor
+    ) -> None:
         """Adds one tensor of three computations.
 
         No error counts as less than what correct rounding may cost: half a unit in the last place
@@ -102,7 +104,7 @@ class Errors:
         Args:
             key: what it is pooled by.
             where: which case this is.
-            ours, theirs: of one dtype and shape; ours missing, or of another, fails.
+            fused, theirs: of one dtype and shape; fused missing, or of another, fails.
             exact: float64.
         """
         largest = max(exact.abs().max().item(), torch.finfo(torch.float64).tiny)
@@ -121,21 +123,23 @@ class Errors:
                 return math.inf, math.inf
             return error.abs().max().item() / largest, error.square().mean().item() / mean_square
 
-        our_max, our_square = errors(ours)
+        fused_max, fused_square = errors(fused)
         their_max, their_square = errors(theirs)
         pooled = self._pooled.setdefault(key, [0.0] * 6)
-        if our_max >= pooled[0]:
+        if fused_max >= pooled[0]:
             self._where[key] = where
-        pooled[:3] = map(max, pooled[:3], (our_max, their_max, floors[0]))
-        for i, square in enumerate((our_square, their_square, floors[1] ** 2), 3):
+        pooled[:3] = map(max, pooled[:3], (fused_max, their_max, floors[0]))
+        for i, square in enumerate((fused_square, their_square, floors[1] ** 2), 3):
             pooled[i] += square
 
     def worst(self) -> tuple[float, str]:
         """Ours over the larger of theirs and the floor, where that is largest: (ratio, where)."""
         found = 0.0, ""
-        for key, (our_max, their_max, floor, *squares) in self._pooled.items():
-            ours, theirs, floor_square = squares
-            ratio = max(our_max / max(their_max, floor), (ours / max(theirs, floor_square)) ** 0.5)
+        for key, (fused_max, their_max, floor, *squares) in self._pooled.items():
+            fused, theirs, floor_square = squares
+            ratio = max(
+                fused_max / max(their_max, floor), (fused / max(theirs, floor_square)) ** 0.5
+            )
             if ratio > found[0]:
                 found = ratio, f"{key}, {self._where[key]}"
         return found
@@ -223,14 +227,14 @@ def check_bn_act(
             theirs = _evaluate(reference.bn_act, case, inputs)
         count += 1
         try:
-            ours = _evaluate(function, case, inputs)
+            fused = _evaluate(function, case, inputs)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
             return Result("bn_act", backend, dtype, count, math.inf, str(case), failure)
         mode = "train" if case.training else "eval"
         with _one_thread():
             for name, t in exact.items():
-                errors.add(f"{name} in {mode}", f"worst: {case}", ours.get(name), theirs[name], t)
+                errors.add(f"{name} in {mode}", f"worst: {case}", fused.get(name), theirs[name], t)
     return Result("bn_act", backend, dtype, count, *errors.worst())
 
 
@@ -277,13 +281,13 @@ def check_block(block_type: Callable[..., nn.Module], backend: str, device: str 
         try:
             block = block_type(*sizes, backend=backend).to(device)
             block.load_state_dict(plain.state_dict())
-            ours = _evaluate_block(block, x, dy)
+            fused = _evaluate_block(block, x, dy)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
             return Result("FusedResBlock", backend, x.dtype, count, math.inf, "", failure)
         theirs = _evaluate_block(plain, x, dy)
         for name, t in exact.items():
-            errors.add(name, f"seed {seed}", ours.get(name), theirs[name], t)
+            errors.add(name, f"seed {seed}", fused.get(name), theirs[name], t)
         count += 1
         if count == BLOCKS:
             return Result("FusedResBlock", backend, x.dtype, count, *errors.worst())
@@ -318,11 +322,11 @@ def check_inference(
             try:
                 block = block_type(*sizes, backend=backend, **kind).eval().to(device)
                 block.load_state_dict(plain.state_dict())
-                ours = block(x)
+                fused = block(x)
             except Exception as error:
                 failure = f"{type(error).__name__}: {error}"
                 return Result("inference", backend, dtype, count, math.inf, "", failure)
-            errors.add(f"{sizes}", f"seed {seed}, {memory_format}", ours, plain(x), exact)
+            errors.add(f"{sizes}", f"seed {seed}, {memory_format}", fused, plain(x), exact)
     return Result("inference", backend, dtype, len(calls), *errors.worst())
 
 

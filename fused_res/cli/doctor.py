@@ -36,7 +36,7 @@ def _devices() -> list[dict[str, str]]:
     return found
 
 
-def _choices() -> list[str]:
+def _auto_takes() -> list[str]:
     """What ``auto`` takes on each device, and why: a line for each measurement."""
     lines = []
     for op, preferred in backends.PREFERRED.items():
@@ -49,15 +49,15 @@ def _choices() -> list[str]:
         nothing = "not measured, so auto takes PyTorch's own ops; a backend can be named"
         lines += [f"cuda:{i}: {line}" for line in found or [nothing]]
     for device in user_timings.devices():
-        lines.append(f"{device}: {inference_conv.OP}: {_tuned(device, inference_conv.OP, '')}")
+        lines.append(f"{device}: {inference_conv.OP}: {_timed(device, inference_conv.OP, '')}")
         if device.type != "cpu":
             lines.append(
-                f"{device}: {training_conv.OP}: {_tuned(device, training_conv.OP, '--train ')}"
+                f"{device}: {training_conv.OP}: {_timed(device, training_conv.OP, '--train ')}"
             )
     return lines
 
 
-def _tuned(device: torch.device, op: str, option: str) -> str:
+def _timed(device: torch.device, op: str, option: str) -> str:
     """What ``tune`` has found of an op for a device, in words."""
     path = user_timings.path_of(user_timings.made_by(device))
     if user_timings.settings.cache is None:
@@ -144,7 +144,7 @@ def report() -> dict:
             for name, value in VARIABLES.items()
         },
         "ops": _op_rows(list(dict.fromkeys(device["type"] for device in devices))),
-        "choices": _choices(),
+        "choices": _auto_takes(),
     }
 
 

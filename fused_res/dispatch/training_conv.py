@@ -164,8 +164,8 @@ def _choose(call: Call, named: bool, forgotten: int) -> int:
         else:
             device = shipped_timings.device_of(call.device.type, call.device.index)
             of = row.dtype, row.layout, row.shape
-            ours = "triton", "conv_halo"
-            name, reason, config = shipped_timings.verdict(OP, device, *of, ours, row.like)
+            fused = "triton", "conv_halo"
+            name, reason, config = shipped_timings.verdict(OP, device, *of, fused, row.like)
         if name == "conv_halo":
             choice = HALO
         elif name == "triton":

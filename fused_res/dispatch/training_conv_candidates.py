@@ -82,7 +82,7 @@ class Steps:
         none = None, False, None, None, None, None, False, 0.0, 1.0
         return bn_act.forward(a, *norm, *none, _RELU, False, partial)
 
-    def choices(self) -> list[int]:
+    def candidates(self) -> list[int]:
         """The library, and our own in each configuration that may be the fastest."""
         if self.call.backward:
             part = own.gradient_parts(self.call.shape[2:], self.conv)[0]

@@ -263,7 +263,7 @@ def _measure_training(call: training_conv.Call, _, seconds: float) -> Row | None
 
     v = values(call, call.device)
     steps = Steps(call, v)
-    found = steps.choices()
+    found = steps.candidates()
     names, configs = [*map(training_conv.name_of, found)], [*map(training_conv.config_of, found)]
     makers = {
         f"{training_conv.OP} {name} {config}": partial(partial, steps.run, choice)

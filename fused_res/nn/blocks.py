@@ -27,15 +27,14 @@ from ..run.reads import Reads
 
 
 def plain_twin(module: nn.Module) -> nn.Module:
-    """What TorchScript, which reads source, gets instead: the same module, of the class in front of
-    which ours was put."""
+    """The same module with its class before fusing: for TorchScript, which reads source."""
     warnings.warn(
         "torch.jit.script puts PyTorch's own blocks into the model in place of the fused ones: "
         "script a copy.deepcopy of it, or fuse_ it again",
         stacklevel=2,
     )
-    ours = (FusedForward, type(module))
-    cls = next(c for c in type(module).__mro__ if not issubclass(c, ours))
+    mixed = (FusedForward, type(module))
+    cls = next(c for c in type(module).__mro__ if not issubclass(c, mixed))
     plain = cls.__new__(cls)
     plain.__dict__ = dict(module.__dict__)
     return plain

@@ -58,7 +58,7 @@ def convolution(
     return Convolutions([weight], [bias], list(numbers))
 
 
-def joined(parts: Sequence[Convolutions]) -> Convolutions:
-    """What runs the parts one after the other, all with one residual."""
-    lists = zip(*parts, strict=True)
+def joined(steps: Sequence[Convolutions]) -> Convolutions:
+    """The steps one after the other, all with one residual."""
+    lists = zip(*steps, strict=True)
     return Convolutions(*([one for each in of for one in each] for of in lists))

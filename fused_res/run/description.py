@@ -222,11 +222,11 @@ class Description:
             self.modules.put_absent(number, name)
             if name in own["_modules"]:  # children are compared all
                 return
-            parts = [part for part in ("_parameters", "_buffers") if name in own[part]]
-            if not parts:  # it may come to be one of its class
+            slots = [slot for slot in ("_parameters", "_buffers") if name in own[slot]]
+            if not slots:  # it may come to be one of its class
                 for base in _made(kind_of(module)):
                     self._named(base, vars(base).get, name)
-            for part in parts or ("_parameters", "_buffers"):
+            for part in slots or ("_parameters", "_buffers"):
                 what = is_there(own[part], name)
                 self._add(name, part, what is None, what is MISSING)
                 self.modules.put_inside(number, part, name, what)
@@ -271,8 +271,8 @@ class Description:
             self._value(value.__self__)
             return False
         elif isinstance(value, (property, staticmethod, classmethod, functools.cached_property)):
-            parts = ("fget", "fset", "__func__", "func")
-            return self._all(kind, [getattr(value, part, None) for part in parts])
+            names = ("fget", "fset", "__func__", "func")
+            return self._all(kind, [getattr(value, name, None) for name in names])
         elif hasattr(kind, "__get__") and not kind.__flags__ & _HEAP_TYPE:
             self._add(kind)  # a descriptor that C made: a field of a named tuple
         elif kind is functools.partial:

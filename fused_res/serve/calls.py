@@ -35,12 +35,12 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and is_plain(a) and is_plain(b) and repr(a) == repr(b)
 
 
-def holds_no_tensor(value: Any) -> bool:
+def has_no_tensor(value: Any) -> bool:
     """Whether a value is plain, or a container of plain values."""
     if type(value) is dict:
-        return all(map(holds_no_tensor, (*value, *value.values())))
+        return all(map(has_no_tensor, (*value, *value.values())))
     if type(value) in (tuple, list):
-        return all(map(holds_no_tensor, value))
+        return all(map(has_no_tensor, value))
     return is_plain(value)
 
 
@@ -68,7 +68,7 @@ def example_call(example: Any) -> tuple[tuple, dict[str, Any]]:
                 )
     else:
         raise TypeError(f"example must be {kinds}, got {type(example).__name__}")
-    if all(map(holds_no_tensor, (*args, *kwargs.values()))):
+    if all(map(has_no_tensor, (*args, *kwargs.values()))):
         got = "one without tensors" if args or kwargs else "an empty one"
         raise TypeError(f"example must be {kinds}, got {got}")
     return args, kwargs

@@ -16,7 +16,7 @@ from ..fuse.modules import is_exported
 from ..fuse.swap import FuseReport, fused_class
 from ..run.reads import Reads
 from ..run.weight_cache import forget_weights
-from .calls import Call, Parameters, holds_no_tensor
+from .calls import Call, Parameters, has_no_tensor
 from .outside_blocks import function, fuse_convolutions, graph_of
 from .prepared import PreparedForward
 
@@ -203,7 +203,7 @@ class OptimizedModel(nn.Module):
             y = self._serving_run(laid)
         else:
             inputs = laid = values = [*args, *kwargs.values()]
-            if channels_last and all(isinstance(v, Tensor) or holds_no_tensor(v) for v in values):
+            if channels_last and all(isinstance(v, Tensor) or has_no_tensor(v) for v in values):
                 made = {id(v): _laid_out(v) for v in values if isinstance(v, Tensor)}
                 laid = [made.get(id(v), v) for v in values]
             named = dict(zip(kwargs, laid[len(args) :], strict=True))

@@ -308,7 +308,7 @@ def test_all_that_is_timed_is_the_same(case, monkeypatch):
     numbers = (stride,) * 2, pad, (1, 1), 1, True
     call = training_conv.Call(CPU, torch.float32, SHAPE, True, weight, *numbers, backward, end)
     wanted = None
-    library, *ours = Steps(call, values(call, "cpu")).choices()
+    library, *ours = Steps(call, values(call, "cpu")).candidates()
     for choice in (library, *ours):
         steps = Steps(call, values(call, "cpu"))
         found = steps.run(choice)

@@ -66,6 +66,6 @@ def test_bytes_of_single_convolutions():
             continue
         steps = Steps(call, training_convs.values(workload))
         with mock.patch.object(bn_act, "SMALL_VALUES", 0), traffic.Once() as counted:
-            steps.run(steps.choices()[1])
+            steps.run(steps.candidates()[1])
         moved = sum(counted.read.values()) + sum(counted.written.values())
         assert moved == training_convs.moved_bytes(workload), workload.name
