@@ -44,8 +44,9 @@ lint: $(VENV)/.tests
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
 	$(PY) benchmarks/table.py --check README.md
+	$(PY) benchmarks/table.py --check docs/performance.md
 
-# The runtimes that are timed beside ours; where one does not install its rows say so.
+# The other runtimes that are timed; where one does not install its rows say so.
 $(VENV)/.bench: $(VENV)/.tests
 	-$(PY) -m pip install -q "fused_res[bench]"
 	touch $@
@@ -53,10 +54,13 @@ $(VENV)/.bench: $(VENV)/.tests
 bench: $(VENV)/.bench
 	$(PY) benchmarks/run.py
 	$(PY) benchmarks/table.py --write README.md
+	$(PY) benchmarks/table.py --write docs/performance.md
 	$(PY) benchmarks/table.py --targets
 
+# For any torch: with CUDA where there is nvcc, whatever torch it is built beside.
+wheel: export FUSED_RES_BUILD_CUDA ?= $(if $(shell command -v nvcc),1,auto)
 wheel: $(VENV)/.made
-	$(PY) -m pip wheel . --no-deps -w dist
+	$(PY) -m pip wheel . --no-deps --no-build-isolation -w dist
 
 docs: $(VENV)/.tests
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

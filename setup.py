@@ -4,15 +4,18 @@ CUDA.
 Neither is a Python extension: they register kernels with PyTorch's dispatcher through libtorch's
 stable ABI, so one wheel serves every Python >= 3.10 and every torch >= 2.11.
 
-    FUSED_RES_BUILD_CUDA   auto (default: where nvcc is found), 0, 1 (fail without nvcc)
+    FUSED_RES_BUILD_CUDA   auto (default: where nvcc is found and torch has CUDA; where nvcc fails,
+                           go on without), 0, 1 (with any torch; fail without nvcc)
     TORCH_CUDA_ARCH_LIST   for example "8.0;9.0a;10.0+PTX" (the default)
     FUSED_RES_SANITIZE     1: the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer
     CXX                    the C++ compiler
 """
 
+import importlib.util
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,7 +24,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch the libraries load under
 DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -38,11 +41,17 @@ def compiler():
     return shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
 
 
-def nvcc():
-    """Path of nvcc, or None where FUSED_RES_BUILD_CUDA or the machine says no."""
+def build_cuda():
+    """FUSED_RES_BUILD_CUDA: auto, 0 or 1."""
     choice = os.environ.get("FUSED_RES_BUILD_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"FUSED_RES_BUILD_CUDA={choice!r} must be auto, 0 or 1")
+    return choice
+
+
+def nvcc():
+    """Path of nvcc; None where it is not found or FUSED_RES_BUILD_CUDA is 0."""
+    choice = build_cuda()
     if choice == "0":
         return None
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
@@ -55,11 +64,12 @@ def nvcc():
 
 def gencode_flags(nvcc_path):
     """-gencode flags of TORCH_CUDA_ARCH_LIST, or of the defaults that this nvcc knows."""
-    requested = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    known = subprocess.run(
-        [nvcc_path, "--list-gpu-code"], capture_output=True, text=True, check=True
-    ).stdout.split()
-    flags = []
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST") or None
+    flags, known = [], []
+    if requested is None:
+        known = subprocess.run(
+            [nvcc_path, "--list-gpu-code"], capture_output=True, text=True, check=True
+        ).stdout.split()
     for arch in re.split(r"[;\s]+", requested or DEFAULT_ARCHS):
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
         if match is None:
@@ -98,21 +108,28 @@ class Ninja:
     def escape(path):
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    def run(self, folder):
+    def run(self, folder, log=None):
+        """Builds in ``folder``; the compilers print to ``log``, an open file."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
+        command = [sys.executable, "-m", "ninja", "-C", str(folder)]
+        subprocess.run(command, check=True, stdout=log, stderr=log)
 
 
-def torch_folders():
-    import torch
+def torch_folder():
+    """Where torch is installed; to import it takes seconds, in each of pip's calls."""
+    found = importlib.util.find_spec("torch")
+    if found is None:
+        raise SystemExit("the build needs torch: pip install torch, or build with isolation")
+    return Path(found.origin).parent
 
-    root = Path(torch.__file__).parent
-    return root / "include", root / "lib"
+
+def torch_has_cuda():
+    return runpy.run_path(str(torch_folder() / "version.py"))["cuda"] is not None
 
 
 def common_flags():
-    include, _ = torch_folders()
+    include = torch_folder() / "include"
     return [
         "-std=c++20",
         "-O3",
@@ -123,7 +140,7 @@ def common_flags():
 
 
 def cpu_rules(ninja, output):
-    _, lib = torch_folders()
+    lib = torch_folder() / "lib"
     flags = [
         *common_flags(),
         "-fPIC",
@@ -177,7 +194,7 @@ def cuda_rules(ninja, output):
         "stub", f'"{compiler()}" -shared -x c++ /dev/null -Wl,-soname,libtorch_cuda.so -o $out'
     )
     libraries = Path(nvcc_path).resolve().parent.parent / "lib64"
-    _, lib = torch_folders()
+    lib = torch_folder() / "lib"
     link = f'-L"{libraries}" -L"{lib}" -ltorch_cpu -lcudart_static -lrt -ldl -lpthread'
     ninja.rule(
         "link_cuda",
@@ -195,33 +212,65 @@ class BuildLibraries(build_ext):
     def build_extension(self, ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        ninja = Ninja()
-        {"fused_res._C": cpu_rules, "fused_res._C_cuda": cuda_rules}[ext.name](ninja, output)
         folder = Path(self.build_temp).resolve() / ext.name
+        if ext.optional:
+            return self.try_cuda(output, folder)
+        ninja = Ninja()
         try:
+            {"fused_res._C": cpu_rules, "fused_res._C_cuda": cuda_rules}[ext.name](ninja, output)
             ninja.run(folder)
         except subprocess.CalledProcessError:
-            if not ext.optional:
-                raise SystemExit(
-                    f"building {ext.name} failed; the compiler's words are above"
-                ) from None
-            print(f"warning: {ext.name} did not build; going on without it", file=sys.stderr)
+            raise SystemExit(
+                f"building {ext.name} failed; the compiler's words are above"
+            ) from None
+
+    def try_cuda(self, output, folder):
+        """Builds the CUDA library, or warns and names the log where nvcc fails."""
+        log = ROOT / "build" / "cuda.log"  # pip deletes the folder of an editable build
+        log.parent.mkdir(exist_ok=True)
+        ninja = Ninja()
+        try:
+            with log.open("w") as file:
+                cuda_rules(ninja, output)
+                ninja.run(folder, file)
+        except (subprocess.CalledProcessError, OSError) as error:
+            with log.open("a") as file:
+                print(error, getattr(error, "stderr", None) or "", file=file)
+            warn(
+                f"the CUDA library did not build, see {log}: installing the CPU library and the "
+                "Triton kernels without it; FUSED_RES_BUILD_CUDA=0 does not try"
+            )
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def cuda_extension():
+    """The CUDA library, or None where it is not built."""
+    if nvcc() is None:
+        return None
+    if build_cuda() == "auto" and not torch_has_cuda():
+        warn(
+            "nvcc is here, but this torch has no CUDA and could not load a CUDA library: not "
+            "building it (FUSED_RES_BUILD_CUDA=1 does)"
+        )
+        return None
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        gencode_flags(nvcc())  # complains of a bad list before anything is compiled
+    optional = build_cuda() == "auto"
+    return Extension("fused_res._C_cuda", [], py_limited_api=True, optional=optional)
 
 
 def extensions():
     if compiler() is None or not sys.platform.startswith("linux"):
-        print(
-            "warning: no C++ compiler (or not Linux): installing fused_res without its "
-            "C++ libraries; Triton or the reference will run instead",
-            file=sys.stderr,
+        warn(
+            "no C++ compiler (or not Linux): installing fused_res without its C++ libraries; "
+            "Triton or the reference will run instead"
         )
         return []
-    found = [Extension("fused_res._C", [], py_limited_api=True)]
-    if nvcc():
-        gencode_flags(nvcc())  # complains of a bad TORCH_CUDA_ARCH_LIST before anything is compiled
-        optional = os.environ.get("FUSED_RES_BUILD_CUDA", "auto") == "auto"
-        found.append(Extension("fused_res._C_cuda", [], py_limited_api=True, optional=optional))
-    return found
+    cpu = Extension("fused_res._C", [], py_limited_api=True)
+    return [cpu, *filter(None, [cuda_extension()])]
 
 
 setup(

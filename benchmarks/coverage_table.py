@@ -29,7 +29,7 @@ from statistics import median
 from typing import TypeVar
 
 import torch
-from nets import torchvision_models
+from suites.nets import torchvision_models
 from torch import Tensor, nn
 
 import fused_res

@@ -1,8 +1,8 @@
-"""Trains nets on real images, ours and PyTorch's: ``python benchmarks/curves.py`` compares curves.
+"""Trains nets on real images, with fused blocks and without: ``python benchmarks/curves.py``.
 
 Both train each net from three seeds, which give the weights and the order of the images; PyTorch in
-NCHW and in channels_last, which differ by rounding alone. In the mean ours may end no further from
-PyTorch's nets than those are apart.
+NCHW and in channels_last, which differ by rounding alone. In the mean fused nets may end no further
+from PyTorch's nets than those are apart.
 """
 
 from __future__ import annotations
@@ -16,25 +16,23 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import curve_tables
-import plot
 import torch
 import torch.nn.functional as F
-from curve_tables import LAST, SEEDS
-from machine import ROOT, environment
-from measure import reason
-from nets import cifar_resnet18, fused
-from rivals import fused_backends
-from rows import NOTHING, write_rows
-from sheets import OURS
+from harness.measure import reason
+from harness.program import FORMATS
+from harness.rows import NOTHING, RESULTS, ROOT, environment, write_rows
+from harness.suite import CL, DTYPES, FUSED, fused_backends
+from report import plot
+from suites import SUITES
+from suites import curves as suite
+from suites.curves import LAST, SEEDS
+from suites.nets import cifar_resnet18, fused
 from torch import nn
-from workloads import CL, DTYPES, FORMATS
 
 from fused_res.demo.data import Data, load
 from fused_res.demo.train import batches
 from fused_res.models import NetResDeep
 
-RESULTS = ROOT / "benchmarks" / "results"
 STEPS = 200
 
 
@@ -118,10 +116,10 @@ def train(
 
 
 def runs(device: str, dtype: torch.dtype) -> list[tuple[str, dict]]:
-    """(rival, arguments of ``train``) of every curve of a net."""
+    """(candidate, arguments of ``train``) of every curve of a net."""
     kinds = [("eager", {"layout": layout}) for layout in (CL, "NCHW")]
-    kinds += [(OURS + name, {"backend": name}) for name in fused_backends(device, dtype)]
-    return [(rival, {**how, "seed": seed}) for rival, how in kinds for seed in SEEDS]
+    kinds += [(FUSED + name, {"backend": name}) for name in fused_backends(device, dtype)]
+    return [(name, {**how, "seed": seed}) for name, how in kinds for seed in SEEDS]
 
 
 def rows_of(
@@ -129,10 +127,10 @@ def rows_of(
 ) -> list[dict]:
     """A row for every curve of a net. One that cannot be trained says why in ``refused``."""
     out = []
-    for rival, arguments in runs(data.train_images.device.type, dtype):
+    for candidate, arguments in runs(data.train_images.device.type, dtype):
         try:
             found = {**train(training, data, steps, dtype=dtype, **arguments), "refused": None}
-        except Exception as error:  # a rival that breaks must not take the others' rows with it
+        except Exception as error:  # one that breaks must not take the others' rows with it
             found = {"losses": [], "refused": reason(error)}
         row = {
             **NOTHING,
@@ -141,7 +139,7 @@ def rows_of(
             "shape": [training.batch, *data.train_images.shape[1:]],
             "dtype": str(dtype).removeprefix("torch."),
             "layout": arguments.get("layout", CL),
-            "rival": rival,
+            "rival": candidate,
             "direction": "curve",
             "allocator": "cuda" if data.train_images.is_cuda else "default",
             "rounds": 1,
@@ -152,7 +150,7 @@ def rows_of(
             **where,
         }
         out.append(row)
-        print(curve_tables.line(row), flush=True)
+        print(suite.line(row), flush=True)
     return out
 
 
@@ -198,13 +196,13 @@ def main(argv: list[str] | None = None) -> int:
             rows += rows_of(name, training, data, args.steps, DTYPES[dtype], where)
             if args.out is not None:
                 write_rows(args.out / where["device"]["slug"] / "curves.json", rows)
-    verdicts = curve_tables.targets(rows)
+    verdicts = suite.targets(rows)
     for met, what in verdicts:
         print(f"{'pass' if met else 'FAIL'}  {what}")
     if args.out is None:
         print("nothing written (see --out)")
     else:
-        plot.main([str(args.out / where["device"]["slug"])])
+        plot.write(args.out / where["device"]["slug"], SUITES)
     # of tiny nets that have taken two steps the figures mean nothing
     failed = any(row["refused"] for row in rows) if args.quick else not all(m for m, _ in verdicts)
     return int(failed)

@@ -28,10 +28,10 @@ HAS_GPU = torch.cuda.is_available()
 LIMITS = {"build": 120, "tests": 130, "sanitizer": 50, "peaks": 20, "ops": 45, "blocks": 45,
           "nets": 50, "inference": 45, "chains": 20, "plots": 15}  # fmt: skip
 SUITES = ("peaks", "ops", "blocks", "nets", "inference", "chains", "inference-all", "convs",
-          "training-convs", "parts", "autotune")  # fmt: skip
+          "training-convs", "partial", "autotune")  # fmt: skip
 # run only when named: they take minutes
 NAMED = {"autotune": 500, "inference-all": 500, "convs": 500, "training-convs": 500,
-         "parts": 300, "curves": 500}  # fmt: skip
+         "partial": 300, "curves": 500}  # fmt: skip
 # a suite begins nothing that would end later than this before its limit
 MARGIN = 12
 
@@ -61,7 +61,7 @@ def _tests() -> list[list[str]]:
 
 
 def _sanitizer() -> list[list[str]]:
-    cases = [sys.executable, "benchmarks/sanitizer_cases.py"]
+    cases = [sys.executable, "tests/tools/sanitizer_cases.py"]
     found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not HAS_GPU or not Path(found).exists():
         return [["echo", "no GPU or no compute-sanitizer: the cases run unchecked"], cases]
@@ -83,7 +83,7 @@ def _suite(name: str, rows: Path, limit: float) -> list[list[str]]:
 def _plots(rows: Path) -> list[list[str]]:
     folders = {path.parent for name in SUITES for path in rows.glob(f"*/{name}.json")}
     wanted = sorted(f for f in folders if f.name.startswith("cpu-") != HAS_GPU)
-    return [[sys.executable, "benchmarks/plot.py", str(folder)] for folder in wanted]
+    return [[sys.executable, "benchmarks/table.py", "--plots", str(folder)] for folder in wanted]
 
 
 def _curves(rows: Path) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """Compiles every GPU kernel for GPUs that need not be there, and says what the compilers made of
 it: ``python benchmarks/kernels_report.py`` (``make kernels-report``). Exit 1 where one spills.
 
-CUDA C++: every instance in the library, as ``cuda_resources.py`` compiles them. Triton: the
+CUDA C++: every instance in the library, as ``report/cuda_resources.py`` compiles them. Triton: the
 configurations that ``kernels`` launches, recorded from calls with the shapes below.
 """
 
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import cuda_resources as cuda
 import torch
 import triton
-from cuda_resources import Resources
 from fused_res.kernels import bn_act as kernels
 from fused_res.kernels import conv_bn_act as conv_kernels
 from fused_res.kernels import training_convolution as training_kernels
+from report import cuda_resources as cuda
+from report.cuda_resources import Resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor

@@ -1,7 +1,7 @@
 """Times PyTorch, torch.compile and fused_res side by side: ``python benchmarks/run.py --help``.
 
-Every rival is checked against float64 before it is timed. On a CPU each suite runs twice, in child
-processes, under two settings of the allocator. Rows are described in ``benchmarks/README.md``.
+Every candidate is checked against float64 before it is timed. On a CPU each suite runs twice, in
+child processes, under two settings of the allocator. Rows: see ``benchmarks/README.md``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ import tempfile
 import time
 from pathlib import Path
 
-import peaks
 import torch
-from machine import ROOT, environment
-from measure import Deadline, measure
-from rivals import compile_modes, inference_modes, rivals
-from rows import OUT_OF_TIME, lines, losses, validate, write_rows
-from workloads import CPU_SUITES, GPU_SUITES, NAMED, Workload, suites
-
-from fused_res.dispatch.backends import why_not
+from harness.measure import Deadline, measure
+from harness.rows import (
+    OUT_OF_TIME,
+    RESULTS,
+    ROOT,
+    environment,
+    lines,
+    losses,
+    validate,
+    write_rows,
+)
+from harness.suite import FUSED, Candidate, Options, Workload
+from suites import SUITES, workloads
 
 START = time.monotonic()
-RESULTS = ROOT / "benchmarks" / "results"
 
 # glibc gives every tensor over its threshold fresh pages from the kernel and takes them back, which
 # can cost more than the kernels that are timed. "raised" keeps freed memory in the process.
@@ -37,17 +41,20 @@ ALLOCATORS = {
     "raised": f"glibc.malloc.mmap_threshold={KEEP}:glibc.malloc.trim_threshold={KEEP}:"
     f"glibc.malloc.top_pad={2**28}",
 }
+# what curves.py trains has neither
+RUN = {name: suite for name, suite in SUITES.items() if suite.workloads or suite.rows}
+_left_out: set[str] = set()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=["peaks", *GPU_SUITES, "all"], default="all")
+    parser.add_argument("--suite", choices=[*RUN, "all"], default="all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     parser.add_argument(
         "--gpu",
         action="store_true",
-        help="a GPU's suites and rivals: the default on one; with --quick they run on a CPU too",
+        help="a GPU's suites and candidates: the default on one; with --quick on a CPU too",
     )
     parser.add_argument(
         "--quick",
@@ -83,14 +90,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--handed", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    return complete(parser, parser.parse_args(argv))
+
+
+def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """What is not said follows from what is; a contradiction ends the process."""
     args.gpu |= args.device == "cuda"
-    if args.suite not in ("all", *CPU_SUITES) and not args.gpu:
-        parser.error(f"suite {args.suite} needs a GPU, or --gpu --quick to try it on a CPU")
-    if args.suite == "training-convs":
-        reason = why_not("bn_act", "triton", args.device, torch.bfloat16)
-        if reason:
-            parser.error(f"suite {args.suite} needs Triton, on a CPU TRITON_INTERPRET=1: {reason}")
+    if args.suite != "all":
+        if not args.gpu and not workloads(args.suite):
+            parser.error(f"suite {args.suite} needs a GPU, or --gpu --quick to try it on a CPU")
+        why = RUN[args.suite].why_not(args.device)
+        if why:
+            parser.error(f"suite {args.suite} cannot run: {why}")
     if args.rounds is None:
         args.rounds = 3 if args.quick else 15
     if args.rounds < 1 or args.threads < 1:
@@ -102,29 +113,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def workloads(args: argparse.Namespace) -> list[tuple[str, Workload]]:
-    """(suite, workload) of everything to time; what takes minutes only where it is named."""
-    known = suites(args.gpu, args.quick)
-    wanted = [args.suite]
-    if args.suite == "all":
-        wanted = [s for s in known if not (args.gpu and s in NAMED)]
-    return [(s, w) for s in wanted for w in known.get(s, []) if args.filter in w.name]
+def wanted(args: argparse.Namespace) -> list[str]:
+    """Suites; what takes minutes only where it is named."""
+    if args.suite != "all":
+        return [args.suite]
+    return [name for name, suite in RUN.items() if not (args.gpu and suite.named)]
 
 
-def modes(args: argparse.Namespace, suite: str, first: bool) -> dict[str, dict]:
-    """torch.compile's modes that run a workload, ``first`` of its suite or not."""
-    if not args.compile or (args.gpu and args.quick and not first):
-        return {}
-    if suite.startswith("inference") or suite == "chains":
-        return inference_modes(suite, args.gpu)
-    if suite == "autotune":
-        return compile_modes("max-autotune")
-    names = ["default"]
-    names += ["reduce-overhead"] * args.gpu + ["max-autotune"] * args.max_autotune
-    return compile_modes(*names)
+def selected(args: argparse.Namespace) -> list[tuple[str, Workload]]:
+    """(suite, workload) of everything to time."""
+    return [
+        (name, workload)
+        for name in wanted(args)
+        for workload in workloads(name, args.gpu, args.quick)
+        if args.filter in workload.name
+    ]
 
 
-class Sheet:
+def candidates(args: argparse.Namespace, workload: Workload, first: bool) -> list[Candidate]:
+    """Those that can run; the others are listed once, with the reason. first: of its suite."""
+    compiled = args.compile and (first or not (args.gpu and args.quick))
+    options = Options(args.gpu, compiled, args.max_autotune)
+    found = workload.candidates(args.device, options)
+    for one in found:
+        line = f"left out: {one.name}: {one.why_not}"
+        if one.why_not and line not in _left_out:
+            _left_out.add(line)
+            print(line)
+    return [one for one in found if one.why_not is None]
+
+
+class Log:
     """The rows of a run by suite, written again whenever some are added."""
 
     def __init__(self, out: Path | None, where: dict, allocator: str, before: dict) -> None:
@@ -151,15 +170,16 @@ class Sheet:
         print("\n".join(lines(rows)), flush=True)
 
 
-def time_all(args: argparse.Namespace, sheet: Sheet) -> None:
+def time_all(args: argparse.Namespace, log: Log) -> None:
     torch.set_num_threads(args.threads)
-    # for every rival alike, as users set it who time their nets
+    # for every candidate alike, as users set it who time their nets
     torch.backends.cudnn.benchmark = args.device == "cuda"
     deadline = Deadline() if args.seconds is None else Deadline(START + args.seconds)
-    if args.gpu and args.suite in ("all", "peaks"):
-        for row in peaks.measure(args.device, args.rounds, args.quick):
-            sheet.add("peaks", [row])
-    todo = workloads(args)
+    for name in wanted(args) if args.gpu else []:
+        if RUN[name].rows:
+            for row in RUN[name].rows(args.device, args.rounds, args.quick):
+                log.add(name, [row])
+    todo = selected(args)
     for i, (suite, workload) in enumerate(todo):
         # else the eighth shape of one function is silently run uncompiled
         torch.compiler.reset()
@@ -168,22 +188,22 @@ def time_all(args: argparse.Namespace, sheet: Sheet) -> None:
         first = i == 0 or todo[i - 1][0] != suite
         found = measure(
             workload,
-            rivals(workload, args.device, modes(args, suite, first), args.gpu),
+            candidates(args, workload, first),
             args.device,
             args.rounds,
             least_ms=1.0 if args.quick else 20.0,
-            memory=sheet.allocator != "raised",  # the same bytes under either allocator
+            memory=log.allocator != "raised",  # the same bytes under either allocator
             deadline=deadline,
             # the first workloads get more than the last, but must not use up their time
             share=deadline.share(min(1.0, 2 / (len(todo) - i))),
-            progress=lambda rows, suite=suite: sheet.write(suite, sheet.complete(rows)),
+            progress=lambda rows, suite=suite: log.write(suite, log.complete(rows)),
         )
-        sheet.add(suite, found)
+        log.add(suite, found)
     gc.unfreeze()
 
 
-def run_child(args: argparse.Namespace, argv: list[str], sheet: Sheet, allocator: str) -> None:
-    """Times everything in a process with the allocator's setting; its rows are added to sheet's."""
+def run_child(args: argparse.Namespace, argv: list[str], log: Log, allocator: str) -> None:
+    """Times everything in a process with the allocator's setting; its rows are added to the log."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     environ.pop("GLIBC_TUNABLES", None)
     if ALLOCATORS.get(allocator):
@@ -194,10 +214,10 @@ def run_child(args: argparse.Namespace, argv: list[str], sheet: Sheet, allocator
     with tempfile.TemporaryDirectory() as folder:
         environ["FUSED_RES_CACHE"] = folder  # what was tuned before does not choose
         handed = Path(folder) / "rows.json"
-        handed.write_text(json.dumps([sheet.where, sheet.rows]))
+        handed.write_text(json.dumps([log.where, log.rows]))
         command = [sys.executable, __file__, *argv, "--child", allocator, "--handed", str(handed)]
         subprocess.run(command, env=environ, check=True)
-        sheet.rows = json.loads(handed.read_text())[1]
+        log.rows = json.loads(handed.read_text())[1]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,11 +225,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.child:
         where, before = json.loads(args.handed.read_text())
-        sheet = Sheet(None, where, args.child, before)  # the parent writes, when all is done
-        time_all(args, sheet)
-        args.handed.write_text(json.dumps([where, sheet.rows]))
+        log = Log(None, where, args.child, before)  # the parent writes, when all is done
+        time_all(args, log)
+        args.handed.write_text(json.dumps([where, log.rows]))
         return 0
-    if not workloads(args) and args.suite != "peaks":
+    if not selected(args) and (args.suite == "all" or not RUN[args.suite].rows):
         print(f"no workload's name contains {args.filter!r}", file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
@@ -217,25 +237,25 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps(where))
     if os.getloadavg()[0] > 0.5:
         print(f"warning: the machine is busy, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
-    if args.compile and not args.max_autotune and args.suite not in NAMED:
+    if args.compile and not args.max_autotune and args.suite == "all":
         print("torch.compile's max-autotune is left out: slow to compile, see --help")
-    sheet = Sheet(args.out, where, "cuda" if args.device == "cuda" else "default", {})
+    log = Log(args.out, where, "cuda" if args.device == "cuda" else "default", {})
     if args.gpu:
-        time_all(args, sheet)
+        time_all(args, log)
     else:
         for allocator in ALLOCATORS:
-            run_child(args, argv, sheet, allocator)
-        for suite in sheet.rows:
-            sheet.write(suite, [])
-    rows = [row for suite in sheet.rows.values() for row in suite]
+            run_child(args, argv, log, allocator)
+        for suite in log.rows:
+            log.write(suite, [])
+    rows = [row for suite in log.rows.values() for row in suite]
     found = losses(rows)
     print("\n".join(["losses of fused_res:", *found]) if found else "no losses of fused_res")
     if args.out is None:
         print("nothing written (--quick and --filter write only where --out says)")
     else:
-        for suite in sheet.rows:
-            print(f"wrote {sheet.path(suite)}")
-    refused = [row for row in rows if row["refused"] and row["rival"].startswith("fused_res")]
+        for suite in log.rows:
+            print(f"wrote {log.path(suite)}")
+    refused = [row for row in rows if row["refused"] and row["rival"].startswith(FUSED)]
     return 1 if any(row["refused"] != OUT_OF_TIME for row in refused) else 0
 
 

@@ -1,6 +1,5 @@
-"""What mkdocs adds to these pages: some that lie outside this folder, and the README's tables."""
+"""What mkdocs adds to these pages: some that lie outside this folder."""
 
-import re
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -8,7 +7,6 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 PAGES = "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/kernels.md"
 PLOTS = "benchmarks/results/*/*.png"
-TABLES = re.compile(r"<!-- bench:begin -->\n(.*?)<!-- bench:end -->", re.S)
 
 
 def on_files(files, config):
@@ -19,7 +17,4 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    if page.file.src_uri == "performance.md":
-        (tables,) = TABLES.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-        markdown = markdown.replace("<!-- tables -->", tables)
     return markdown.replace("](../", "](")

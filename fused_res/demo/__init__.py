@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR",
                         help="where the plot and the page go (default: demo-out)")  # fmt: skip
     number("--epochs", 3, "epochs of the ResNet-18 (default: 3)")
-    number("--deep-steps", 100, "steps of the deep net (default: 100)")
+    number("--deep-steps", 50, "steps of the deep net (default: 50)")
     number("--images", None, "use only this many images (default: all 1797)")
     number("--batch", 32, "batch of the ResNet-18; the deep net takes half (default: 32)")
     number("--width", 16, "channels of the ResNet-18's first stage (default: 16)")
     number("--blocks", 100, "blocks of the deep net (default: 100)")
-    number("--seconds", 80, "end the training of a pair of nets after this long (default: 80)")
+    number("--seconds", 25, "end the training of a pair of nets after this long (default: 25)")
     number("--threads", None, "threads PyTorch may use (default: its own choice)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
 

@@ -57,9 +57,11 @@ def agreement(
     median error is taken. The eval outputs are those after the running statistics' update.
     """
 
+    double = copy.deepcopy(plain).double().train()  # batch statistics: no image changes the next
+
     def distance(image: Tensor) -> float:
         with torch.no_grad(), _NearestToZero() as nearest:
-            copy.deepcopy(plain).double().train()(image.double())
+            double(image.double())
         return nearest.value
 
     def error(found: list[Tensor], wanted: list[Tensor]) -> float:

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT / "benchmarks")
-    import cuda_resources
-    from cuda_resources import ARCHITECTURES, Kernel
+    from report import cuda_resources
+    from report.cuda_resources import ARCHITECTURES, Kernel
 
 # Registers a thread may take. A block has 256: at 128 two of them share a multiprocessor. The sums
 # of two BatchNorms in doubles, and what reads element by element or a small tensor in one launch,

@@ -1,4 +1,4 @@
-"""benchmarks/traffic.py: a block's training step in Triton moves the bytes of its plan, and of the
+"""tests/tools/traffic.py: a block's training step in Triton moves the bytes of its plan, and of the
 design's within 5 %; and the counter and the plan can be wrong."""
 
 from pathlib import Path
@@ -11,9 +11,8 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels run on a GPU here: make gpu", allow_module_level=True)
 
+import suites
 import traffic
-import training_convs
-import workloads
 from fused_res.kernels import bn_act, res_block
 
 from fused_res.dispatch.training_conv_candidates import Steps
@@ -60,12 +59,12 @@ def test_the_figure_in_the_readme():
 
 def test_bytes_of_single_convolutions():
     """Those that the rows of training-convs have. In steps a gradient reads dy again."""
-    for workload in workloads.GPU_QUICK["training-convs"]:
+    for workload in suites.workloads("training-convs", gpu=True, quick=True):
         call = workload.call
         if call.backward and call.stride != (1, 1) and call.weight[2:] != (1, 1):
             continue
-        steps = Steps(call, training_convs.values(workload))
+        steps = Steps(call, workload.values())
         with mock.patch.object(bn_act, "SMALL_VALUES", 0), traffic.Once() as counted:
             steps.run(steps.candidates()[1])
         moved = sum(counted.read.values()) + sum(counted.written.values())
-        assert moved == training_convs.moved_bytes(workload), workload.name
+        assert moved == workload.moved_bytes(""), workload.name

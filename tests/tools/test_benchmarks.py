@@ -31,20 +31,23 @@ def on_path():
     sys.path.remove(str(BENCHMARKS))
 
 
-def module_fixture(name):
-    return pytest.fixture(scope="module", name=name)(lambda: importlib.import_module(name))
+def module_fixture(name, short=None):
+    fixture = pytest.fixture(scope="module", name=short or name.rpartition(".")[2])
+    return fixture(lambda: importlib.import_module(name))
 
 
 run = module_fixture("run")
-rows = module_fixture("rows")
 table = module_fixture("table")
-workloads = module_fixture("workloads")
-programs = module_fixture("programs")
-rivals = module_fixture("rivals")
-nets = module_fixture("nets")
-roofline = module_fixture("roofline")
-inference = module_fixture("inference")
-measuring = pytest.fixture(scope="module")(lambda: importlib.import_module("measure"))
+suites = module_fixture("suites")
+rows = module_fixture("harness.rows")
+suite = module_fixture("harness.suite")
+roofline = module_fixture("harness.roofline")
+measuring = module_fixture("harness.measure", "measuring")
+ops = module_fixture("suites.ops")
+blocks = module_fixture("suites.blocks")
+nets = module_fixture("suites.nets")
+convs = module_fixture("suites.convs")
+inference = module_fixture("suites.inference")
 
 
 def run_quickly(out, *options):
@@ -66,7 +69,7 @@ def results(tmp_path_factory):
 def gpu_results(run, tmp_path_factory):
     """The suites of a GPU on a CPU; torch.compile in the smallest of them."""
     out = run_quickly(tmp_path_factory.mktemp("gpu"), "--gpu")
-    for suite in ("convs", "parts"):
+    for suite in ("convs", "partial"):
         run.main(["--gpu", "--quick", "--suite", suite, "--rounds", "2", "--out", str(out)])
     return run_quickly(out, "--gpu", "--suite", "autotune", "--compile")
 
@@ -78,9 +81,9 @@ def read(results):
 RUNTIMES = {"onnxruntime", "openvino"}
 
 
-def test_rows_are_valid(results, rows, rivals):
+def test_rows_are_valid(results, rows, suite):
     suites = read(results)
-    assert set(suites) == {"ops", "blocks", "parts", "inference", "chains"}
+    assert set(suites) == {"ops", "blocks", "partial", "inference", "chains"}
     assert not list(results.glob("*/*.part"))
     for found in suites.values():
         for row in found:
@@ -98,11 +101,11 @@ def test_rows_are_valid(results, rows, rivals):
                 assert row["error_over_eager"] <= 1
             if row["direction"] != "saved":
                 assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-                if row["suite"] != "parts":
+                if row["suite"] != "partial":
                     assert row["bytes"] > 0 and row["percent_of_copy"] > 0
         assert {r["allocator"] for r in found} == {"default", "raised"}
-        ours = {f"fused_res-{b}" for b in rivals.fused_backends("cpu")}
-        if found[0]["suite"] == "parts":
+        ours = {f"fused_res-{b}" for b in suite.fused_backends("cpu")}
+        if found[0]["suite"] == "partial":
             ours = {"fused_res-auto"}
         if found[0]["suite"] == "inference":
             ours = {"fused_res-optimized", *RUNTIMES}
@@ -122,50 +125,46 @@ def check_inference(row):
     assert 0 < 100 * low <= row["percent_of_roofline"] * 1.001 <= 100 * high * 1.002
 
 
-def test_committed_rows_are_of_todays_workloads(rows, workloads, roofline):
+def test_committed_rows_are_of_todays_workloads(rows, suites):
     paths = {p for p in (BENCHMARKS / "results").glob("cpu-*/*.json") if p.stem != "curves"}
     assert paths
     for path in paths:
-        known = {w.name: w for w in workloads.CPU_SUITES[path.stem]}
+        known = {w.name: w for w in suites.workloads(path.stem)}
         found = json.loads(path.read_text())
         assert {row["workload"] for row in found} == set(known)
         for row in found:
             rows.validate(row)
             workload = known[row["workload"]]
             assert row["shape"] == list(workload.shape)
-            if workload.suite == "parts":
-                assert row["bytes"] is None or row["direction"] == "saved"
-            elif row["median_ms"] is not None:
-                size = workloads.ideal_bytes(workload)[row["direction"]]
-                if workload.inference:
-                    size = roofline.moved_bytes(workload)
-                assert row["bytes"] == size
+            if row["median_ms"] is not None:
+                assert row["bytes"] == workload.moved_bytes(row["direction"])
+                assert (row["bytes"] is None) == (workload.suite == "partial")
 
 
-def test_suites_of_a_gpu(gpu_results, rows, rivals):
-    """Every rival of every suite is built, right and timed; and written under the suite's name."""
+def test_suites_of_a_gpu(gpu_results, rows, suite):
+    """Every candidate of every suite is built, right and timed; and written under the suite's name."""
     suites = read(gpu_results)
     assert set(suites) == {"peaks", "ops", "blocks", "nets", "autotune", "inference", "chains",
-                           "convs", "parts"}  # fmt: skip
-    ours = {f"fused_res-{b}" for b in rivals.fused_backends("cpu")}
+                           "convs", "partial"}  # fmt: skip
+    ours = {f"fused_res-{b}" for b in suite.fused_backends("cpu")}
     ours |= {f"{name}-graphed" for name in ours}
     plain = {"eager", "eager-graphed", *ours}
     evaluated = {*plain, "cudnn-fused", "cudnn-fused-graphed"}
-    for suite, found in suites.items():
+    for name, found in suites.items():
         for row in found:
             rows.validate(row)
             assert row["refused"] is None, row
-            if suite in ("inference", "chains", "convs"):
+            if name in ("inference", "chains", "convs"):
                 check_inference(row)
         seen = {d: {r["rival"] for r in found if r["direction"] == d} for d in ("eval", "train")}
-        if suite in ("blocks", "nets"):
+        if name in ("blocks", "nets"):
             assert seen["eval"] == evaluated
-        if suite == "parts":
+        if name == "partial":
             assert seen["eval"] == plain
-        if suite == "inference":
+        if name == "inference":
             optimized = {"fused_res-optimized", "fused_res-optimized-graphed"}
             assert evaluated - ours | optimized <= seen["eval"]
-        if suite == "nets":
+        if name == "nets":
             assert seen["train"] == plain
             assert all(r["images_per_s"] > 0 and r["peak_mib"] is None for r in found)
             assert {r["layout"] for r in found} == {"NCHW", "channels_last"}
@@ -175,53 +174,50 @@ def test_suites_of_a_gpu(gpu_results, rows, rivals):
     assert copy["gbps"] > 0 and len(matmuls) == 4 and all(r["tflops"] > 0 for r in matmuls)
 
 
-def test_roofline_of_blocks(roofline, workloads):
+def test_roofline_of_blocks(roofline, inference):
     """x 8 channels of 4x4 and 4 images, in bf16."""
     x, pixels = 2 * 4 * 8 * 16, 4 * 16
-    identity = workloads._gpu_inference_block("basic", (4, 8, 4, 4))
-    first, last = roofline.kernels(identity)
+    first, last = inference.one_block("basic", (4, 8, 4, 4), dtype="bf16").kernels()
     weights = 2 * 8 * 8 * 9
     assert first == roofline.Kernel(pixels * 8 * weights // 8, x + weights + x)
     assert last == roofline.Kernel(first.flops, first.bytes + x)  # the last reads the residual
     # 8 channels to 16 at a quarter of the pixels: the projection is in the last kernel
-    strided = workloads._gpu_inference_block("basic", (4, 8, 4, 4), out=16, stride=2)
-    first, last = roofline.kernels(strided)
+    strided = inference.one_block("basic", (4, 8, 4, 4), None, 16, 2, dtype="bf16")
+    kernels = strided.kernels()
     weights, y = 2 * 16 * (16 * 9 + 8), x // 2
-    assert last == roofline.Kernel(pixels // 4 * weights, y + x // 4 + weights + y)
+    assert kernels[1] == roofline.Kernel(pixels // 4 * weights, y + x // 4 + weights + y)
     # the slower of arithmetic and bytes, for each
-    arithmetic, copies = (roofline.bound_ms(strided, *rates) for rates in ((1, 1e9), (1e9, 1)))
-    assert arithmetic == pytest.approx(roofline.flops(strided) / 1e9)
-    assert copies == pytest.approx(roofline.moved_bytes(strided) / 1e6)
+    arithmetic, copies = (roofline.bound_ms(kernels, *rates) for rates in ((1, 1e9), (1e9, 1)))
+    assert arithmetic == pytest.approx(roofline.flops(kernels) / 1e9)
+    assert copies == pytest.approx(strided.moved_bytes("eval") / 1e6)
 
 
-def test_roofline_of_a_chain(roofline, workloads):
+def test_roofline_of_a_chain(roofline, inference):
     """x of 2 images, 16 channels and 8x8, in float32: read once, as the weights are."""
     weights, x = 3 * 16 * 16 * 9, 2 * 16 * 64
-    (one,) = roofline.kernels(workloads._chain(3, 16, 8, 2))
+    (one,) = inference.chain(3, 16, 8, 2).kernels()
     assert one == roofline.Kernel(2 * weights * 2 * 64, 4 * (weights + 2 * x))
 
 
-def test_roofline_of_nets(roofline, workloads):
+def test_roofline_of_nets(roofline, inference, convs):
     """ResNet-50: 4.1 billion multiplications an image, He et al., 2016, with strides in the 3x3."""
-    nets = {
-        name: workloads._inference_net(name, 2)
-        for name in ("ResNet-18", "ResNet-50", "torchvision ResNet-18", "torchvision ResNet-50")
-    }
-    assert roofline.flops(nets["ResNet-50"]) / 4 == pytest.approx(4.09e9, rel=1e-3)
+    count = roofline.flops(inference.net("ResNet-50", 2).kernels())
+    assert count / 4 == pytest.approx(4.09e9, rel=1e-3)
     for depth, bottleneck in (18, False), (50, True):
-        own, theirs = nets[f"ResNet-{depth}"], nets[f"torchvision ResNet-{depth}"]
-        assert roofline.kernels(own) == roofline.kernels(theirs)
+        own, theirs = (inference.net(f"{name}ResNet-{depth}", 2) for name in ("", "torchvision "))
+        assert own.kernels() == theirs.kernels()
         # the calls that are tuned are the net's
-        tuned = {roofline.kernels(w)[0] for w in workloads._convs(bottleneck, 2, "bf16")}
-        half = workloads._in("bf16", own)
-        assert tuned == {kernel for kernel in roofline.kernels(half)[:-1] if kernel.flops}
+        tuned = {w.kernels()[0] for w in convs.convs_of(bottleneck, 2, "bf16")}
+        half = inference.net(f"ResNet-{depth}", 2, dtype="bf16").kernels()
+        assert tuned == {kernel for kernel in half[:-1] if kernel.flops}
 
 
 @pytest.mark.parametrize("runtime", sorted(RUNTIMES))
-def test_runtimes(measuring, rivals, workloads, runtime, monkeypatch):
+def test_runtimes(measuring, suite, suites, runtime, monkeypatch):
     """One that is not installed has a row that says so; one that is computes the same."""
-    workload = workloads.CPU_QUICK["inference"][1]
-    candidates = [r for r in rivals.rivals(workload, "cpu", {}) if r.name in ("eager", runtime)]
+    workload = suites.workloads("inference", quick=True)[1]
+    every = workload.candidates("cpu", suite.Options(compile=False))
+    candidates = [c for c in every if c.name in ("eager", runtime)]
     options = {"rounds": 1, "least_ms": 0.1}
     if importlib.util.find_spec(runtime):
         found = measuring.measure(workload, candidates, **options)
@@ -233,9 +229,9 @@ def test_runtimes(measuring, rivals, workloads, runtime, monkeypatch):
     }
 
 
-def test_frozen_weights_are_frozen(inference, rivals):
-    """The rival is what it is called: only a frozen graph keeps weights that have changed."""
-    modes = rivals.inference_modes("inference", gpu=False)
+def test_frozen_weights_are_frozen(inference, suite):
+    """The candidate is what it is called: only a frozen graph keeps weights that have changed."""
+    modes = inference.one_block("basic", (2, 8, 5, 5)).compile_modes(suite.Options())
     x = torch.randn(2, 8, 5, 5)
     for name, options in modes.items():
         net = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1), torch.nn.BatchNorm2d(8)).eval()
@@ -249,15 +245,16 @@ def test_frozen_weights_are_frozen(inference, rivals):
 
 
 @pytest.mark.parametrize(("factor", "right"), [(1 + 2e-6, True), (1 + 1e-4, False)])
-def test_what_inference_may_be_off_by(measuring, rivals, inference, workloads, factor, right):
+def test_what_inference_may_be_off_by(measuring, suite, inference, suites, factor, right):
     """In float32 ours may have Winograd's error, which is more than 1.5 times PyTorch's."""
-    workload = workloads.CPU_QUICK["inference"][1]
-    eager, *_, ours = [r for r in rivals.rivals(workload, "cpu", {}) if r.name[:2] in ("ea", "fu")]
+    workload = suites.workloads("inference", quick=True)[1]
+    every = workload.candidates("cpu", suite.Options(compile=False))
+    eager, *_, ours = [c for c in every if c.name[:2] in ("ea", "fu")]
 
     def prepare(module, x):
         return lambda x: module(x) * factor
 
-    build = partial(inference.InferenceProgram, prepare)
+    build = partial(inference.InferenceProgram, prepare, workload)
     found = measuring.measure(
         workload, [eager, dataclasses.replace(ours, build=build)], rounds=1, least_ms=0.1
     )
@@ -266,7 +263,7 @@ def test_what_inference_may_be_off_by(measuring, rivals, inference, workloads, f
 
 
 def test_a_turn_begins_with_a_call_that_is_not_timed():
-    timing = importlib.import_module("timing")
+    timing = importlib.import_module("harness.timing")
     calls = []
     counts = []
     for settle in (False, True):
@@ -276,11 +273,11 @@ def test_a_turn_begins_with_a_call_that_is_not_timed():
     assert counts[1] == counts[0] + 3
 
 
-def test_gpu_workloads_are_told_apart(workloads):
-    for gpu_suites in (workloads.GPU_SUITES, workloads.GPU_QUICK):
-        for suite in gpu_suites.values():
-            keys = [(w.name, w.directions) for w in suite]
-            assert len(set(keys)) == len(keys)
+@pytest.mark.parametrize("quick", [False, True])
+def test_gpu_workloads_are_told_apart(suites, quick):
+    for name in suites.SUITES:
+        keys = [(w.name, w.directions) for w in suites.workloads(name, True, quick)]
+        assert len(set(keys)) == len(keys)
 
 
 def test_validate_refuses(results, rows):
@@ -317,15 +314,15 @@ def not_a_number(x, norm, residual):
         (broken, "RuntimeError: no kernel"),
     ],
 )
-def test_wrong_rival_is_not_timed(measuring, rivals, programs, workloads, call, reason):
-    assert_refused(measuring, workloads.CPU_QUICK["ops"][0],
-                   *op_rivals(rivals, programs, call), reason)  # fmt: skip
+def test_wrong_candidate_is_not_timed(measuring, suite, suites, call, reason):
+    workload = suites.workloads("ops", quick=True)[0]
+    assert_refused(measuring, workload, *op_candidates(suite, workload, call), reason)
 
 
-def op_rivals(rivals, programs, call):
+def op_candidates(suite, workload, call):
     return (
-        rivals.Rival("eager", "NCHW", 1.0, partial(programs.op_program, reference.bn_act)),
-        rivals.Rival("fused_res-x", "NCHW", 1.5, partial(programs.op_program, call)),
+        suite.Candidate("eager", "NCHW", 1.0, partial(workload.program, reference.bn_act)),
+        suite.Candidate("fused_res-x", "NCHW", 1.5, partial(workload.program, call)),
     )
 
 
@@ -346,11 +343,11 @@ def off_by_two_percent(x, norm, residual):
 
 
 @pytest.mark.parametrize("call", [off_by_two_percent, stale, not_a_number])
-def test_wrong_rival_in_16_bits(measuring, rivals, programs, workloads, call):
-    workload = workloads.GPU_QUICK["ops"][0]
+def test_wrong_candidate_in_16_bits(measuring, suite, suites, call):
+    workload = suites.workloads("ops", gpu=True, quick=True)[0]
     assert workload.dtype == torch.bfloat16
     wrong = "wrong result: error of "
-    assert_refused(measuring, workload, *op_rivals(rivals, programs, call), wrong)
+    assert_refused(measuring, workload, *op_candidates(suite, workload, call), wrong)
 
 
 def other_eps(net):
@@ -376,11 +373,12 @@ def no_net(net):
         (no_net, "RuntimeError: no kernel for this"),
     ],
 )
-def test_wrong_net_is_not_timed(measuring, rivals, nets, workloads, swap, reason):
-    right = rivals.Rival("eager", "channels_last", 1.0, nets.NetProgram)
-    build = partial(nets.NetProgram, swap=swap)
-    wrong = rivals.Rival("fused_res-x", "channels_last", 1.5, build)
-    assert_refused(measuring, workloads.GPU_QUICK["nets"][0], right, wrong, reason)
+def test_wrong_net_is_not_timed(measuring, suite, nets, suites, swap, reason):
+    workload = suites.workloads("nets", gpu=True, quick=True)[0]
+    build = partial(nets.NetProgram, workload)
+    right = suite.Candidate("eager", "channels_last", 1.0, build)
+    wrong = suite.Candidate("fused_res-x", "channels_last", 1.5, partial(build, swap=swap))
+    assert_refused(measuring, workload, right, wrong, reason)
 
 
 def test_nets_run_the_backend_that_is_named(nets):
@@ -394,9 +392,8 @@ def test_nets_run_the_backend_that_is_named(nets):
 
 
 @pytest.mark.parametrize("name", ["small ResNet", "narrow ResNet-18", "3 blocks"])
-def test_folded_net_is_the_net(nets, workloads, name):
-    workload = workloads._net(name, 4, "eval")
-    v = nets.values(workload)
+def test_folded_net_is_the_net(nets, name):
+    v = nets.net(name, 4, "eval").values()
     net = nets.NETS[name].make()
     net.load_state_dict(v.state)
     expected = net.eval()(v.x)
@@ -415,11 +412,12 @@ class Countdown:
         return 100.0 if self.asked >= 0 else -1.0
 
 
-@pytest.mark.parametrize("suite", ["ops", "nets"])
-def test_deadline(measuring, rivals, rows, workloads, suite):
+@pytest.mark.parametrize("name", ["ops", "nets"])
+def test_deadline(measuring, suite, rows, suites, name):
     """What cannot be built in time is listed; what was timed before it has its rows."""
-    workload = workloads.GPU_QUICK[suite][0]
-    candidates = rivals.rivals(workload, "cpu", {}, gpu=True)
+    workload = suites.workloads(name, gpu=True, quick=True)[0]
+    every = workload.candidates("cpu", suite.Options(gpu=True, compile=False))
+    candidates = [c for c in every if c.why_not is None]
     progress = []
     options = {"rounds": 1, "least_ms": 0.1, "progress": progress.append}
     found = measuring.measure(workload, candidates, deadline=Countdown(4), **options)
@@ -438,14 +436,14 @@ def test_no_time_at_all(run, rows, tmp_path, capsys):
     assert run.main(command) == 0
     found = read(tmp_path)["nets"]
     assert {row["refused"] for row in found} == {rows.OUT_OF_TIME}
-    assert {row["workload"] for row in found} == {w.name for _, w in run.workloads(
+    assert {row["workload"] for row in found} == {w.name for _, w in run.selected(
         run.parse(command))}  # fmt: skip
     assert "not timed: out of time" in capsys.readouterr().out
 
 
 def test_a_graph_is_captured_and_replayed(monkeypatch):
     """With stand-ins for what a machine without a GPU has not."""
-    graphs = importlib.import_module("graphs")
+    graphs = importlib.import_module("harness.program")
     calls, replays = [], []
 
     class Stream:
@@ -481,28 +479,28 @@ def test_filter_without_a_match(run, capsys):
     assert "no such workload" in capsys.readouterr().err
 
 
-def test_ideal_bytes(workloads):
+def test_ideal_bytes(ops):
     n = 2 * 8 * 4 * 4
-    half = workloads.Workload("ops", "", (2, 8, 4, 4), "NCHW", dtype=torch.bfloat16)
-    assert workloads.ideal_bytes(half)["forward"] == 8 * n + n // 8
-    op = workloads.Workload("ops", "", (2, 8, 4, 4), "NCHW")
-    assert workloads.ideal_bytes(op)["forward"] == 16 * n + n // 8
-    assert workloads.ideal_bytes(op)["forward+backward"] == 40 * n + 3 * n // 8
+    half = ops.op((2, 8, 4, 4), "NCHW", "bf16")
+    assert half.moved_bytes("forward") == 8 * n + n // 8
+    op = ops.op((2, 8, 4, 4), "NCHW")
+    assert op.moved_bytes("forward") == 16 * n + n // 8
+    assert op.moved_bytes("forward+backward") == 40 * n + 3 * n // 8
 
 
-def test_ideal_bytes_of_a_projection(workloads):
+def test_ideal_bytes_of_a_projection(blocks):
     """x 8 channels of 4x4, y 16 of 2x2, in bf16."""
-    block = workloads._gpu_block("single", (2, 8, 4, 4), out=16, stride=2)[1]
+    block = blocks.block("single", (2, 8, 4, 4), out=16, stride=2, dtype=torch.bfloat16)
     x, y, weights = 2 * 2 * 8 * 16, 2 * 2 * 16 * 4, 2 * 8 * 16 * 10
     # convolutions: x -> a; a quarter of x -> r. bn_act: a, r -> y
-    assert workloads.ideal_bytes(block)["eval"] == x + y + x // 4 + y + weights + 3 * y
+    assert block.moved_bytes("eval") == x + y + x // 4 + y + weights + 3 * y
 
 
-def test_saved_bytes_of_plain_pytorch(programs, workloads):
-    workload = workloads.CPU_QUICK["blocks"][1]
-    v = programs.values(workload)
+def test_saved_bytes_of_plain_pytorch(suites):
+    workload = suites.workloads("blocks", quick=True)[1]
+    v = workload.values()
     n = v["x"].nbytes
-    saved = programs.block_program(reference.ResBlock, workload, v).saved_bytes()
+    saved = workload.eager("NCHW")(v).saved_bytes()
     # x, the convolution's output, the ReLU's output, and a few numbers per channel
     assert 3 * n <= saved <= 3 * n + 4096
 
@@ -567,7 +565,7 @@ def inferred(eager, frozen, runtime):
     return {"inference": [{**row, "workload": name} for name in names]}
 
 
-def test_targets_of_parts(table, workloads):
+def test_targets_of_blocks_fused_in_part(table, suites):
     """Every block, in training and in eval mode, over eager."""
     common = {"rival": "fused_res-auto", "layout": "channels_last", "allocator": "default"}
     for step, evaluated in ((1.1, 1.0), (0.9, 1.0), (1.1, 0.9)):
@@ -582,18 +580,17 @@ def test_targets_of_parts(table, workloads):
                     "eager channels_last": step if w.training else evaluated,
                 },
             }
-            for w in workloads.CPU_SUITES["parts"]
+            for w in suites.workloads("partial")
         ]
-        met = [met for met, _ in table.targets({"parts": rows})]
+        met = [met for met, _ in table.targets({"partial": rows})]
         assert met == [step >= 1, evaluated >= 1]
-        assert not any(met for met, _ in table.targets({"parts": rows[2:]}))
+        assert not any(met for met, _ in table.targets({"partial": rows[2:]}))
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_blocks_in_parts_are_fused_in_parts(programs, workloads, quick):
-    for workload in workloads.suites(gpu=False, quick=quick)["parts"]:
-        args, kwargs = workload.block_arguments()
-        block = programs.plain_block(workload)(*args, **kwargs)
+def test_blocks_are_fused_in_part(suites, quick):
+    for workload in suites.workloads("partial", quick=quick):
+        block = workload.block()
         report = fuse_(block)
         ((_, reason),) = report.partly
         assert reason.startswith(f"{block.depth} of {block.depth} norms; "), workload.name
@@ -613,11 +610,11 @@ def test_targets_of_inference(table):
     assert [met for met, _ in table.goals(inferred(2.0, 2.0, 0.9))] == [False] * 10
 
 
-def test_targets_of_chains(table, workloads):
+def test_targets_of_chains(table, suites):
     """Each batch and size over eager; all chains over the other runtimes."""
     common = {"rival": "fused_res-frozen", "layout": "channels_last", "allocator": "default"}
     row = {**common, "direction": "eval"}
-    names = [w.name for w in workloads.CPU_SUITES["chains"]]
+    names = [w.name for w in suites.workloads("chains")]
     for eager, rest, expected in (
         (10.0, 1.5, [True] * 5),
         (7.0, 1.4, [True, False, True, True, False]),
@@ -627,7 +624,7 @@ def test_targets_of_chains(table, workloads):
         over |= {"onnxruntime NCHW": rest, "openvino NCHW": 9.0}
         rows = [{**row, "workload": name, "speedup_over": over} for name in names]
         assert [met for met, _ in table.targets({"chains": rows})] == expected
-    # neither a workload nor a rival may be missing
+    # neither a workload nor a candidate may be missing
     assert not any(met for met, _ in table.targets({"chains": [{**row, "workload": ""}]}))
     over.pop("openvino NCHW")
     assert not table.targets({"chains": rows})[-1][0]
@@ -663,7 +660,7 @@ def test_tables_of_a_gpu(fabricated, table, tmp_path):
     for shown in ("NVIDIA X (sm_90, 132 multiprocessors), bfloat16", "images/s", "1234 → 1234",
                   "% of copy", "TFLOP/s", "saved for backward", "max-autotune", "% of roofline",
                   "16-24ch 9x9 stride 2 batch 2 fp16",
-                  "loses to the fastest rival in"):  # fmt: skip
+                  "loses to the fastest other in"):  # fmt: skip
         assert shown in text, shown
     assert table.main([*common, "--targets"]) == 1  # they are a CPU's
 
@@ -704,16 +701,16 @@ def test_what_auto_follows(fabricated, table, tmp_path, monkeypatch):
     assert (verdict.backend, verdict.config) == ("triton", fast)
 
 
-def test_every_configuration_of_tritons_is_timed(rivals, measuring, workloads, monkeypatch):
+def test_every_configuration_of_tritons_is_timed(suite, measuring, convs, monkeypatch):
     if not importlib.util.find_spec("triton"):
         pytest.skip("no Triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     kernels = importlib.import_module("fused_res.kernels.conv_bn_act")
-    convs = importlib.import_module("convs")
     monkeypatch.setattr(convs, "why_not", lambda *args: None)
-    workload = workloads._conv((1, 16, 3, 3), "fp16", workloads.Conv(16, 1))
-    found = measuring.measure(workload, rivals.rivals(workload, "cpu", {}), rounds=1, least_ms=1e-3)
-    expected = kernels.candidates(*convs.call_of(workload, convs.values(workload)))
+    workload = convs.conv((1, 16, 3, 3), "fp16", convs.Conv(16, 1))
+    candidates = [c for c in workload.candidates("cpu", suite.Options()) if c.why_not is None]
+    found = measuring.measure(workload, candidates, rounds=1, least_ms=1e-3)
+    expected = kernels.candidates(*workload.call_of(workload.values()))
     triton = [row for row in found if "-triton-" in row["rival"]]
     assert [row["config"] for row in triton] == [config._asdict() for config in expected]
     assert len({row["rival"] for row in triton}) == len(triton) > 1
@@ -730,7 +727,7 @@ def interpreted(monkeypatch):
 
 
 def test_rows_of_several_runs_say_which_is_which():
-    made = importlib.import_module("sheets").made
+    made = importlib.import_module("report.tables").made
     row = {"workload": "a", "commit": "0f", "date": "2026-01-01T10"}
     assert made([row, {**row, "workload": "b"}]) == "commit 0f, 2026-01-01"
     later = {"workload": "c", "commit": "1e", "date": "2026-01-02T10"}
@@ -740,18 +737,18 @@ def test_rows_of_several_runs_say_which_is_which():
 
 
 def test_training_convolutions_are_right_and_followed(
-    interpreted, rivals, measuring, workloads, rows, table, tmp_path, monkeypatch
+    interpreted, suite, measuring, suites, rows, table, tmp_path, monkeypatch
 ):
     """Every configuration is timed; the fastest decides for its call."""
     configs = importlib.import_module("fused_res.kernels.conv_bn_act").CONFIGS
-    calls = {w.call[-2:]: w for w in workloads.GPU_QUICK["training-convs"]}
+    calls = {w.call[-2:]: w for w in suites.workloads("training-convs", True, True)}
     names = "STATISTICS", "RELU", "ADD", "ADD_IN_PLACE"
     assert {end for _, end in calls} == {"", *(getattr(training_conv, n) for n in names)}
     written = []
     where = {"allocator": "cuda", "versions": {"torch": "2"}, "commit": "0", "date": "2026-01-01"}
     where["device"] = {"slug": "x", "name": "NVIDIA X", "cores": 9, "threads": 1, "isa": "sm_90"}
     for workload in calls.values():
-        candidates = rivals.rivals(workload, "cpu", {})
+        candidates = workload.candidates("cpu", suite.Options())
         found = measuring.measure(workload, candidates, rounds=1, least_ms=1e-3)
         assert len(found) == 4 and {row["refused"] for row in found} == {None}
         written += [row | where for row in found]
@@ -782,7 +779,7 @@ def test_training_convolutions_are_right_and_followed(
     assert "3x3 8-8ch 4x4 stride 2 backward, batch 2 fp16" in table.markdown(tmp_path)
 
 
-def test_the_convolutions_of_the_nets_are_timed(nets, workloads):
+def test_the_convolutions_of_the_nets_are_timed(nets, suites):
     of_net = [
         ("ResNet-50", 256, 224), ("ResNet-18", 256, 224), ("ResNet-18 CIFAR", 512, 32),
         ("ResNet-20 CIFAR", 128, 32), ("100 blocks", 64, 32),
@@ -800,7 +797,7 @@ def test_the_convolutions_of_the_nets_are_timed(nets, workloads):
                     )
             x = block(x)
     for backward in (False, True):
-        calls = [w.call for w in workloads.GPU_SUITES["training-convs"]]
+        calls = [w.call for w in suites.workloads("training-convs", gpu=True)]
         assert seen == {(c.shape, c.weight, c.stride) for c in calls if c.backward == backward}
 
 
@@ -817,20 +814,64 @@ def test_tables_of_rows_that_are_missing(fabricated, table, rows, tmp_path, caps
     assert "| - | - | - |" in capsys.readouterr().out
 
 
-def test_plot(fabricated, gpu_results, tmp_path, capsys):
+def test_plot(fabricated, table, tmp_path, capsys):
     if not importlib.util.find_spec("matplotlib"):
         pytest.skip("no matplotlib")
-    plot = importlib.import_module("plot")
-    assert plot.main([str(fabricated)]) == 0
-    assert (fabricated / "speed.png").stat().st_size > 10_000
-    assert plot.main([str(tmp_path)]) == 0 and "no rows" in capsys.readouterr().out
+    assert table.main(["--plots", str(fabricated)]) == 0
+    for name in ("speed", "chains"):
+        assert (fabricated / f"{name}.png").stat().st_size > 10_000
+    assert table.main(["--plots", str(tmp_path)]) == 0 and "no rows" in capsys.readouterr().out
 
 
-def test_plot_without_matplotlib(fabricated, monkeypatch, capsys):
-    plot = importlib.import_module("plot")
+def test_plot_without_matplotlib(fabricated, table, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert plot.main([str(fabricated)]) == 0
+    assert table.main(["--plots", str(fabricated)]) == 0
     assert "no plot: " in capsys.readouterr().out
+
+
+def pytest_of(keyword, code=""):
+    """`pytest benchmarks -k ...` in a process of its own, after ``code``."""
+    arguments = ["benchmarks", "--benchmark-only", "-k", keyword, "--benchmark-max-time=0.01",
+                 "--benchmark-min-rounds=1", "-p", "no:cacheprovider"]  # fmt: skip
+    command = f"import sys, pytest\n{code}\nsys.exit(pytest.main({arguments!r}))"
+    return subprocess.run([sys.executable, "-c", command], capture_output=True, text=True,
+                          cwd=BENCHMARKS.parent)  # fmt: skip
+
+
+SMALLEST = "ops/ and 64x32x8x8_NCHW and backward and not compile"
+
+
+def test_pytest_compares_candidates(suite):
+    """One table of a workload and a direction, candidates its rows; what cannot run says why."""
+    done = pytest_of(SMALLEST)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "benchmark 'ops: bn_act 64x32x8x8 NCHW, forward+backward': 2 tests" in done.stdout
+    for name in "eager NCHW", "fused_res-cpu NCHW":
+        assert f"\n{name} " in done.stdout
+    for name, why in suite.backends("cpu").items():
+        assert why is None or f"fused_res-{name}: {why}" in done.stdout
+
+
+def test_pytest_refuses_a_wrong_candidate():
+    done = pytest_of(SMALLEST, """
+sys.path.insert(0, "benchmarks")
+from suites import ops
+real = ops.bn_act
+ops.bn_act = lambda *args, **kwargs: 1.1 * real(*args, **kwargs)
+""")  # fmt: skip
+    assert done.returncode == 1
+    assert "WrongResult: wrong result: error of " in done.stdout
+    assert "1 failed, 1 passed" in done.stdout
+
+
+def test_pytest_says_what_was_not_built():
+    why = "_C.abi3.so was not built"
+    code = f"from fused_res import backends; backends.STATUS['cpu'] = {why!r}"
+    done = pytest_of(f"({SMALLEST}) or (chains/ and CIFAR and fused_res)", code)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"fused_res-cpu: {why}" in done.stdout
+    assert f"fused_res-frozen: cpu: {why}" in done.stdout
+    assert "1 passed" in done.stdout
 
 
 def test_parts_of_make_gpu(tmp_path):
@@ -858,6 +899,6 @@ def test_make_gpu_refuses(options, monkeypatch, capsys):
 
 
 def test_sanitizer_cases_run():
-    command = [sys.executable, str(BENCHMARKS / "sanitizer_cases.py")]
+    command = [sys.executable, str(BENCHMARKS.parent / "tests/tools/sanitizer_cases.py")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

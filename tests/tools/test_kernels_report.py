@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT / "benchmarks")
-    import cuda_resources
     import kernels_report as report
+    from report import cuda_resources
 
 RESOURCES = cuda_resources.Resources(72, 512, *[0] * 16)
 SECTIONS = pytest.mark.parametrize("section", report.SECTIONS, ids=lambda section: section.name)

@@ -1,4 +1,4 @@
-"""The rival in eval mode: BatchNorm folded into the weights, cuDNN's convolution + add + ReLU.
+"""A candidate in eval mode: BatchNorm folded into the weights, cuDNN's convolution + add + ReLU.
 
 It is what PyTorch offers who builds a net for inference by hand: ``fuse_conv_bn_weights`` and
 ``torch.cudnn_convolution_add_relu``.

@@ -6,15 +6,11 @@ it is added to, and every tensor crosses memory once in each kernel that reads o
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from nets import NETS
 from torch import nn
-from workloads import Workload
-
-from fused_res import reference
 
 
 @dataclass(frozen=True)
@@ -23,38 +19,16 @@ class Kernel:
     bytes: int
 
 
-def module_of(workload: Workload) -> nn.Module:
-    """The workload's net or block, in plain PyTorch, with parameters of its own."""
-    if workload.net:
-        return NETS[workload.net].make()
-    args, kwargs = workload.block_arguments()
-    return reference.ResBlock(*args, **kwargs)
-
-
-def _one(workload: Workload) -> Kernel:
-    conv, (n, c, h, w) = workload.conv, workload.shape
-    k, pixels = conv.out_channels, n * -(-h // conv.stride) * -(-w // conv.stride)
-    weights, read = k * c * conv.size**2, n * c * h * w
-    if conv.size == 1:
-        read = pixels * c
-    if conv.residual == "add":
-        read += pixels * k
-    elif conv.residual == "shortcut":
-        weights += k * conv.shortcut_channels
-        read += pixels * conv.shortcut_channels
-    return Kernel(2 * pixels * weights, workload.dtype.itemsize * (read + weights + pixels * k))
-
-
-@functools.cache
-def kernels(workload: Workload) -> tuple[Kernel, ...]:
+def kernels(module: nn.Module, shape: tuple[int, ...], item: int) -> tuple[Kernel, ...]:
     """In the order in which they run, as hooks see them that run on tensors without data. A chain
-    of blocks is one, which reads its weights and x once and writes y."""
-    if workload.conv:
-        return (_one(workload),)
-    with torch.device("meta"):
-        module = module_of(workload).eval()
-        x = torch.empty(workload.shape)
-    item = workload.dtype.itemsize
+    of blocks is one, which reads its weights and x once and writes y.
+
+    Args:
+        module: on the meta device.
+        shape: of x.
+        item: bytes of an element.
+    """
+    module, x = module.eval(), torch.empty(shape, device="meta")
     found: list[Kernel] = []
 
     def product(part: nn.Conv2d | nn.Linear, args: tuple, y: torch.Tensor) -> None:
@@ -94,14 +68,10 @@ def kernels(workload: Workload) -> tuple[Kernel, ...]:
     return tuple(found)
 
 
-def flops(workload: Workload) -> int:
-    return sum(kernel.flops for kernel in kernels(workload))
+def flops(kernels: Iterable[Kernel]) -> int:
+    return sum(kernel.flops for kernel in kernels)
 
 
-def moved_bytes(workload: Workload) -> int:
-    return sum(kernel.bytes for kernel in kernels(workload))
-
-
-def bound_ms(workload: Workload, tflops: float, gbps: float) -> float:
+def bound_ms(kernels: Iterable[Kernel], tflops: float, gbps: float) -> float:
     """Milliseconds of the kernels, each as long as the slower of its arithmetic and its bytes."""
-    return sum(max(k.flops / tflops / 1e9, k.bytes / gbps / 1e6) for k in kernels(workload))
+    return sum(max(k.flops / tflops / 1e9, k.bytes / gbps / 1e6) for k in kernels)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 with mock.patch("setuptools.setup"):
     SETUP = runpy.run_path(str(ROOT / "setup.py"))
 ARCHITECTURES = tuple(

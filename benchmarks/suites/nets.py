@@ -9,21 +9,36 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from folding import FoldedNet
-from programs import Program
+from harness import check
+from harness.cudnn import FoldedNet
+from harness.program import FORMATS, Program
+from harness.suite import (
+    CL,
+    FOLDED_SLACK,
+    FUSED,
+    FUSED_SLACK,
+    Build,
+    Candidate,
+    Options,
+    Plot,
+    Suite,
+    TrainingWorkload,
+)
+from report.tables import AGAINST, Table, arrow, over
 from torch import Tensor, nn
-from workloads import CL, FORMATS, Workload
 
 from fused_res import fuse_
 from fused_res.models import NetResDeep, ResNet
 from fused_res.nn.blocks import FusedForward
 from fused_res.reference import ResBlock
+
+from . import blocks
 
 DISTINCT = 16  # images
 
@@ -147,14 +162,14 @@ class Values:
     state: dict[str, Tensor]
 
 
-def values(workload: Workload, device: str = "cpu", seed: int = 0) -> Values:
+def values(name: str, shape: tuple[int, ...], device: str = "cpu", seed: int = 0) -> Values:
     generator = torch.Generator(device).manual_seed(seed)
-    batch = workload.shape[0]
+    batch = shape[0]
     few = max(1, min(DISTINCT, batch // 2))
-    x = torch.randn((few, *workload.shape[1:]), generator=generator, device=device)
+    x = torch.randn((few, *shape[1:]), generator=generator, device=device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = NETS[workload.net].make()
+        net = NETS[name].make()
         for part in net.modules():
             if isinstance(part, nn.Conv2d):
                 nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
@@ -168,6 +183,10 @@ def values(workload: Workload, device: str = "cpu", seed: int = 0) -> Values:
     copies = batch // few
     state = {name: t.clone() for name, t in net.state_dict().items()}
     return Values(x.repeat(copies, 1, 1, 1), labels.repeat(copies), copies, state)
+
+
+def _same(net: nn.Module) -> nn.Module:
+    return net
 
 
 def fused(net: nn.Module, backend: str) -> nn.Module:
@@ -188,11 +207,11 @@ class NetProgram(Program):
 
     def __init__(
         self,
-        workload: Workload,
+        workload: NetWorkload,
         v: Values,
         layout: str = CL,
-        swap: Callable[[nn.Module], nn.Module] = lambda net: net,
-        wrap: Callable = lambda net: net,
+        swap: Callable[[nn.Module], nn.Module] = _same,
+        wrap: Callable = _same,
         autocast: torch.dtype | None = torch.bfloat16,
     ) -> None:
         net = NETS[workload.net].make().to(v.x.device, v.x.dtype)
@@ -238,7 +257,7 @@ class NetProgram(Program):
     def result(self) -> dict[str, Tensor]:
         """Logits, and in training the gradient of every parameter."""
         if self.optimizer is None:
-            return {"y": self.run()[0].clone()}
+            return super().result()
         with torch.no_grad():
             for name, t in self.module.state_dict().items():
                 t.copy_(self.initial[name])
@@ -250,7 +269,7 @@ class NetProgram(Program):
         return {"y": y, **grads}
 
 
-def exact_result(workload: Workload, v: Values) -> dict[str, Tensor]:
+def exact_result(workload: NetWorkload, v: Values) -> dict[str, Tensor]:
     """What the step computes in float64: on one copy of the images."""
     few = len(v.labels) // v.copies
     state = {k: t.double() if t.is_floating_point() else t for k, t in v.state.items()}
@@ -258,3 +277,123 @@ def exact_result(workload: Workload, v: Values) -> dict[str, Tensor]:
     result = NetProgram(workload, one, "NCHW", autocast=None).result()
     y = result["y"]
     return {**result, "y": y.repeat(v.copies, *[1] * (y.dim() - 1))}
+
+
+@dataclass(frozen=True)
+class NetWorkload(TrainingWorkload):
+    net: str = ""
+
+    whole_net = True
+
+    @property
+    def compile_s(self) -> float:
+        return NETS[self.net].compile_s * (1.0 if self.training else 0.6)
+
+    def values(self, device: str = "cpu", seed: int = 0) -> Values:
+        return values(self.net, self.shape, device, seed)
+
+    def exact(self, v: Values) -> dict[str, Tensor]:
+        return exact_result(self, v)
+
+    def compare(self, result: dict[str, Tensor], exact: dict[str, Tensor]):
+        return check.compare_net(self.dtype, result, exact)
+
+    def eager(self, layout: str) -> Build:
+        return partial(NetProgram, self, layout=layout)
+
+    def compiled(self, options: dict, backend: str | None = None) -> Build:
+        swap = partial(fused, backend=backend) if backend else _same
+        return partial(NetProgram, self, swap=swap, wrap=partial(torch.compile, **options))
+
+    def fused(self, backend: str) -> Build:
+        return partial(NetProgram, self, swap=partial(fused, backend=backend))
+
+    def folded(self) -> Build | None:
+        return partial(NetProgram, self, swap=partial(folded, dtype=self.dtype), autocast=None)
+
+    def slack(self, backend: str) -> float:
+        return FUSED_SLACK if self.training or backend != "cuda" else FOLDED_SLACK
+
+    def candidates(self, device: str, options: Options) -> list[Candidate]:
+        """Last torch.compile of the net with the first fused backend in it."""
+        found = super().candidates(device, options)
+        modes = self.compile_modes(options)
+        able = [name for name, why in self.backends(device, options).items() if why is None]
+        if self.modes or "compile" not in modes or not able:
+            return found
+        slack, build = self.slack(able[0]), self.compiled(modes["compile"], able[0])
+        name = f"{FUSED}{able[0]}-compile"
+        return [*found, Candidate(name, CL, slack, build, seconds=self.compile_s)]
+
+
+def net(name: str, batch: int, direction: str, pixels: int = 32) -> NetWorkload:
+    shape = batch, 3, pixels, pixels
+    fields = {"dtype": torch.bfloat16, "directions": (direction,), "alone": True}
+    return NetWorkload("nets", f"{name} batch {batch}", shape, net=name, **fields)
+
+
+GPU_NETS = (
+    ("ResNet-50", 256, "train", 224),
+    ("ResNet-20 CIFAR", 128, "train"),
+    ("100 blocks", 64, "train"),
+    ("ResNet-50", 256, "eval", 224),
+    ("ResNet-18 CIFAR", 512, "train"),
+    ("ResNet-20 CIFAR", 128, "eval"),
+    ("100 blocks", 64, "eval"),
+    ("ResNet-20 CIFAR", 1024, "train"),
+    ("100 blocks", 256, "train"),
+    ("ResNet-18 CIFAR", 512, "eval"),
+    ("ResNet-20 CIFAR", 1024, "eval"),
+    ("100 blocks", 256, "eval"),
+)
+GPU_QUICK = (
+    ("3 blocks", 8, "train"),
+    ("3 blocks", 8, "eval"),
+    ("small ResNet", 8, "train"),
+    ("small ResNet", 8, "eval"),
+    ("narrow ResNet-18", 8, "eval"),
+)
+
+
+def workloads(gpu: bool, quick: bool) -> list[NetWorkload]:
+    return [net(*args) for args in (GPU_QUICK if quick else GPU_NETS)] if gpu else []
+
+
+def autotuned(gpu: bool, quick: bool) -> list[TrainingWorkload]:
+    """A few of these and of the blocks, against torch.compile's max-autotune."""
+    if not gpu:
+        return []
+    found = blocks.workloads(gpu, quick)[: 1 if quick else 6]
+    if not quick:
+        found += [net("ResNet-20 CIFAR", 128, direction) for direction in ("train", "eval")]
+    return [replace(workload, modes=("max-autotune",)) for workload in found]
+
+
+GPU_REPORT = Table(
+    "Whole nets on a GPU",
+    "Whole nets under bfloat16 autocast ({candidate}, channels_last), training with the "
+    "optimizer's step: speed-up, and images a second and peak memory above the parameters, eager "
+    "channels_last → fused.",
+    "net",
+    [
+        arrow("images/s", "images_per_s"),
+        *AGAINST,
+        arrow("peak memory, MiB", "peak_mib"),
+    ],
+    by_direction=True,
+)
+AUTOTUNE_REPORT = Table(
+    "Against max-autotune on a GPU",
+    "Against torch.compile's max-autotune ({candidate}): speed-up.",
+    "net or block",
+    [
+        over("speed-up", "compile-max-autotune"),
+        over("in a CUDA graph", "compile-max-autotune", graphed=True),
+    ],
+    by_direction=True,
+)
+
+SUITES = (
+    Suite("nets", 40, workloads, gpu_report=GPU_REPORT, plot=Plot("nets", ("train", "eval"))),
+    Suite("autotune", 80, autotuned, named=True, gpu_report=AUTOTUNE_REPORT),
+)

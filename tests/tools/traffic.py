@@ -1,5 +1,6 @@
 """Bytes that each kernel of a block's training step in Triton reads and writes, counted in Triton's
-interpreter and beside what the plans say: ``python benchmarks/traffic.py``.
+interpreter and beside what the plans say:
+``PYTHONPATH=benchmarks python tests/tools/traffic.py``.
 
 Maps are small, launches those of large ones, and every convolution is our own. An address counts
 once a launch: what a kernel reads again comes from a cache. Tables of channels do not count.
@@ -28,8 +29,8 @@ from unittest import mock
 import numpy as np
 import torch
 from fused_res.kernels import bn_act, conv_bn_act, res_block, training_convolution
-from nets import NETS
-from sheets import to_markdown
+from report.tables import to_markdown
+from suites.nets import NETS
 from torch import Tensor
 from triton_traffic import Traffic
 

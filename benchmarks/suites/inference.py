@@ -1,0 +1,497 @@
+"""Nets, blocks and chains of blocks in eval mode: PyTorch, other runtimes, cuDNN's fused calls, and
+``optimize_for_inference``.
+
+Convolutions and linear layers are of the workload's dtype, BatchNorm of float32; no autocast, which
+would cast the weights in every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from harness import check
+from harness.cudnn import FoldedBlock
+from harness.program import FORMATS, Program
+from harness.roofline import Kernel, kernels
+from harness.suite import (
+    CL,
+    COMPILE_SLACK,
+    DTYPES,
+    FOLDED_SLACK,
+    FUSED,
+    FUSED_SLACK,
+    OPTIMIZED,
+    WINOGRAD_BOUND,
+    Candidate,
+    Options,
+    Plot,
+    Suite,
+    Workload,
+    backends,
+    graphed,
+    why_none,
+)
+from report.plot import draw_roofline
+from report.tables import COMPILED, Lookup, Table, both_forms, claims, figure, over
+from torch import Tensor, nn
+
+import fused_res
+
+from .blocks import BlockWorkload, block
+from .nets import NETS, Values, folded, fused, values
+
+# What makes of a net and its input the call that is timed, which is given the input again.
+Prepare = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
+FROZEN = "fused_res-frozen"
+COMPILE_FROZEN = "compile-freezing"
+
+
+class InferenceProgram(Program):
+    """``prepare``'s call of the workload's module, given the values ``v``."""
+
+    def __init__(
+        self, prepare: Prepare, workload: InferenceWorkload, v: Values, layout: str = CL
+    ) -> None:
+        module = workload.module().to(v.x.device)
+        module.load_state_dict(v.state, strict=False)  # a block's values count no batches
+        for part in module.modules():
+            if isinstance(part, (nn.Conv2d, nn.Linear)):
+                part.to(workload.dtype)
+        module = module.to(memory_format=FORMATS[layout]).eval()
+        self.x = v.x.to(workload.dtype, memory_format=FORMATS[layout])
+        self.inputs = (self.x,)
+        self.directions = workload.directions
+        self.calls = {"eval": self.evaluate}
+        with torch.no_grad():
+            self.call = prepare(module, self.x)
+
+    def evaluate(self) -> Tensor:
+        with torch.no_grad():
+            return self.call(self.x)
+
+
+def eager(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    return module
+
+
+def compiled(
+    module: nn.Module, x: Tensor, freezing: bool, mode: str = "default"
+) -> Callable[[Tensor], Tensor]:
+    """``torch.compile`` of one fixed shape, told that ``x`` stays where it is.
+
+    freezing: BatchNorm folded and weights in the layout that kernels like. The global setting asks
+    for it: the one in ``options=`` is not seen where the graph is traced. It is there so that two
+    candidates differ: else the second one is silently given the graph of the first.
+    """
+    if mode != "default":  # has CUDA graphs
+        torch._dynamo.mark_static_address(x, guard=False)
+    options = {**torch._inductor.list_mode_options(mode), "freezing": freezing}
+    call = torch.compile(module, fullgraph=True, dynamic=False, options=options)
+    with torch._inductor.config.patch(freezing=freezing):
+        call(x)
+    return call
+
+
+def optimized(module: nn.Module, x: Tensor, freeze: bool = False) -> Callable[[Tensor], Tensor]:
+    return fused_res.optimize_for_inference(module, x, freeze=freeze)
+
+
+def with_backend(module: nn.Module, x: Tensor, backend: str) -> Callable[[Tensor], Tensor]:
+    """The residual blocks fused, run by ``backend`` or not at all; the rest is PyTorch's."""
+    return fused(nn.Sequential(module), backend)
+
+
+def cudnn_fused(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    if isinstance(module, nn.Sequential):
+        return folded(module, x.dtype)
+    return FoldedBlock(module, x.dtype)
+
+
+def _onnx(module: nn.Module, x: Tensor) -> bytes:
+    # By the older exporter: BatchNorm is folded by either, but the newer one takes 5.7 s for a
+    # ResNet-50 where this takes 1.0 s, and ONNX Runtime is 6 % slower with what it writes.
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), file, dynamo=False)
+    return file.getvalue()
+
+
+def onnxruntime(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """As many threads as PyTorch has. Imports what may not be there: it is refused then."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        _onnx(module, x), options, providers=["CPUExecutionProvider"]
+    )
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def openvino(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """As many threads as PyTorch has, and float32 inside, which is not its default everywhere."""
+    import openvino
+
+    core = openvino.Core()
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    model = core.compile_model(
+        core.read_model(_onnx(module, x)),
+        "CPU",
+        {**threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"},
+    )
+    request = model.create_infer_request()
+
+    def call(x: Tensor) -> Tensor:
+        out = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
+        return torch.from_numpy(out[0])
+
+    return call
+
+
+RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino}
+
+
+@functools.cache
+def _kernels(workload: InferenceWorkload) -> tuple[Kernel, ...]:
+    with torch.device("meta"):
+        return kernels(workload.module(), workload.shape, workload.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class InferenceWorkload(Workload):
+    """A net or a block."""
+
+    net: str | None = None
+    block: BlockWorkload | None = None
+
+    settles = True
+
+    def module(self) -> nn.Module:
+        """In plain PyTorch, with parameters of its own."""
+        return NETS[self.net].make() if self.net else self.block.block()
+
+    def values(self, device: str = "cpu", seed: int = 0) -> Values:
+        if self.net:
+            return values(self.net, self.shape, device, seed)
+        v = self.block.values(device, seed)
+        return Values(v.pop("x"), v.pop("dy"), 1, v)
+
+    def exact(self, v: Values) -> dict[str, Tensor]:
+        few = len(v.x) // v.copies
+        state = {k: t.double() if t.is_floating_point() else t for k, t in v.state.items()}
+        one = Values(v.x[:few].double(), v.labels, 1, state)
+        exact = replace(self, dtype=torch.float64)
+        y = InferenceProgram(lambda m, x: m.double(), exact, one, "NCHW").result()["y"]
+        return {"y": y.repeat(v.copies, *[1] * (y.dim() - 1))}
+
+    def compare(self, result: dict[str, Tensor], exact: dict[str, Tensor]):
+        compare = check.compare_net if self.net else check.compare
+        return compare(self.dtype, result, exact)
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        return _kernels(self)
+
+    def bound(self) -> float:
+        """What a result may be off by, whatever PyTorch's is; 0 where Winograd is not."""
+        if self.dtype != torch.float32:
+            return 0.0
+        return WINOGRAD_BOUND * sum(kernel.flops > 0 for kernel in self.kernels()) ** 0.5
+
+    def compile_modes(self, options: Options) -> dict[str, dict]:
+        """Arguments of ``compiled`` by the candidate's name: frozen, of a block on a CPU not frozen
+        too; frozen is a net at its best, and a net compiles for long."""
+        if not options.compile:
+            return {}
+        modes = self.modes
+        if self.suite == "chains" and options.gpu:
+            modes = "reduce-overhead", "max-autotune"
+        if modes:
+            return {f"compile-{mode}-freezing": {"mode": mode, "freezing": True} for mode in modes}
+        frozen = {COMPILE_FROZEN: {"freezing": True}}
+        return frozen if options.gpu or self.net else {"compile": {"freezing": False}, **frozen}
+
+    def candidates(self, device: str, options: Options) -> list[Candidate]:
+        def of(name: str, slack: float, prepare: Prepare, layout: str = CL, **fields) -> Candidate:
+            return Candidate(name, layout, slack, partial(InferenceProgram, prepare, self,
+                                                          layout=layout), **fields)  # fmt: skip
+
+        kernels = {"bound": self.bound(), "why_not": why_none(device, self.dtype, "conv_bn_act")}
+        ours = of(OPTIMIZED, FUSED_SLACK, optimized, core=True, **kernels)
+        found = [of("eager", 1.0, eager, core=True)]
+        if options.gpu:
+            found += [ours, of("cudnn-fused", COMPILE_SLACK, cudnn_fused, core=True)]
+            for name, why in backends(device, self.dtype, "conv_bn_act").items():
+                folds = self.net and name == "cuda" and self.dtype != torch.float32
+                slack = FOLDED_SLACK if folds else FUSED_SLACK
+                prepare = partial(with_backend, backend=name)
+                found.append(of(FUSED + name, slack, prepare, bound=self.bound(), why_not=why))
+            found += map(graphed, list(found))
+        else:
+            found += [of("eager", 1.0, eager, "NCHW"), ours]
+            if self.suite == "chains":
+                found.append(of(FROZEN, FUSED_SLACK, partial(optimized, freeze=True), **kernels))
+                prepare = partial(with_backend, backend="cpu")
+                found.append(of(FUSED + "cpu", FUSED_SLACK, prepare, **kernels))
+            for name, prepare in RUNTIMES.items():
+                found.append(of(name, COMPILE_SLACK, prepare, "NCHW"))
+        seconds = NETS[self.net].compile_s * 0.6 if self.net else 20.0
+        for name, how in self.compile_modes(options).items():
+            times = 3 if "autotune" in name else 1
+            prepare = partial(compiled, **how)
+            found.append(of(name, COMPILE_SLACK, prepare, seconds=seconds * times))
+        return found
+
+
+# --- workloads
+
+
+def net(name: str, batch: int, pixels: int = 224, dtype: str = "", **fields) -> InferenceWorkload:
+    """dtype: of a GPU's, in the name too; default: float32."""
+    full = f"{name} batch {batch} {dtype}".strip()
+    fields |= {"dtype": DTYPES[dtype or "fp32"], "alone": bool(dtype), "net": name}
+    fields = {"suite": "inference", **fields}
+    return InferenceWorkload(name=full, shape=(batch, 3, pixels, pixels), directions=("eval",),
+                             **fields)  # fmt: skip
+
+
+def one_block(*args, dtype: str = "", **fields) -> InferenceWorkload:
+    """A block, as ``blocks.block`` takes it."""
+    of = block(*args, directions=("eval",), dtype=DTYPES[dtype or "fp32"])
+    name = f"{of.name} {dtype}".strip()
+    return InferenceWorkload("inference", name, of.shape, dtype=of.dtype, directions=("eval",),
+                             block=of, **fields)  # fmt: skip
+
+
+def chain(
+    count: int, channels: int, pixels: int, batch: int, dtype: str = "", **fields
+) -> InferenceWorkload:
+    name = f"chain of {count}, {channels}ch"
+    found = net(name, batch, pixels, dtype, suite="chains", **fields)
+    full = f"{name} {pixels}x{pixels} batch {batch} {dtype}".strip()
+    return replace(found, name=full, shape=(batch, channels, pixels, pixels))
+
+
+GPU_CHAINS = (
+    (100, 32, 16, 64), (100, 32, 8, 1), (9, 64, 16, 256), (100, 32, 16, 1), (3, 64, 8, 1024),
+    (9, 16, 32, 128), (100, 16, 8, 1024), (3, 32, 32, 16), (1, 64, 16, 256), (100, 64, 8, 16),
+)  # fmt: skip
+
+
+def workloads(gpu: bool, quick: bool) -> list[InferenceWorkload]:
+    if gpu and quick:
+        return [
+            net("small ResNet", 8, 32, "bf16"),
+            net("small ResNet", 1, 32, "fp16"),
+            one_block("bottleneck", (4, 32, 12, 12), 16, 64, 2, dtype="bf16"),
+        ]
+    if gpu:
+        return [
+            net("ResNet-50", 256, dtype="bf16"),
+            net("ResNet-50", 1, dtype="bf16"),
+            net("ResNet-18", 32, dtype="bf16"),
+            one_block("bottleneck", (32, 256, 56, 56), 64, dtype="bf16"),
+            one_block("basic", (32, 512, 7, 7), dtype="bf16"),
+        ]
+    if quick:
+        return [net("small ResNet", 1, 32), one_block("basic", (2, 16, 9, 9))]
+    return [
+        net("torchvision ResNet-18", 1),
+        net("torchvision ResNet-18", 16, most_rounds=7),
+        net("torchvision ResNet-50", 1),
+        net("torchvision ResNet-50", 16, most_rounds=5),
+        one_block("basic", (1, 64, 56, 56)),
+        one_block("basic", (32, 64, 56, 56)),
+        one_block("basic", (1, 512, 7, 7)),
+        one_block("basic", (32, 512, 7, 7)),
+        one_block("bottleneck", (1, 256, 56, 56), 64),
+        one_block("bottleneck", (16, 256, 56, 56), 64),
+    ]
+
+
+def chains(gpu: bool, quick: bool) -> list[InferenceWorkload]:
+    if gpu:
+        return [chain(*args, "bf16") for args in ([(3, 16, 8, 2)] if quick else GPU_CHAINS)]
+    if quick:
+        return [chain(3, 16, 8, 1)]
+    return [
+        chain(100, 32, 16, 1),
+        chain(100, 32, 8, 1),
+        chain(100, 32, 16, 64, most_rounds=9),
+        chain(100, 32, 8, 64),
+        net("ResNet-20 CIFAR", 1, 32, suite="chains"),
+    ]
+
+
+def everything(gpu: bool, quick: bool) -> list[InferenceWorkload]:
+    """Every batch and dtype, against torch.compile's max-autotune."""
+    if not gpu:
+        return []
+    fields = {"dtype": "bf16", "modes": ("max-autotune",)}
+    if quick:
+        return [one_block("basic", (2, 16, 9, 9), **fields)]
+    nets = [
+        net(name, batch, **fields | {"dtype": dtype})
+        for dtype in ("bf16", "fp16")
+        for name in ("ResNet-50", "ResNet-18")
+        for batch in (1, 256, 32, 8)
+    ]
+    single = [
+        one_block(kind, (batch, channels, size, size), *width, **fields)
+        for batch in (256, 1, 32, 8)
+        for kind, channels, size, *width in (
+            ("bottleneck", 256, 56, 64),
+            ("basic", 64, 56),
+            ("basic", 512, 7),
+            ("bottleneck", 2048, 7, 512),
+        )
+    ]
+    strided = [
+        one_block("bottleneck", (batch, 512, 28, 28), 256, 1024, 2, **fields) for batch in (256, 1)
+    ]
+    return nets + single + strided
+
+
+# --- reports
+
+GPU_COLUMNS = [
+    over(f"over PyTorch, {CL}", "eager"),
+    over("over torch.compile", COMPILED),
+    over("over cuDNN's fused calls", "cudnn-fused"),
+    over("in CUDA graphs, over the fastest of the others", "eager-graphed", "cudnn-fused-graphed",
+         "compile-max-autotune-freezing", graphed=True),
+    both_forms("ms", "median_ms"),
+    both_forms("images/s", "images_per_s", ".0f"),
+    both_forms("% of roofline", "percent_of_roofline"),
+]  # fmt: skip
+GPU_REPORT = Table(
+    "Inference on a GPU",
+    "Inference ({candidate}, channels_last): speed-up; then as it is / in a CUDA graph, and the "
+    "share of what the measured peaks allow a kernel for each convolution.",
+    "net or block",
+    GPU_COLUMNS,
+    candidates=(OPTIMIZED,),
+)
+GPU_CHAINS_REPORT = Table(
+    "Chains of blocks in inference on a GPU",
+    "Chains of residual blocks in one call, inference ({candidate}, channels_last): speed-up; then "
+    "as it is / in a CUDA graph, and the share of what the measured peaks allow a kernel that "
+    "reads the weights and x once.",
+    "chain",
+    GPU_COLUMNS,
+)
+REPORT = Table(
+    "Inference",
+    "Inference, {candidate} (channels_last): speed-up over PyTorch and over other runtimes, and "
+    "the share reached of what the measured peak rate and copy bandwidth allow a kernel for each "
+    "convolution (over 100 %: Winograd multiplies less).",
+    "net or block",
+    [
+        over("over PyTorch, NCHW", "eager NCHW"),
+        over(f"over PyTorch, {CL}", f"eager {CL}"),
+        over("over torch.compile", "compile"),
+        over("over torch.compile, frozen", COMPILE_FROZEN),
+        over("over ONNX Runtime", "onnxruntime"),
+        over("over OpenVINO", "openvino"),
+        figure("ms", "median_ms"),
+        figure("images/s", "images_per_s", ".0f"),
+        figure("% of roofline", "percent_of_roofline"),
+    ],
+    candidates=(OPTIMIZED,),
+)
+CHAINS_REPORT = Table(
+    "Chains of blocks in inference",
+    "Chains of residual blocks in one call, {candidate} (channels_last), as the runtimes beside it "
+    "are frozen; last, after `fuse_` alone, which looks at every parameter in every call. The "
+    "roofline is that of a direct convolution.",
+    "net",
+    [
+        over("over PyTorch, NCHW", "eager NCHW"),
+        over(f"over PyTorch, {CL}", f"eager {CL}"),
+        over("over torch.compile, frozen", COMPILE_FROZEN),
+        over("over ONNX Runtime", "onnxruntime"),
+        over("over OpenVINO", "openvino"),
+        figure("ms", "median_ms"),
+        figure("% of roofline", "percent_of_roofline"),
+        over(f"`fuse_` alone, over PyTorch, {CL}", f"eager {CL}", of=FUSED + "cpu"),
+    ],
+    candidates=(FROZEN,),
+)
+
+
+def targets(rows: list[dict]) -> list[tuple[bool, str]]:
+    found, out = Lookup(rows), []
+    single, many = (
+        [w for w in found.workloads if re.search(rf"ResNet-\d+ batch {n}$", w)] for n in (1, 16)
+    )
+    blocks = [w for w in found.workloads if "ResNet" not in w]
+    for candidate, allocator in ((c, a) for c in found.fused for a in found.allocators):
+
+        def over(names: list[str], *bases: str, pair=(candidate, allocator)):
+            return [found.speedup(w, pair[0], "eval", pair[1], list(bases)) for w in names]
+
+        what = f"{candidate}, allocator {allocator}: inference of"
+        for names, batch, least, frozen in (single, 1, 1.35, 1.10), (many, 16, 1.3, 1.05):
+            nets = f"{what} ResNet-18, ResNet-50, batch {batch}, over"
+            out += claims(
+                (f"{nets} eager {CL}", over(names, f"eager {CL}"), least, 2, 2),
+                (f"{nets} torch.compile, frozen", over(names, COMPILE_FROZEN), frozen, 2, 2),
+            )
+        best = over(blocks, "eager", "compile", COMPILE_FROZEN)
+        out += claims((f"{what} blocks over the best of PyTorch", best, 1.0, 6, 6))
+    return out
+
+
+def goals(rows: list[dict]) -> list[tuple[bool, str]]:
+    """To be the fastest runtime there is."""
+    found, out = Lookup(rows), []
+    for candidate in found.fused:
+        for allocator in found.allocators:
+            for workload in found.workloads:
+                over = found.speedup(workload, candidate, "eval", allocator, list(RUNTIMES))
+                shown = "-" if over is None else f"{over:.2f}"
+                what = f"{candidate}, allocator {allocator}: {workload} over the faster of"
+                met = over is not None and over >= 1
+                out.append((met, f"{what} {' and '.join(RUNTIMES)}, >= 1.00: {shown}"))
+    return out
+
+
+def chain_targets(rows: list[dict]) -> list[tuple[bool, str]]:
+    found, out = Lookup(rows), []
+    least = {"16x16 batch 1": (6.0, 1), "8x8 batch 1": (10.0, 1), "batch 64": (2.5, 2),
+             "CIFAR": (3.0, 1)}  # fmt: skip
+    for allocator in found.allocators:
+
+        def over(workload: str, base: str, allocator=allocator) -> float | None:
+            return found.speedup(workload, FROZEN, "eval", allocator, [base])
+
+        what = f"{FROZEN}, allocator {allocator}: chain of 100 blocks"
+        for part, (enough, count) in least.items():
+            speeds = [over(w, f"eager {CL}") for w in found.workloads if part in w]
+            out += claims((f"{what}, {part}, over eager {CL}", speeds, enough, count, count))
+        rest = []
+        for workload in (w for w in found.workloads if "chain" in w):
+            each = [over(workload, base) for base in (COMPILE_FROZEN, *RUNTIMES)]
+            rest.append(None if None in each else min(each))
+        what = f"{what}, over the best of other runtimes and torch.compile"
+        out += claims((what, rest, 1.5, 4, 4))
+    return out
+
+
+SUITES = (
+    Suite("inference", 50, workloads, report=REPORT, gpu_report=GPU_REPORT, targets=targets,
+          goals=goals, plot=Plot("inference", ("eval",))),
+    Suite("chains", 60, chains, report=CHAINS_REPORT, gpu_report=GPU_CHAINS_REPORT,
+          targets=chain_targets,
+          plot=Plot("chains of blocks, inference", ("eval",)), picture=draw_roofline),
+    Suite("inference-all", 70, everything, named=True, gpu_report=GPU_REPORT,
+          plot=Plot("inference", ("eval",))),
+)  # fmt: skip

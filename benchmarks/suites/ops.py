@@ -1,0 +1,191 @@
+"""``bn_act`` in training: batch statistics, the residual added, ReLU after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from harness.program import FORMATS, TensorProgram, double, place, separate
+from harness.suite import CL, DTYPES, FUSED, STEP, Build, Plot, Suite, TrainingWorkload
+from report.tables import COMPILED, Lookup, Table, claims, figure, on_device, over
+from torch import Tensor
+
+from fused_res import reference
+from fused_res.env import BACKENDS
+from fused_res.ops.bn_act import bn_act
+from fused_res.reference import Norm
+
+SHAPES = (
+    (32, 64, 56, 56),
+    (32, 64, 32, 32),
+    (32, 512, 7, 7),
+    (16, 256, 56, 56),
+    (64, 32, 16, 16),
+    (64, 32, 8, 8),
+)
+GPU_SHAPES = (
+    ((128, 256, 56, 56), CL, "bf16"),
+    ((256, 64, 56, 56), CL, "bf16"),
+    ((64, 32, 16, 16), CL, "bf16"),
+    ((512, 64, 32, 32), CL, "bf16"),
+    ((256, 512, 7, 7), CL, "bf16"),
+    ((128, 512, 28, 28), CL, "bf16"),
+    ((256, 1024, 14, 14), CL, "bf16"),
+    ((256, 2048, 7, 7), CL, "bf16"),
+    ((128, 16, 32, 32), CL, "bf16"),
+    ((256, 64, 56, 56), "NCHW", "bf16"),
+    ((256, 64, 56, 56), CL, "fp16"),
+    ((128, 64, 56, 56), CL, "fp32"),
+    ((1024, 16, 32, 32), CL, "bf16"),
+    ((256, 128, 28, 28), CL, "bf16"),
+    ((512, 64, 8, 8), CL, "bf16"),
+    ((512, 512, 4, 4), CL, "bf16"),
+    ((256, 32, 16, 16), CL, "bf16"),
+    ((32, 64, 56, 56), CL, "bf16"),
+    ((32, 2048, 7, 7), CL, "bf16"),
+    ((256, 512, 7, 7), "NCHW", "bf16"),
+    ((128, 64, 32, 32), "NCHW", "fp32"),
+)
+GPU_QUICK = (
+    ((8, 16, 12, 12), CL, "bf16"),
+    ((8, 16, 12, 12), "NCHW", "fp32"),
+    ((8, 24, 7, 7), CL, "fp16"),
+)
+
+
+@dataclass(frozen=True)
+class OpWorkload(TrainingWorkload):
+    def program(self, call: Callable[..., Tensor], v: dict[str, Tensor]) -> TensorProgram:
+        """``call(x, norm, residual)`` on the values ``v``."""
+        v = place(v, self.layout or "NCHW")
+        state = {name: v[name] for name in ("running_mean", "running_var")}
+        wrt = {name: v[name].requires_grad_() for name in ("x", "residual", "weight", "bias")}
+        norm = Norm(*state.values(), v["weight"], v["bias"], training=True)
+        forward = partial(call, v["x"], norm, v["residual"])
+        inputs = *wrt.values(), *state.values()
+        return TensorProgram(forward, self.directions, wrt, state, v["dy"], inputs)
+
+    def values(self, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        normal = partial(torch.randn, generator=generator, device=device)
+        n, c, h, w = self.shape
+        v = {name: normal(n, c, h, w).to(self.dtype) for name in ("x", "dy", "residual")}
+        v |= {"weight": 1 + 0.2 * normal(c), "bias": 0.2 * normal(c)}
+        v["running_mean"] = torch.zeros(c, device=device)
+        v["running_var"] = torch.ones(c, device=device)
+        if self.dtype == torch.float32:
+            separate(v["residual"], v, self._relu_input)
+        return v
+
+    def _relu_input(self, v: dict[str, Tensor]) -> list[Tensor]:
+        return [self.program(partial(reference.bn_act, act="none"), v).forward()]
+
+    def exact(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.program(reference.bn_act, double(v)).result()
+
+    def eager(self, layout: str) -> Build:
+        return partial(self.program, reference.bn_act)
+
+    def compiled(self, options: dict) -> Build:
+        return lambda v: self.program(torch.compile(reference.bn_act, **options), v)
+
+    def fused(self, backend: str) -> Build:
+        def call(x: Tensor, norm: Norm, residual: Tensor) -> Tensor:
+            return bn_act(x, *norm, residual=residual, backend=backend)
+
+        return partial(self.program, call)
+
+    def moved_bytes(self, direction: str) -> int:
+        """Statistics need a pass of their own: x is read twice forward, x and dy backward."""
+        numbers = torch.Size(self.shape).numel()
+        size, mask = self.dtype.itemsize * numbers, numbers // 8
+        forward = 4 * size + mask  # x, x, residual -> y, mask
+        backward = 6 * size + 2 * mask  # dy, x, mask; dy, x, mask -> dx, dresidual
+        return forward + backward * (direction == STEP)
+
+
+def op(shape: tuple[int, int, int, int], layout: str, dtype: str = "") -> OpWorkload:
+    """dtype: in the name too; default: float32."""
+    name = f"bn_act {'x'.join(map(str, shape))} {layout} {dtype}".strip()
+    return OpWorkload("ops", name, shape, layout, DTYPES[dtype or "fp32"])
+
+
+def workloads(gpu: bool, quick: bool) -> list[OpWorkload]:
+    if gpu:
+        return [op(*args) for args in (GPU_QUICK if quick else GPU_SHAPES)]
+    return [
+        op(shape, layout)
+        for layout in FORMATS
+        for shape in ([(8, 16, 12, 12)] if quick else SHAPES)
+    ]
+
+
+REPORT = Table(
+    "BatchNorm, add and ReLU in training",
+    "BatchNorm + residual add + ReLU in training ({candidate}): speed-up over eager PyTorch in the "
+    "same layout and over torch.compile, and the share of the measured copy bandwidth that a step "
+    "(forward and backward) reaches.",
+    "tensor",
+    [
+        over("forward over PyTorch", "eager", direction="forward"),
+        over("step over PyTorch", "eager", direction=STEP),
+        over("step over torch.compile", "compile", direction=STEP),
+        figure("step, ms", "median_ms", direction=STEP),
+        figure("% of copy", "percent_of_copy", direction=STEP),
+    ],
+)
+GPU_REPORT = Table(
+    "BatchNorm, add and ReLU in training on a GPU",
+    "BatchNorm + residual add + ReLU in training ({candidate}): speed-up over eager PyTorch in the "
+    "same layout and over torch.compile (the faster of its modes), and the share of the measured "
+    "copy bandwidth reached.",
+    "tensor",
+    [
+        over("forward", "eager", direction="forward"),
+        over(STEP, "eager", direction=STEP),
+        over("over torch.compile", COMPILED, direction=STEP),
+        over("both in CUDA graphs", "eager-graphed", direction=STEP, graphed=True),
+        figure("ms", "median_ms", direction=STEP),
+        figure("% of copy", "percent_of_copy", direction=STEP),
+    ],
+)
+
+
+def targets(rows: list[dict]) -> list[tuple[bool, str]]:
+    ops, out = Lookup(rows), []
+    for candidate, allocator, layout, least in (
+        (c, a, *limit) for c in ops.fused for a in ops.allocators
+        for limit in (("NCHW", 2.0), (CL, 1.6))
+    ):  # fmt: skip
+        names = [w for w in ops.workloads if w.endswith(f" {layout}")]
+        eager, compiled = (
+            [ops.speedup(w, candidate, STEP, allocator, [base]) for w in names]
+            for base in ("eager", "compile")
+        )
+        what = f"{candidate}, allocator {allocator}: bn_act {layout} forward+backward over"
+        out += claims(
+            (f"{what} eager", eager, least, 5, 6),
+            (f"{what} eager", eager, 1.25, 6, 6),
+            (f"{what} torch.compile", compiled, 1.3, 6, 6),
+        )
+    return out
+
+
+def timings(rows: list[dict]) -> list[dict]:
+    """A training step of each tensor by backend."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        backend = row["rival"].removeprefix(FUSED)
+        if row["direction"] != STEP or row["refused"] or backend not in BACKENDS:
+            continue
+        fields = {**on_device(row), "op": "bn_act", "shape": row["shape"], "ms": {}}
+        found.setdefault(row["workload"], fields)["ms"][backend] = row["median_ms"]
+    return list(found.values())
+
+
+SUITES = (
+    Suite("ops", 10, workloads, report=REPORT, gpu_report=GPU_REPORT, targets=targets,
+          timings=timings, plot=Plot("bn_act, forward + backward", (STEP,), bandwidth=True)),
+)  # fmt: skip

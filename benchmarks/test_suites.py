@@ -1,0 +1,95 @@
+"""Every suite under pytest-benchmark: ``pytest benchmarks --benchmark-only -k "ops and 8x8"``.
+
+A test is a candidate's call of a workload in one direction; a group, and so a table, is a workload
+and a direction. A candidate that is wrong fails before it is timed; one that cannot run is skipped.
+On a GPU suites that take minutes are collected where ``-k`` has their name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from harness.measure import Measurement, free
+from harness.suite import Candidate, Options, Workload
+from harness.timing import DeviceClock
+from suites import SUITES, workloads
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+if GPU:
+    pytestmark = pytest.mark.benchmark(timer=DeviceClock())
+
+
+def cases(keyword: str) -> Iterator:
+    for name, suite in SUITES.items():
+        if not (GPU and suite.named and name not in keyword):
+            for workload in workloads(name, gpu=GPU):
+                yield from cases_of(name, workload, suite.why_not(DEVICE))
+
+
+def cases_of(suite: str, workload: Workload, why_not: str | None) -> Iterator:
+    candidates = [] if why_not else workload.candidates(DEVICE, Options(GPU))
+    for direction in workload.directions:
+        for one in candidates:
+            words = suite, workload.name, direction, one.label
+            name = "/".join(re.sub(r"[^\w.+-]+", "_", word) for word in words)
+            skipped = pytest.mark.skip(reason=f"{one.name}: {one.why_not}")
+            marks = [skipped] if one.why_not else []
+            yield pytest.param(workload, one, direction, id=name, marks=marks)
+
+
+def pytest_generate_tests(metafunc):
+    names = "workload", "candidate", "direction"
+    metafunc.parametrize(names, list(cases(metafunc.config.getoption("keyword"))))
+
+
+class Known:
+    """What is known of the workload whose candidates follow one another: values, exact results and
+    the error of eager PyTorch, which the others are allowed a multiple of."""
+
+    measurement: Measurement | None = None
+
+    def of(self, workload: Workload) -> Measurement:
+        if self.measurement is None or self.measurement.workload is not workload:
+            candidates = workload.candidates(DEVICE, Options(GPU))
+            self.measurement = Measurement(workload, candidates, DEVICE, rounds=0)
+            for one in candidates:
+                if one.name == "eager":
+                    self.measurement.checked(one)
+        return self.measurement
+
+
+@pytest.fixture(scope="module")
+def known() -> Iterator[Known]:
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, GPU
+    yield Known()
+    torch.backends.cudnn.benchmark = before
+
+
+@pytest.fixture
+def cleared() -> Iterator[None]:
+    # else the eighth shape of one function is silently run uncompiled
+    torch.compiler.reset()
+    yield
+    free(DEVICE)
+
+
+def test_suite(
+    benchmark: Callable,
+    known: Known,
+    cleared: None,
+    workload: Workload,
+    candidate: Candidate,
+    direction: str,
+) -> None:
+    benchmark.group = f"{workload.suite}: {workload.name}, {direction}"
+    benchmark.name = candidate.label
+    measurement = known.of(workload)
+    try:
+        program = measurement.checked(candidate)
+    except ImportError as error:  # another runtime
+        pytest.skip(f"{candidate.name}: {error}")
+    benchmark(measurement.stepper(candidate.label, program, direction))
