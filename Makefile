@@ -46,7 +46,7 @@ lint: $(VENV)/.tests
 	$(PY) benchmarks/table.py --check README.md
 	$(PY) benchmarks/table.py --check docs/performance.md
 
-# The other runtimes that are timed; where one does not install its rows say so.
+# The runtimes that are timed beside the fused kernels; where one does not install its rows say so.
 $(VENV)/.bench: $(VENV)/.tests
 	-$(PY) -m pip install -q "fused_res[bench]"
 	touch $@

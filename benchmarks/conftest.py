@@ -1,12 +1,8 @@
 """What pytest-benchmark's tables show unless the command line says otherwise."""
 
-COLUMNS = ["median", "iqr", "min", "rounds", "iterations"]
-
 
 def pytest_configure(config):
-    given = any(
-        str(word).startswith("--benchmark-columns") for word in config.invocation_params.args
-    )
+    given = any("--benchmark-columns" in str(arg) for arg in config.invocation_params.args)
     if hasattr(config.option, "benchmark_columns") and not given:
-        config.option.benchmark_columns = COLUMNS
+        config.option.benchmark_columns = ["median", "iqr", "min", "rounds", "iterations"]
         config.option.benchmark_sort = "median"

@@ -48,7 +48,7 @@ TOO_LARGE = ("regnety_2560",)  # 1.3 billion parameters: two copies fill this ma
 TORCHVISION = ("resnet", "resnext", "wide_resnet", "regnet")
 WIRING = 1e-9  # of float64, relatively
 # else: so many times what PyTorch's own results differ by in another memory layout, whose norms
-# have the same error: in float64 4 to 14 times that of ours
+# have the same error: in float64 4 to 14 times that of the fused ones
 CHAOS = 100
 FACTOR = 1.5  # of PyTorch's own error
 SIZES = 64, 128, 256, 224
@@ -202,29 +202,45 @@ def _in_channels_last(model: nn.Module) -> nn.Module:
     return model
 
 
-def cover(make: Callable[[int], nn.Module]) -> dict:
-    """One model's row."""
-    torch.manual_seed(0)
-    for size in SIZES:  # attention and pooling may want more
+def _made(make: Callable[[int], nn.Module]) -> tuple[nn.Module, int]:
+    """The model, and a size of images that it takes: attention and pooling may want more."""
+    for size in SIZES:
         try:
             model = make(size)
             _randomise(model)
             with torch.no_grad():
                 copy.deepcopy(model).eval()(torch.randn(1, 3, size, size))
-            break
+            return model, size
         except (RuntimeError, AssertionError, ValueError):
             if size == SIZES[-1]:
                 raise
-    gradients = sum(p.numel() for p in model.parameters()) < LARGE
+
+
+def _structure(model: nn.Module) -> dict:
+    """What ``fuse_`` fuses, and that it keeps the state as it is."""
     before = _identity(model)
     report = _fuse(model)
     same_state = _identity(model) == before
     blocks = [model.get_submodule(n) for n in (*report.fused, *(n for n, _ in report.partly))]
     skipped = [model.get_submodule(n) for n, _ in report.skipped]
-    norms = sum(is_norm(m) for block in (*blocks, *skipped) for m in block.modules())
-    fused_norms, adds_left = sum(map(_norms_of, blocks)), sum(map(_adds_left, blocks))
+    why = {why.partition("; ")[2] or why for _, why in report.partly + report.skipped}
+    row = {
+        "blocks": len(blocks) + len(skipped),
+        "whole": len(report.fused),
+        "partly": len(report.partly),
+        "skipped": len(skipped),
+        "norms": sum(is_norm(m) for block in (*blocks, *skipped) for m in block.modules()),
+        "fused_norms": sum(map(_norms_of, blocks)),
+        "adds_left": sum(map(_adds_left, blocks)),
+        "same_state": same_state,
+        "reasons": sorted(why),
+    }
     fused_res.unfuse_(model)
-    exact = copy.deepcopy(model).double()
+    return row
+
+
+def _differences(exact: nn.Module, size: int, gradients: bool) -> dict:
+    """Of a training and an eval step in float64, fused and not."""
     x = torch.randn(2, 3, size, size).double()
     # what auto takes for float64 are PyTorch's own ops, where nothing could differ
     kernels = "cpu" if backends.STATUS["cpu"] is None else "auto"
@@ -232,14 +248,19 @@ def cover(make: Callable[[int], nn.Module]) -> dict:
     for train in (True, False):
         step = partial(_step, x=x, train=train, gradients=gradients)
         with fused_res.backend(kernels):
-            ours, theirs = _both(exact, step)
-        off.append(_difference(ours, theirs))
-        del ours
+            fused, plain = _both(exact, step)
+        off.append(_difference(fused, plain))
+        del fused
         if off[-1] > WIRING:
-            own.append(_difference(step(_in_channels_last(copy.deepcopy(exact))), theirs))
+            own.append(_difference(step(_in_channels_last(copy.deepcopy(exact))), plain))
             differs |= not off[-1] <= CHAOS * own[-1]
-        del theirs
-    _in_channels_last(model)
+        del plain
+    found = {"difference": max(off), "of_layouts": max(own, default=None)}
+    return found | {"differs": differs, "gradients": gradients}
+
+
+def _ratio(model: nn.Module, exact: nn.Module, size: int) -> float:
+    """The error in float32, in eval mode, over that of the model as it is."""
     errors: list[float] = []
 
     def outputs(net: nn.Module) -> list[Tensor]:
@@ -254,23 +275,18 @@ def cover(make: Callable[[int], nn.Module]) -> dict:
             errors.append(mine / max(other, least))
         if median(errors) <= FACTOR:
             break
-    reasons = sorted({why.partition("; ")[2] or why for _, why in report.partly + report.skipped})
-    return {
-        "blocks": len(blocks) + len(skipped),
-        "whole": len(report.fused),
-        "partly": len(report.partly),
-        "skipped": len(report.skipped),
-        "norms": norms,
-        "fused_norms": fused_norms,
-        "adds_left": adds_left,
-        "difference": max(off),
-        "of_layouts": max(own, default=None),
-        "differs": differs,
-        "ratio": median(errors),
-        "gradients": gradients,
-        "same_state": same_state,
-        "reasons": reasons,
-    }
+    return median(errors)
+
+
+def cover(make: Callable[[int], nn.Module]) -> dict:
+    """One model's row."""
+    torch.manual_seed(0)
+    model, size = _made(make)
+    gradients = sum(p.numel() for p in model.parameters()) < LARGE
+    row = _structure(model)
+    exact = copy.deepcopy(model).double()
+    row |= _differences(exact, size, gradients)
+    return row | {"ratio": _ratio(_in_channels_last(model), exact, size)}
 
 
 def matches(row: dict) -> bool:
@@ -321,7 +337,7 @@ def table(rows: list[dict]) -> str:
         f"{WIRING:g}, in parentheses that of PyTorch's own results in channels_last (a mismatch: "
         f"over {CHAOS} times that: gradients that are zero but for rounding, chaos in deep nets); "
         f"with {LARGE / 1e6:.0f} million parameters and more (†) without gradients.",
-        f"- *error*: of the output in eval mode in float32, ours over PyTorch's: the median of "
+        f"- *error*: of the output in eval mode in float32, fused over plain: the median of "
         f"{DRAWS[0]} pairs of images or, where that is over {FACTOR}, of {DRAWS[1]} (a mismatch: "
         f"over {FACTOR}).",
         "",

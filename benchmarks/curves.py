@@ -133,22 +133,13 @@ def rows_of(
         except Exception as error:  # one that breaks must not take the others' rows with it
             found = {"losses": [], "refused": reason(error)}
         row = {
-            **NOTHING,
-            "suite": "curves",
-            "workload": name,
+            **NOTHING, "suite": "curves", "workload": name, "layout": arguments.get("layout", CL),
             "shape": [training.batch, *data.train_images.shape[1:]],
-            "dtype": str(dtype).removeprefix("torch."),
-            "layout": arguments.get("layout", CL),
-            "rival": candidate,
-            "direction": "curve",
-            "allocator": "cuda" if data.train_images.is_cuda else "default",
-            "rounds": 1,
-            "speedup_over": {},
+            "dtype": str(dtype).removeprefix("torch."), "rival": candidate, "direction": "curve",
+            "allocator": "cuda" if data.train_images.is_cuda else "default", "rounds": 1,
             "config": {"optimizer": training.optimizer.__name__, **training.options},
-            "seed": arguments["seed"],
-            **found,
-            **where,
-        }
+            "speedup_over": {}, "seed": arguments["seed"], **found, **where,
+        }  # fmt: skip
         out.append(row)
         print(suite.line(row), flush=True)
     return out
@@ -157,18 +148,15 @@ def rows_of(
 def parse(argv: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--net", default="", metavar="SUBSTR", help="nets named so only")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: both")
-    parser.add_argument("--steps", type=int, help=f"default {STEPS}; quick 2")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--quick", action="store_true", help="tiny nets: shows that all runs")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help=f"folder of <device>/curves.json and curves.png; default {RESULTS.relative_to(ROOT)},"
-        " and nothing with --quick, --net, --dtype or --steps",
-    )
+    add = parser.add_argument
+    add("--net", default="", metavar="SUBSTR", help="nets named so only")
+    add("--dtype", choices=("fp32", "bf16"), help="default: both")
+    add("--steps", type=int, help=f"default {STEPS}; quick 2")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--quick", action="store_true", help="tiny nets: shows that all runs")
+    words = f"folder of <device>/curves.json and curves.png; default {RESULTS.relative_to(ROOT)}"
+    add("--out", type=Path, help=f"{words}, and nothing with --quick, --net, --dtype or --steps")
     args = parser.parse_args(argv)
     if args.out is None and not (args.quick or args.net or args.dtype or args.steps):
         args.out = RESULTS

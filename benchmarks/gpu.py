@@ -22,16 +22,17 @@ from typing import TextIO
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # it may not be installed yet
+from suites import SUITES as REGISTERED  # noqa: E402
+
 HAS_GPU = torch.cuda.is_available()
 
 # Seconds; 540 in all. What other parts leave, the suites share.
 LIMITS = {"build": 120, "tests": 130, "sanitizer": 50, "peaks": 20, "ops": 45, "blocks": 45,
           "nets": 50, "inference": 45, "chains": 20, "plots": 15}  # fmt: skip
-SUITES = ("peaks", "ops", "blocks", "nets", "inference", "chains", "inference-all", "convs",
-          "training-convs", "partial", "autotune")  # fmt: skip
+SUITES = [name for name, suite in REGISTERED.items() if suite.workloads or suite.rows]
 # run only when named: they take minutes
-NAMED = {"autotune": 500, "inference-all": 500, "convs": 500, "training-convs": 500,
-         "partial": 300, "curves": 500}  # fmt: skip
+NAMED = {name: 500 for name in [*SUITES, "curves"] if name not in LIMITS}
 # a suite begins nothing that would end later than this before its limit
 MARGIN = 12
 
@@ -82,8 +83,8 @@ def _suite(name: str, rows: Path, limit: float) -> list[list[str]]:
 
 def _plots(rows: Path) -> list[list[str]]:
     folders = {path.parent for name in SUITES for path in rows.glob(f"*/{name}.json")}
-    wanted = sorted(f for f in folders if f.name.startswith("cpu-") != HAS_GPU)
-    return [[sys.executable, "benchmarks/table.py", "--plots", str(folder)] for folder in wanted]
+    wanted = sorted(str(f) for f in folders if f.name.startswith("cpu-") != HAS_GPU)
+    return [[sys.executable, "benchmarks/table.py", "--plots", folder] for folder in wanted]
 
 
 def _curves(rows: Path) -> list[list[str]]:
@@ -111,14 +112,8 @@ def run(part: str, rows: Path, limit: float, log: TextIO, cache: Path) -> bool:
     for command in commands(part, rows, limit):
         left = limit - (time.monotonic() - begin)
         limited = ["timeout", "--kill-after=5", f"{max(left, 1):.0f}", *command]
-        process = subprocess.Popen(
-            limited,
-            cwd=ROOT,
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        process = subprocess.Popen(limited, cwd=ROOT, env=environ, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True)  # fmt: skip
         for line in process.stdout:
             print(line, end="", flush=True)
             log.write(line)
@@ -137,24 +132,12 @@ def limits_left(parts: list[str], total: float, elapsed: float) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "part",
-        nargs="*",
-        help=f"default: {' '.join(LIMITS)}; only when named: {' '.join(NAMED)}",
-    )
-    parser.add_argument(
-        "--limit",
-        type=float,
-        metavar="SECONDS",
-        help=f"of each part that is named; default {LIMITS | NAMED}",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=os.environ.get("OUT"),
-        help="folder for log, rows and plot; default $OUT, else build/gpu for the log and "
-        "benchmarks/results for the rows of a GPU",
-    )
+    words = f"default: {' '.join(LIMITS)}; only when named: {' '.join(NAMED)}"
+    parser.add_argument("part", nargs="*", help=words)
+    words = f"of each part that is named; default {LIMITS | NAMED}"
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help=words)
+    words = "folder; default $OUT, else build/gpu for the log, benchmarks/results for a GPU's rows"
+    parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help=words)
     args = parser.parse_args()
     known = LIMITS | NAMED
     unknown = set(args.part) - set(known)
@@ -175,11 +158,8 @@ def main() -> int:
     with open(out / "gpu.log", "a" if args.part else "w") as log:
         for i, part in enumerate(parts):
             begin = time.monotonic()
-            limit = args.limit or NAMED.get(part)
-            if limit is None and args.part:
-                limit = LIMITS[part]
-            if limit is None:
-                limit = limits_left(parts[i:], sum(LIMITS.values()), begin - start)
+            limit = args.limit or NAMED.get(part) or (LIMITS[part] if args.part else None)
+            limit = limit or limits_left(parts[i:], sum(LIMITS.values()), begin - start)
             title = f"--- {part}, at most {limit:.0f} s"
             print(title, flush=True)
             print(title, file=log, flush=True)

@@ -1,7 +1,7 @@
 """Compiles every GPU kernel for GPUs that need not be there, and says what the compilers made of
 it: ``python benchmarks/kernels_report.py`` (``make kernels-report``). Exit 1 where one spills.
 
-CUDA C++: every instance in the library, as ``report/cuda_resources.py`` compiles them. Triton: the
+CUDA C++: every instance in fused_res, as ``report/cuda_resources.py`` compiles them. Triton: the
 configurations that ``kernels`` launches, recorded from calls with the shapes below.
 """
 
@@ -355,24 +355,21 @@ class Row(NamedTuple):
     found: tuple[Resources, ...]  # of each architecture
 
 
-COLUMNS = {
-    "registers": "registers", "shared": "shared", "stack": "stack", "spills": "spills",
-    "loads": "loads", "wide_loads": "16 B", "stores": "stores", "wide_stores": "16 B",
-    "shared_loads": "shared loads", "shared_stores": "shared stores", "fp32": "fp32",
-    "fp64": "fp64", "barriers": "barriers",
-}  # fmt: skip
-CONV_COLUMNS = {
-    "registers": "registers", "shared": "shared", "stack": "stack", "spills": "spills",
-    "mma": "mma", "wgmma": "wgmma", "tma": "TMA", "loads": "loads", "wide_loads": "16 B",
-    "shared_loads": "shared loads", "shared_stores": "shared stores", "barriers": "barriers",
-}  # fmt: skip
-CHAIN_COLUMNS = {
-    "registers": "registers", "shared": "shared", "stack": "stack", "spills": "spills",
-    "mma": "mma", "matrix_loads": "ldmatrix", "copies": "cp.async", "loads": "loads",
-    "wide_loads": "16 B", "stores": "stores", "wide_stores": "16 B",
-    "shared_loads": "shared loads", "shared_stores": "shared stores", "fp32": "fp32",
-    "fp64": "fp64", "barriers": "barriers",
-}  # fmt: skip
+HEADINGS = {"wide_loads": "16 B", "wide_stores": "16 B", "shared_loads": "shared loads",
+            "shared_stores": "shared stores", "tma": "TMA", "matrix_loads": "ldmatrix",
+            "copies": "cp.async"}  # fmt: skip
+
+
+def _columns(text: str) -> dict[str, str]:
+    """Headings by field of Resources; every table begins and ends alike."""
+    fields = ["registers", "shared", "stack", "spills", *text.split(), "barriers"]
+    return {field: HEADINGS.get(field, field) for field in fields}
+
+
+_MEMORY = "loads wide_loads stores wide_stores shared_loads shared_stores fp32 fp64"
+COLUMNS = _columns(_MEMORY)
+CONV_COLUMNS = _columns("mma wgmma tma loads wide_loads shared_loads shared_stores")
+CHAIN_COLUMNS = _columns(f"mma matrix_loads copies {_MEMORY}")
 
 
 class Section(NamedTuple):

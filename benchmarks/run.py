@@ -49,47 +49,26 @@ _left_out: set[str] = set()
 def parse(argv: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=[*RUN, "all"], default="all")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
-    parser.add_argument(
-        "--gpu",
-        action="store_true",
-        help="a GPU's suites and candidates: the default on one; with --quick on a CPU too",
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="tiny tensors, three rounds, no torch.compile: shows that everything runs",
-    )
-    parser.add_argument("--filter", default="", metavar="SUBSTR", help="workloads named so only")
-    parser.add_argument("--rounds", type=int, default=None, help="default 15; quick 3")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=None,
-        metavar="N",
-        help="begin nothing that would not be done N seconds from now: a row says so instead",
-    )
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="torch.compile; with --gpu --quick for the first workload of a suite only",
-    )
-    parser.add_argument(
-        "--max-autotune",
-        action="store_true",
-        help="torch.compile's max-autotune too; it compiles for long (on a GPU: --suite autotune)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help=f"folder of <device>/<suite>.json; default {RESULTS.relative_to(ROOT)}, "
-        "and nothing with --quick or --filter",
-    )
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--handed", type=Path, help=argparse.SUPPRESS)
+    add, flag = parser.add_argument, {"action": "store_true"}
+    add("--suite", choices=[*RUN, "all"], default="all")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    words = "a GPU's suites and candidates: the default on one; with --quick on a CPU too"
+    add("--gpu", **flag, help=words)
+    words = "tiny tensors, three rounds, no torch.compile: shows that everything runs"
+    add("--quick", **flag, help=words)
+    add("--filter", default="", metavar="SUBSTR", help="workloads named so only")
+    add("--rounds", type=int, help="default 15; quick 3")
+    add("--threads", type=int, default=torch.get_num_threads())
+    words = "begin nothing that would not be done N seconds from now: a row says so instead"
+    add("--seconds", type=float, metavar="N", help=words)
+    words = "torch.compile; with --gpu --quick for the first workload of a suite only"
+    add("--compile", action=argparse.BooleanOptionalAction, help=words)
+    words = "torch.compile's max-autotune too; it compiles for long (on a GPU: --suite autotune)"
+    add("--max-autotune", **flag, help=words)
+    words = f"folder of <device>/<suite>.json; default {RESULTS.relative_to(ROOT)}"
+    add("--out", type=Path, help=f"{words}, and nothing with --quick or --filter")
+    add("--child", help=argparse.SUPPRESS)
+    add("--handed", type=Path, help=argparse.SUPPRESS)
     return complete(parser, parser.parse_args(argv))
 
 

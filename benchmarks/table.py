@@ -106,22 +106,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--write", type=Path, metavar="FILE", help="replace the tables in FILE")
-    mode.add_argument("--check", type=Path, metavar="FILE", help="exit 1 where FILE's differ")
-    mode.add_argument(
-        "--dispatch", type=Path, metavar="FILE", help="write what `auto` follows, measured.json"
-    )
-    mode.add_argument(
-        "--plots",
-        type=Path,
-        metavar="FOLDER",
-        help="write speed.png, curves.png and chains.png of one device beside its rows",
-    )
-    mode.add_argument(
-        "--targets",
-        action="store_true",
-        help="hold CPU results against the targets, and show how far the goals are",
-    )
+    add = mode.add_argument
+    add("--write", type=Path, metavar="FILE", help="replace the tables in FILE")
+    add("--check", type=Path, metavar="FILE", help="exit 1 where FILE's differ")
+    add("--dispatch", type=Path, metavar="FILE", help="write what `auto` follows, measured.json")
+    words = "write speed.png, curves.png and chains.png of one device beside its rows"
+    add("--plots", type=Path, metavar="FOLDER", help=words)
+    words = "hold CPU results against the targets, and show how far the goals are"
+    add("--targets", action="store_true", help=words)
     args = parser.parse_args(argv)
     if args.targets:
         return print_targets(args.results)

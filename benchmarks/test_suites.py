@@ -1,4 +1,5 @@
-"""Every suite under pytest-benchmark: ``pytest benchmarks --benchmark-only -k "ops and 8x8"``.
+"""Every suite under pytest-benchmark: ``pytest benchmarks --benchmark-only -k "ops/ and 64x32x8x8"``
+
 
 A test is a candidate's call of a workload in one direction; a group, and so a table, is a workload
 and a direction. A candidate that is wrong fails before it is timed; one that cannot run is skipped.
@@ -8,7 +9,8 @@ On a GPU suites that take minutes are collected where ``-k`` has their name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import lru_cache
 
 import pytest
 import torch
@@ -36,8 +38,8 @@ def cases_of(suite: str, workload: Workload, why_not: str | None) -> Iterator:
         for one in candidates:
             words = suite, workload.name, direction, one.label
             name = "/".join(re.sub(r"[^\w.+-]+", "_", word) for word in words)
-            skipped = pytest.mark.skip(reason=f"{one.name}: {one.why_not}")
-            marks = [skipped] if one.why_not else []
+            reason = one.why_not and f"{one.name}: {one.why_not}"
+            marks = [pytest.mark.skip(reason=reason)] if reason else []
             yield pytest.param(workload, one, direction, id=name, marks=marks)
 
 
@@ -46,31 +48,20 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(names, list(cases(metafunc.config.getoption("keyword"))))
 
 
-class Known:
-    """What is known of the workload whose candidates follow one another: values, exact results and
-    the error of eager PyTorch, which the others are allowed a multiple of."""
-
-    measurement: Measurement | None = None
-
-    def of(self, workload: Workload) -> Measurement:
-        if self.measurement is None or self.measurement.workload is not workload:
-            candidates = workload.candidates(DEVICE, Options(GPU))
-            self.measurement = Measurement(workload, candidates, DEVICE, rounds=0)
-            for one in candidates:
-                if one.name == "eager":
-                    self.measurement.checked(one)
-        return self.measurement
-
-
-@pytest.fixture(scope="module")
-def known() -> Iterator[Known]:
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, GPU
-    yield Known()
-    torch.backends.cudnn.benchmark = before
+@lru_cache(maxsize=1)  # the candidates of a workload follow one another
+def measured(workload: Workload) -> Measurement:
+    """Values, exact results and the error of eager PyTorch, which limits that of the others."""
+    candidates = workload.candidates(DEVICE, Options(GPU))
+    found = Measurement(workload, candidates, DEVICE, rounds=0)
+    for one in candidates:
+        if one.name == "eager":
+            found.checked(one)
+    return found
 
 
 @pytest.fixture
-def cleared() -> Iterator[None]:
+def cleared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", GPU)
     # else the eighth shape of one function is silently run uncompiled
     torch.compiler.reset()
     yield
@@ -78,16 +69,11 @@ def cleared() -> Iterator[None]:
 
 
 def test_suite(
-    benchmark: Callable,
-    known: Known,
-    cleared: None,
-    workload: Workload,
-    candidate: Candidate,
-    direction: str,
+    benchmark, cleared, workload: Workload, candidate: Candidate, direction: str
 ) -> None:
     benchmark.group = f"{workload.suite}: {workload.name}, {direction}"
     benchmark.name = candidate.label
-    measurement = known.of(workload)
+    measurement = measured(workload)
     try:
         program = measurement.checked(candidate)
     except ImportError as error:  # another runtime

@@ -12,7 +12,7 @@ import torch
 
 from . import check, roofline
 from .program import Program
-from .rows import OUT_OF_TIME
+from .rows import NOTHING, OUT_OF_TIME
 from .suite import Candidate, Workload
 from .timing import Rounds, copy_gbps, peak_tflops, rotate, spread
 
@@ -184,29 +184,13 @@ class Measurement:
         candidate, workload = self.by_label[label], self.workload
         error, ratio = self.quality.get(label, (None, None))
         return {
-            "suite": workload.suite,
-            "workload": workload.name,
-            "shape": list(workload.shape),
-            "dtype": str(workload.dtype).removeprefix("torch."),
-            "layout": candidate.layout,
-            "rival": candidate.name,
-            "direction": direction,
-            "rounds": self.rounds,
-            "median_ms": None,
-            "p20_ms": None,
-            "p80_ms": None,
-            "speedup_over": {},
-            "bytes": None,
-            "gbps": None,
-            "percent_of_copy": None,
-            "copy_gbps": None,
-            "page_faults": None,
-            "rms_error": _finite(error),
-            "error_over_eager": _finite(ratio),
-            "refused": self.refused.get(label),
-            **workload.described(candidate),
-            **fields,
-        }
+            **NOTHING, "suite": workload.suite, "workload": workload.name,
+            "shape": list(workload.shape), "dtype": str(workload.dtype).removeprefix("torch."),
+            "layout": candidate.layout, "rival": candidate.name, "direction": direction,
+            "rounds": self.rounds, "speedup_over": {}, "rms_error": _finite(error),
+            "error_over_eager": _finite(ratio), "refused": self.refused.get(label),
+            **workload.described(candidate), **fields,
+        }  # fmt: skip
 
     def _timed_row(self, label: str, direction: str, baselines: list[str]) -> dict:
         timed = self.timed[direction]

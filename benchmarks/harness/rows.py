@@ -15,55 +15,30 @@ from pathlib import Path
 import torch
 
 import fused_res
-from fused_res.backends import STATUS, cpu_isa
+from fused_res.dispatch.backends import STATUS, cpu_isa
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
+_FLOAT, _NONE = (float, type(None)), type(None)
 ROW_TYPES: dict[str, tuple[type, ...]] = {
-    "suite": (str,),
-    "workload": (str,),
-    "shape": (list,),
-    "dtype": (str,),
-    "layout": (str,),
-    "rival": (str,),
-    "direction": (str,),
-    "allocator": (str,),
-    "rounds": (int,),
-    "median_ms": (float, type(None)),
-    "p20_ms": (float, type(None)),
-    "p80_ms": (float, type(None)),
-    "speedup_over": (dict,),
-    "bytes": (int, type(None)),
-    "gbps": (float, type(None)),
-    "percent_of_copy": (float, type(None)),
-    "copy_gbps": (float, type(None)),
-    "page_faults": (float, type(None)),
-    "rms_error": (float, type(None)),
-    "error_over_eager": (float, type(None)),
-    "refused": (str, type(None)),
-    "device": (dict,),
-    "versions": (dict,),
-    "commit": (str,),
-    "date": (str,),
-}
+    **dict.fromkeys(("suite", "workload", "dtype", "layout", "rival", "direction"), (str,)),
+    **dict.fromkeys(("allocator", "commit", "date"), (str,)),
+    **dict.fromkeys(("speedup_over", "device", "versions"), (dict,)),
+    **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "page_faults"), _FLOAT),
+    **dict.fromkeys(("gbps", "percent_of_copy", "copy_gbps"), _FLOAT),
+    **dict.fromkeys(("rms_error", "error_over_eager"), _FLOAT),
+    "shape": (list,), "rounds": (int,), "bytes": (int, _NONE), "refused": (str, _NONE),
+}  # fmt: skip
 # fields that only some suites' rows have: nets, peaks, inference, convs and curves
 EXTRA_TYPES: dict[str, tuple[type, ...]] = {
-    "images_per_s": (float, type(None)),
-    "peak_mib": (float, type(None)),
-    "tflops": (float, type(None)),
-    "peak_tflops": (float, type(None)),
-    "percent_of_roofline": (float, type(None)),
-    "call": (dict,),
-    "config": (dict, type(None)),
-    "seed": (int,),
+    **dict.fromkeys(("images_per_s", "peak_mib", "tflops", "peak_tflops"), _FLOAT),
+    **dict.fromkeys(("train_loss", "val_loss", "val_accuracy"), (float,)),
+    "percent_of_roofline": _FLOAT, "call": (dict,), "config": (dict, _NONE), "seed": (int,),
     "losses": (list,),
-    "train_loss": (float,),
-    "val_loss": (float,),
-    "val_accuracy": (float,),
-}
+}  # fmt: skip
 # a row that measures nothing else starts from this
-NOTHING = {name: None for name, types in ROW_TYPES.items() if type(None) in types}
+NOTHING = {name: None for name, types in ROW_TYPES.items() if _NONE in types}
 OUT_OF_TIME = "out of time"
 
 

@@ -22,11 +22,6 @@ class Rounds(NamedTuple):
     page_faults: list[float]
 
 
-def synchronize(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
 def repeat_ms(call: Callable[[], object], times: int, device: str) -> float:
     """Milliseconds of ``times`` calls, on the device's own clock."""
     if torch.device(device).type == "cuda":
@@ -58,10 +53,10 @@ def rotate(
         settle: every turn begins with a pause, in which the threads of another runtime, which had
             the turn before, stop spinning, and with a call that is not timed where it is short.
     """
-    synchronize(device)
-    times, short = {}, set()
-    # torch.compile's CUDA graphs are replayed from the third call on
-    first = 3 if torch.device(device).type == "cuda" else 1
+    times, short, first = {}, set(), 1
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        first = 3  # torch.compile's CUDA graphs are replayed from the third call on
     for name, call in calls.items():
         repeat_ms(call, first, device)
         ms = repeat_ms(call, 1, device)

@@ -222,7 +222,7 @@ def _kernels(cubin: Path) -> list[Kernel]:
 
 
 def built_kernels(folder: Path) -> dict[str, list[Kernel]]:
-    """Every kernel of the library that is installed in this checkout, by architecture; none where
+    """Every kernel of the extension that is built in this checkout, by architecture; none where
     there is none, or a source is newer."""
     library = ROOT / "fused_res/_C_cuda.abi3.so"
     sources = [ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]
@@ -237,6 +237,6 @@ def built_kernels(folder: Path) -> dict[str, list[Kernel]]:
 
 
 def compile_kernels(architecture: str, folder: Path, stem: str = "") -> list[Kernel]:
-    """Every kernel of the library (of an op), for one architecture."""
+    """Every kernel (of an op), for one architecture."""
     sources = [source for source in SOURCES if source.stem.startswith(stem)]
     return [k for source in sources for k in compile_source(source, architecture, folder)]

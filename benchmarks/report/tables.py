@@ -131,11 +131,7 @@ def number(x: float | None, digits: str = ".2f") -> str:
 
 
 def over(
-    heading: str,
-    *baselines: str,
-    direction: str | None = None,
-    of: str | None = None,
-    graphed: bool = False,
+    heading: str, *baselines: str, direction: str = "", of: str = "", graphed: bool = False
 ) -> Column:
     """Speed-up over the fastest of the baselines.
 
@@ -153,11 +149,7 @@ def over(
 
 
 def figure(
-    heading: str,
-    field: str,
-    digits: str = ".3g",
-    direction: str | None = None,
-    of: str | None = None,
+    heading: str, field: str, digits: str = ".3g", direction: str = "", of: str = ""
 ) -> Column:
     """A field of the row of the line's candidate, or of another's (``of``)."""
 
@@ -168,29 +160,31 @@ def figure(
     return Column(heading, cell)
 
 
+def _pair(
+    heading: str, names: Callable[[str], tuple[str, str]], field: str, digits: str, mark: str
+):
+    """A field of two candidates' rows, under the first allocator."""
+
+    def cell(line: Line) -> str:
+        allocator = line.rows.allocators[0]
+        rows = (line.row(name, line.direction, allocator) for name in names(line.candidate))
+        return mark.join(number(row.get(field), digits) for row in rows)
+
+    return Column(heading, cell)
+
+
 def both_forms(heading: str, field: str, digits: str = ".3g") -> Column:
     """A field as the candidate is, and in a CUDA graph."""
-
-    def cell(line: Line) -> str:
-        forms = line.candidate, line.candidate + GRAPHED
-        rows = (line.row(name, line.direction, line.rows.allocators[0]) for name in forms)
-        return " / ".join(number(row.get(field), digits) for row in rows)
-
-    return Column(f"{heading}, as it is / in a CUDA graph", cell)
+    heading = f"{heading}, as it is / in a CUDA graph"
+    return _pair(heading, lambda name: (name, name + GRAPHED), field, digits, " / ")
 
 
-def arrow(heading: str, field: str, digits: str = ".0f", direction: str | None = None) -> Column:
-    """A field of eager PyTorch's row, and of the candidate's; "-" where one has no row."""
-
-    def cell(line: Line) -> str:
-        way = direction or line.direction
-        rows = [line.row(name, way, line.rows.allocators[0]) for name in ("eager", line.candidate)]
-        return " → ".join(number(row.get(field), digits) for row in rows)
-
-    return Column(f"{heading}: eager → fused", cell)
+def arrow(heading: str, field: str, digits: str = ".0f") -> Column:
+    """A field of eager PyTorch's row, and of the candidate's."""
+    return _pair(f"{heading}: eager → fused", lambda name: ("eager", name), field, digits, " → ")
 
 
-def saved(direction: str | None = None) -> Column:
+def saved(direction: str = "") -> Column:
     """MiB kept for backward, which eval mode does not have."""
 
     def cell(line: Line) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from harness.cudnn import FoldedBlock
-from harness.program import FORMATS, TensorProgram, double, place, separate
+from harness.program import FORMATS, TensorProgram, double, place, same, separate
 from harness.suite import CL, STEP, Build, Plot, Suite, TrainingWorkload
 from report.tables import AGAINST, Lookup, Table, claims, figure, over, saved
 from torch import Tensor, nn
@@ -17,10 +17,6 @@ from fused_res import FusedResBlock
 from fused_res.reference import ResBlock
 
 Shape = tuple[int, int, int, int]
-
-
-def _same(module: nn.Module) -> nn.Module:
-    return module
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class BlockWorkload(TrainingWorkload):
         make: Callable[..., nn.Module],
         v: dict[str, Tensor],
         layout: str = CL,
-        wrap: Callable = _same,
+        wrap: Callable = same,
     ) -> TensorProgram:
         """``make``'s block with the values ``v``; what is called is ``wrap`` of it."""
         v = place(v, layout)
@@ -185,25 +181,18 @@ def both(workload: BlockWorkload) -> list[BlockWorkload]:
 
 
 BLOCKS = (
-    ("basic", (32, 64, 56, 56)),
-    ("basic", (32, 64, 32, 32)),
-    ("basic", (32, 512, 7, 7)),
-    ("bottleneck", (16, 256, 56, 56), 64),
-    ("single", (64, 32, 16, 16)),
+    ("basic", (32, 64, 56, 56)), ("basic", (32, 64, 32, 32)), ("basic", (32, 512, 7, 7)),
+    ("bottleneck", (16, 256, 56, 56), 64), ("single", (64, 32, 16, 16)),
     ("single", (64, 32, 8, 8)),
-)
+)  # fmt: skip
 QUICK = ("bottleneck", (4, 64, 12, 12), 16), ("single", (8, 16, 9, 9))
 GPU_BLOCKS = (
-    ("bottleneck", (128, 256, 56, 56), 64),
-    ("single", (64, 32, 16, 16)),
-    ("basic", (256, 64, 32, 32)),
-    ("bottleneck", (128, 512, 28, 28), 128),
-    ("bottleneck", (256, 2048, 7, 7), 512),
-    ("basic", (128, 64, 56, 56)),
-    ("bottleneck", (256, 1024, 14, 14), 256),
-    ("bottleneck", (128, 256, 56, 56), 128, 512, 2),
+    ("bottleneck", (128, 256, 56, 56), 64), ("single", (64, 32, 16, 16)),
+    ("basic", (256, 64, 32, 32)), ("bottleneck", (128, 512, 28, 28), 128),
+    ("bottleneck", (256, 2048, 7, 7), 512), ("basic", (128, 64, 56, 56)),
+    ("bottleneck", (256, 1024, 14, 14), 256), ("bottleneck", (128, 256, 56, 56), 128, 512, 2),
     ("basic", (256, 512, 7, 7)),
-)
+)  # fmt: skip
 GPU_QUICK = ("single", (8, 16, 9, 9)), ("bottleneck", (4, 32, 12, 12), 16, 64, 2)
 
 

@@ -16,33 +16,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from harness import check
+from harness import check, suite
 from harness.cudnn import FoldedBlock
 from harness.program import FORMATS, Program
 from harness.roofline import Kernel, kernels
-from harness.suite import (
-    CL,
-    COMPILE_SLACK,
-    DTYPES,
-    FOLDED_SLACK,
-    FUSED,
-    FUSED_SLACK,
-    OPTIMIZED,
-    WINOGRAD_BOUND,
-    Candidate,
-    Options,
-    Plot,
-    Suite,
-    Workload,
-    backends,
-    graphed,
-    why_none,
-)
+from harness.suite import CL, DTYPES, FUSED, OPTIMIZED, Candidate, Options, Plot, Suite, Workload
 from report.plot import draw_roofline
 from report.tables import COMPILED, Lookup, Table, both_forms, claims, figure, over
 from torch import Tensor, nn
 
 import fused_res
+from fused_res.reference import ResBlock
 
 from .blocks import BlockWorkload, block
 from .nets import NETS, Values, folded, fused, values
@@ -109,9 +93,8 @@ def with_backend(module: nn.Module, x: Tensor, backend: str) -> Callable[[Tensor
 
 
 def cudnn_fused(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    if isinstance(module, nn.Sequential):
-        return folded(module, x.dtype)
-    return FoldedBlock(module, x.dtype)
+    fold = FoldedBlock if isinstance(module, ResBlock) else folded
+    return fold(module, x.dtype)
 
 
 def _onnx(module: nn.Module, x: Tensor) -> bytes:
@@ -183,15 +166,13 @@ class InferenceWorkload(Workload):
         if self.net:
             return values(self.net, self.shape, device, seed)
         v = self.block.values(device, seed)
-        return Values(v.pop("x"), v.pop("dy"), 1, v)
+        del v["dy"]
+        return Values(v.pop("x"), None, 1, v)
 
     def exact(self, v: Values) -> dict[str, Tensor]:
-        few = len(v.x) // v.copies
-        state = {k: t.double() if t.is_floating_point() else t for k, t in v.state.items()}
-        one = Values(v.x[:few].double(), v.labels, 1, state)
         exact = replace(self, dtype=torch.float64)
-        y = InferenceProgram(lambda m, x: m.double(), exact, one, "NCHW").result()["y"]
-        return {"y": y.repeat(v.copies, *[1] * (y.dim() - 1))}
+        program = InferenceProgram(lambda module, x: module.double(), exact, v.one(), "NCHW")
+        return {"y": v.repeated(program.result()["y"])}
 
     def compare(self, result: dict[str, Tensor], exact: dict[str, Tensor]):
         compare = check.compare_net if self.net else check.compare
@@ -204,7 +185,7 @@ class InferenceWorkload(Workload):
         """What a result may be off by, whatever PyTorch's is; 0 where Winograd is not."""
         if self.dtype != torch.float32:
             return 0.0
-        return WINOGRAD_BOUND * sum(kernel.flops > 0 for kernel in self.kernels()) ** 0.5
+        return suite.WINOGRAD_BOUND * sum(kernel.flops > 0 for kernel in self.kernels()) ** 0.5
 
     def compile_modes(self, options: Options) -> dict[str, dict]:
         """Arguments of ``compiled`` by the candidate's name: frozen, of a block on a CPU not frozen
@@ -221,33 +202,35 @@ class InferenceWorkload(Workload):
 
     def candidates(self, device: str, options: Options) -> list[Candidate]:
         def of(name: str, slack: float, prepare: Prepare, layout: str = CL, **fields) -> Candidate:
-            return Candidate(name, layout, slack, partial(InferenceProgram, prepare, self,
-                                                          layout=layout), **fields)  # fmt: skip
+            build = partial(InferenceProgram, prepare, self, layout=layout)
+            return Candidate(name, layout, slack, build, **fields)
 
-        kernels = {"bound": self.bound(), "why_not": why_none(device, self.dtype, "conv_bn_act")}
-        ours = of(OPTIMIZED, FUSED_SLACK, optimized, core=True, **kernels)
+        why = suite.why_none(device, self.dtype, "conv_bn_act")
+        of_fused = partial(of, slack=suite.FUSED_SLACK, bound=self.bound(), why_not=why)
+        best = of_fused(OPTIMIZED, prepare=optimized, core=True)
         found = [of("eager", 1.0, eager, core=True)]
         if options.gpu:
-            found += [ours, of("cudnn-fused", COMPILE_SLACK, cudnn_fused, core=True)]
-            for name, why in backends(device, self.dtype, "conv_bn_act").items():
+            found += [best, of("cudnn-fused", suite.COMPILE_SLACK, cudnn_fused, core=True)]
+            for name, why in suite.backends(device, self.dtype, "conv_bn_act").items():
                 folds = self.net and name == "cuda" and self.dtype != torch.float32
-                slack = FOLDED_SLACK if folds else FUSED_SLACK
+                slack = suite.FOLDED_SLACK if folds else suite.FUSED_SLACK
                 prepare = partial(with_backend, backend=name)
                 found.append(of(FUSED + name, slack, prepare, bound=self.bound(), why_not=why))
-            found += map(graphed, list(found))
+            found += map(suite.graphed, list(found))
         else:
-            found += [of("eager", 1.0, eager, "NCHW"), ours]
+            found += [of("eager", 1.0, eager, "NCHW"), best]
             if self.suite == "chains":
-                found.append(of(FROZEN, FUSED_SLACK, partial(optimized, freeze=True), **kernels))
+                found.append(of_fused(FROZEN, prepare=partial(optimized, freeze=True)))
                 prepare = partial(with_backend, backend="cpu")
-                found.append(of(FUSED + "cpu", FUSED_SLACK, prepare, **kernels))
+                why = suite.backends(device, self.dtype, "conv_bn_act")["cpu"]
+                found.append(of_fused(FUSED + "cpu", prepare=prepare, why_not=why))
             for name, prepare in RUNTIMES.items():
-                found.append(of(name, COMPILE_SLACK, prepare, "NCHW"))
+                found.append(of(name, suite.COMPILE_SLACK, prepare, "NCHW"))
         seconds = NETS[self.net].compile_s * 0.6 if self.net else 20.0
         for name, how in self.compile_modes(options).items():
             times = 3 if "autotune" in name else 1
             prepare = partial(compiled, **how)
-            found.append(of(name, COMPILE_SLACK, prepare, seconds=seconds * times))
+            found.append(of(name, suite.COMPILE_SLACK, prepare, seconds=seconds * times))
         return found
 
 
@@ -286,35 +269,31 @@ GPU_CHAINS = (
 )  # fmt: skip
 
 
+GPU_NETS = ("ResNet-50", 256), ("ResNet-50", 1), ("ResNet-18", 32)
+GPU_BLOCKS = ("bottleneck", (32, 256, 56, 56), 64), ("basic", (32, 512, 7, 7))
+CPU_NETS = (  # with the most rounds
+    ("ResNet-18", 1, None), ("ResNet-18", 16, 7), ("ResNet-50", 1, None), ("ResNet-50", 16, 5),
+)  # fmt: skip
+BLOCKS = (
+    ("basic", (1, 64, 56, 56)), ("basic", (32, 64, 56, 56)), ("basic", (1, 512, 7, 7)),
+    ("basic", (32, 512, 7, 7)), ("bottleneck", (1, 256, 56, 56), 64),
+    ("bottleneck", (16, 256, 56, 56), 64),
+)  # fmt: skip
+
+
 def workloads(gpu: bool, quick: bool) -> list[InferenceWorkload]:
     if gpu and quick:
-        return [
-            net("small ResNet", 8, 32, "bf16"),
-            net("small ResNet", 1, 32, "fp16"),
-            one_block("bottleneck", (4, 32, 12, 12), 16, 64, 2, dtype="bf16"),
+        nets = [
+            net("small ResNet", batch, 32, dtype) for batch, dtype in ((8, "bf16"), (1, "fp16"))
         ]
+        return [*nets, one_block("bottleneck", (4, 32, 12, 12), 16, 64, 2, dtype="bf16")]
     if gpu:
-        return [
-            net("ResNet-50", 256, dtype="bf16"),
-            net("ResNet-50", 1, dtype="bf16"),
-            net("ResNet-18", 32, dtype="bf16"),
-            one_block("bottleneck", (32, 256, 56, 56), 64, dtype="bf16"),
-            one_block("basic", (32, 512, 7, 7), dtype="bf16"),
-        ]
+        nets = [net(*args, dtype="bf16") for args in GPU_NETS]
+        return nets + [one_block(*args, dtype="bf16") for args in GPU_BLOCKS]
     if quick:
         return [net("small ResNet", 1, 32), one_block("basic", (2, 16, 9, 9))]
-    return [
-        net("torchvision ResNet-18", 1),
-        net("torchvision ResNet-18", 16, most_rounds=7),
-        net("torchvision ResNet-50", 1),
-        net("torchvision ResNet-50", 16, most_rounds=5),
-        one_block("basic", (1, 64, 56, 56)),
-        one_block("basic", (32, 64, 56, 56)),
-        one_block("basic", (1, 512, 7, 7)),
-        one_block("basic", (32, 512, 7, 7)),
-        one_block("bottleneck", (1, 256, 56, 56), 64),
-        one_block("bottleneck", (16, 256, 56, 56), 64),
-    ]
+    nets = [net(f"torchvision {n}", b, most_rounds=rounds) for n, b, rounds in CPU_NETS]
+    return nets + [one_block(*args) for args in BLOCKS]
 
 
 def chains(gpu: bool, quick: bool) -> list[InferenceWorkload]:
@@ -388,43 +367,34 @@ GPU_CHAINS_REPORT = Table(
     "chain",
     GPU_COLUMNS,
 )
+EAGER = [over(f"over PyTorch, {layout}", f"eager {layout}") for layout in FORMATS]
+RUNTIME_COLUMNS = [
+    over("over torch.compile, frozen", COMPILE_FROZEN),
+    over("over ONNX Runtime", "onnxruntime"),
+    over("over OpenVINO", "openvino"),
+    figure("ms", "median_ms"),
+]
+ROOFLINE = figure("% of roofline", "percent_of_roofline")
 REPORT = Table(
     "Inference",
     "Inference, {candidate} (channels_last): speed-up over PyTorch and over other runtimes, and "
     "the share reached of what the measured peak rate and copy bandwidth allow a kernel for each "
     "convolution (over 100 %: Winograd multiplies less).",
     "net or block",
-    [
-        over("over PyTorch, NCHW", "eager NCHW"),
-        over(f"over PyTorch, {CL}", f"eager {CL}"),
-        over("over torch.compile", "compile"),
-        over("over torch.compile, frozen", COMPILE_FROZEN),
-        over("over ONNX Runtime", "onnxruntime"),
-        over("over OpenVINO", "openvino"),
-        figure("ms", "median_ms"),
-        figure("images/s", "images_per_s", ".0f"),
-        figure("% of roofline", "percent_of_roofline"),
-    ],
+    [*EAGER, over("over torch.compile", "compile"), *RUNTIME_COLUMNS,
+     figure("images/s", "images_per_s", ".0f"), ROOFLINE],
     candidates=(OPTIMIZED,),
-)
+)  # fmt: skip
 CHAINS_REPORT = Table(
     "Chains of blocks in inference",
     "Chains of residual blocks in one call, {candidate} (channels_last), as the runtimes beside it "
     "are frozen; last, after `fuse_` alone, which looks at every parameter in every call. The "
     "roofline is that of a direct convolution.",
     "net",
-    [
-        over("over PyTorch, NCHW", "eager NCHW"),
-        over(f"over PyTorch, {CL}", f"eager {CL}"),
-        over("over torch.compile, frozen", COMPILE_FROZEN),
-        over("over ONNX Runtime", "onnxruntime"),
-        over("over OpenVINO", "openvino"),
-        figure("ms", "median_ms"),
-        figure("% of roofline", "percent_of_roofline"),
-        over(f"`fuse_` alone, over PyTorch, {CL}", f"eager {CL}", of=FUSED + "cpu"),
-    ],
+    [*EAGER, *RUNTIME_COLUMNS, ROOFLINE,
+     over(f"`fuse_` alone, over PyTorch, {CL}", f"eager {CL}", of=FUSED + "cpu")],
     candidates=(FROZEN,),
-)
+)  # fmt: skip
 
 
 def targets(rows: list[dict]) -> list[tuple[bool, str]]:

@@ -17,19 +17,8 @@ import torch
 import torch.nn.functional as F
 from harness import check
 from harness.cudnn import FoldedNet
-from harness.program import FORMATS, Program
-from harness.suite import (
-    CL,
-    FOLDED_SLACK,
-    FUSED,
-    FUSED_SLACK,
-    Build,
-    Candidate,
-    Options,
-    Plot,
-    Suite,
-    TrainingWorkload,
-)
+from harness.program import FORMATS, Program, double, same
+from harness.suite import CL, FUSED, Build, Candidate, Options, Plot, Suite, TrainingWorkload
 from report.tables import AGAINST, Table, arrow, over
 from torch import Tensor, nn
 
@@ -43,31 +32,14 @@ from . import blocks
 DISTINCT = 16  # images
 
 
-def resnet(
-    kind: str, channels: tuple[int, ...], depths: tuple[int, ...], classes: int, large: bool
-) -> nn.Sequential:
-    """A ResNet (He et al., 2016) of ``reference.ResBlock``.
-
-    Args:
-        kind: of the blocks.
-        channels, depths: of each stage; all but the first start with a stride of 2.
-        classes: how many logits.
-        large: for images of 224 pixels: a 7x7 convolution and a pooling first.
-    """
-    width = channels[0] // 4 if kind == "bottleneck" else channels[0]
-    stem = nn.Conv2d(3, width, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
-    parts = [stem, nn.BatchNorm2d(width), nn.ReLU()]
-    if large:
-        parts.append(nn.MaxPool2d(3, 2, 1))
-    for stage, (out, depth) in enumerate(zip(channels, depths, strict=True)):
-        for i in range(depth):
-            block = ResBlock(width, out, 2 if stage and not i else 1, kind=kind)
-            # small branches, after Goyal et al., 2017, who start at 0: else what bfloat16 rounds
-            # grows from block to block until the logits of 50 layers are off by a third
+def resnet(kind: str, counts: tuple[int, ...], **options) -> ResNet:
+    """With small branches, after Goyal et al., 2017, who start at 0: else what bfloat16 rounds
+    grows from block to block until the logits of 50 layers are off by a third."""
+    net = ResNet(kind, counts, init="default", **options)
+    for block in net.modules():
+        if isinstance(block, ResBlock):
             nn.init.constant_(getattr(block, f"bn{block.depth}").weight, 0.2)
-            parts.append(block)
-            width = out
-    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+    return net
 
 
 def cifar_resnet18(width: int, classes: int = 10) -> ResNet:
@@ -105,10 +77,6 @@ def torchvision_models() -> ModuleType:
     return models
 
 
-def _torchvision(name: str) -> nn.Module:
-    return getattr(torchvision_models(), name)(weights=None)
-
-
 @dataclass(frozen=True)
 class Net:
     """``compile_s``: what torch.compile of a training step may take; it is not begun with less."""
@@ -118,14 +86,12 @@ class Net:
 
 
 NETS = {
-    "ResNet-50": Net(
-        partial(resnet, "bottleneck", (256, 512, 1024, 2048), (3, 4, 6, 3), 1000, True), 75.0
-    ),
-    "ResNet-18": Net(partial(resnet, "basic", (64, 128, 256, 512), (2, 2, 2, 2), 1000, True), 40.0),
-    "torchvision ResNet-18": Net(partial(_torchvision, "resnet18"), 40.0),
-    "torchvision ResNet-50": Net(partial(_torchvision, "resnet50"), 75.0),
+    "ResNet-50": Net(partial(resnet, "bottleneck", (3, 4, 6, 3), num_classes=1000), 75.0),
+    "ResNet-18": Net(partial(resnet, "basic", (2, 2, 2, 2), num_classes=1000), 40.0),
+    "torchvision ResNet-18": Net(lambda: torchvision_models().resnet18(), 40.0),
+    "torchvision ResNet-50": Net(lambda: torchvision_models().resnet50(), 75.0),
     "ResNet-18 CIFAR": Net(partial(cifar_resnet18, 64), 40.0),
-    "ResNet-20 CIFAR": Net(partial(resnet, "basic", (16, 32, 64), (3, 3, 3), 10, False), 40.0),
+    "ResNet-20 CIFAR": Net(partial(resnet, "basic", (3, 3, 3), width=16, stem="cifar"), 40.0),
     "100 blocks": Net(partial(NetResDeep, 32, 100), 75.0),
     **{
         f"chain of {count}, {channels}ch": Net(partial(chain, channels, count), 5.0 + count / 2)
@@ -133,7 +99,7 @@ NETS = {
         for channels in (16, 32, 64)
     },
     # to see that everything runs
-    "small ResNet": Net(partial(resnet, "bottleneck", (32, 64), (1, 1), 100, True)),
+    "small ResNet": Net(partial(resnet, "bottleneck", (1, 1), width=8, num_classes=100)),
     "narrow ResNet-18": Net(partial(cifar_resnet18, 8, 100)),
     "3 blocks": Net(partial(NetResDeep, 16, 3, num_classes=100)),
 }
@@ -142,9 +108,9 @@ NETS = {
 def sequence(net: nn.Module) -> nn.Sequential:
     """The net as one row of its children, in the order in which its forward calls them."""
     if isinstance(net, ResNet):
-        layers = (block for i in range(1, 5) for block in getattr(net, f"layer{i}"))
-        stem = net.conv1, net.bn1, nn.ReLU()
-        return nn.Sequential(*stem, *layers, nn.AvgPool2d(4), nn.Flatten(), net.fc)
+        layers = (block for i in range(net.depth) for block in getattr(net, f"layer{i + 1}"))
+        stem = net.conv1, net.bn1, nn.ReLU(), net.maxpool
+        return nn.Sequential(*stem, *layers, net.avgpool, nn.Flatten(), net.fc)
     if isinstance(net, NetResDeep):
         stem = net.conv1, nn.ReLU(), nn.MaxPool2d(2)
         head = nn.MaxPool2d(2), nn.Flatten(), net.fc1, nn.ReLU(), net.fc2
@@ -157,9 +123,18 @@ class Values:
     """``copies`` of the same few images and labels, and the net's parameters and buffers."""
 
     x: Tensor
-    labels: Tensor
+    labels: Tensor | None
     copies: int
     state: dict[str, Tensor]
+
+    def one(self) -> Values:
+        """A copy in float64."""
+        few = len(self.x) // self.copies
+        labels = None if self.labels is None else self.labels[:few]
+        return Values(self.x[:few].double(), labels, 1, double(self.state))
+
+    def repeated(self, y: Tensor) -> Tensor:
+        return y.repeat(self.copies, *[1] * (y.dim() - 1))
 
 
 def values(name: str, shape: tuple[int, ...], device: str = "cpu", seed: int = 0) -> Values:
@@ -185,10 +160,6 @@ def values(name: str, shape: tuple[int, ...], device: str = "cpu", seed: int = 0
     return Values(x.repeat(copies, 1, 1, 1), labels.repeat(copies), copies, state)
 
 
-def _same(net: nn.Module) -> nn.Module:
-    return net
-
-
 def fused(net: nn.Module, backend: str) -> nn.Module:
     """``net`` with every residual block fused, run by ``backend`` or not at all."""
     fuse_(net, strict=True)
@@ -210,8 +181,8 @@ class NetProgram(Program):
         workload: NetWorkload,
         v: Values,
         layout: str = CL,
-        swap: Callable[[nn.Module], nn.Module] = _same,
-        wrap: Callable = _same,
+        swap: Callable[[nn.Module], nn.Module] = same,
+        wrap: Callable = same,
         autocast: torch.dtype | None = torch.bfloat16,
     ) -> None:
         net = NETS[workload.net].make().to(v.x.device, v.x.dtype)
@@ -269,16 +240,6 @@ class NetProgram(Program):
         return {"y": y, **grads}
 
 
-def exact_result(workload: NetWorkload, v: Values) -> dict[str, Tensor]:
-    """What the step computes in float64: on one copy of the images."""
-    few = len(v.labels) // v.copies
-    state = {k: t.double() if t.is_floating_point() else t for k, t in v.state.items()}
-    one = Values(v.x[:few].double(), v.labels[:few], 1, state)
-    result = NetProgram(workload, one, "NCHW", autocast=None).result()
-    y = result["y"]
-    return {**result, "y": y.repeat(v.copies, *[1] * (y.dim() - 1))}
-
-
 @dataclass(frozen=True)
 class NetWorkload(TrainingWorkload):
     net: str = ""
@@ -293,7 +254,9 @@ class NetWorkload(TrainingWorkload):
         return values(self.net, self.shape, device, seed)
 
     def exact(self, v: Values) -> dict[str, Tensor]:
-        return exact_result(self, v)
+        """On one copy of the images."""
+        result = NetProgram(self, v.one(), "NCHW", autocast=None).result()
+        return {**result, "y": v.repeated(result["y"])}
 
     def compare(self, result: dict[str, Tensor], exact: dict[str, Tensor]):
         return check.compare_net(self.dtype, result, exact)
@@ -302,7 +265,7 @@ class NetWorkload(TrainingWorkload):
         return partial(NetProgram, self, layout=layout)
 
     def compiled(self, options: dict, backend: str | None = None) -> Build:
-        swap = partial(fused, backend=backend) if backend else _same
+        swap = partial(fused, backend=backend) if backend else same
         return partial(NetProgram, self, swap=swap, wrap=partial(torch.compile, **options))
 
     def fused(self, backend: str) -> Build:
@@ -310,9 +273,6 @@ class NetWorkload(TrainingWorkload):
 
     def folded(self) -> Build | None:
         return partial(NetProgram, self, swap=partial(folded, dtype=self.dtype), autocast=None)
-
-    def slack(self, backend: str) -> float:
-        return FUSED_SLACK if self.training or backend != "cuda" else FOLDED_SLACK
 
     def candidates(self, device: str, options: Options) -> list[Candidate]:
         """Last torch.compile of the net with the first fused backend in it."""
@@ -333,26 +293,17 @@ def net(name: str, batch: int, direction: str, pixels: int = 32) -> NetWorkload:
 
 
 GPU_NETS = (
-    ("ResNet-50", 256, "train", 224),
-    ("ResNet-20 CIFAR", 128, "train"),
-    ("100 blocks", 64, "train"),
-    ("ResNet-50", 256, "eval", 224),
-    ("ResNet-18 CIFAR", 512, "train"),
-    ("ResNet-20 CIFAR", 128, "eval"),
-    ("100 blocks", 64, "eval"),
-    ("ResNet-20 CIFAR", 1024, "train"),
-    ("100 blocks", 256, "train"),
-    ("ResNet-18 CIFAR", 512, "eval"),
-    ("ResNet-20 CIFAR", 1024, "eval"),
-    ("100 blocks", 256, "eval"),
-)
+    ("ResNet-50", 256, "train", 224), ("ResNet-20 CIFAR", 128, "train"),
+    ("100 blocks", 64, "train"), ("ResNet-50", 256, "eval", 224),
+    ("ResNet-18 CIFAR", 512, "train"), ("ResNet-20 CIFAR", 128, "eval"),
+    ("100 blocks", 64, "eval"), ("ResNet-20 CIFAR", 1024, "train"),
+    ("100 blocks", 256, "train"), ("ResNet-18 CIFAR", 512, "eval"),
+    ("ResNet-20 CIFAR", 1024, "eval"), ("100 blocks", 256, "eval"),
+)  # fmt: skip
 GPU_QUICK = (
-    ("3 blocks", 8, "train"),
-    ("3 blocks", 8, "eval"),
-    ("small ResNet", 8, "train"),
-    ("small ResNet", 8, "eval"),
-    ("narrow ResNet-18", 8, "eval"),
-)
+    ("3 blocks", 8, "train"), ("3 blocks", 8, "eval"), ("small ResNet", 8, "train"),
+    ("small ResNet", 8, "eval"), ("narrow ResNet-18", 8, "eval"),
+)  # fmt: skip
 
 
 def workloads(gpu: bool, quick: bool) -> list[NetWorkload]:

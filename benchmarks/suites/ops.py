@@ -18,41 +18,25 @@ from fused_res.ops.bn_act import bn_act
 from fused_res.reference import Norm
 
 SHAPES = (
-    (32, 64, 56, 56),
-    (32, 64, 32, 32),
-    (32, 512, 7, 7),
-    (16, 256, 56, 56),
-    (64, 32, 16, 16),
+    (32, 64, 56, 56), (32, 64, 32, 32), (32, 512, 7, 7), (16, 256, 56, 56), (64, 32, 16, 16),
     (64, 32, 8, 8),
-)
+)  # fmt: skip
 GPU_SHAPES = (
-    ((128, 256, 56, 56), CL, "bf16"),
-    ((256, 64, 56, 56), CL, "bf16"),
-    ((64, 32, 16, 16), CL, "bf16"),
-    ((512, 64, 32, 32), CL, "bf16"),
-    ((256, 512, 7, 7), CL, "bf16"),
-    ((128, 512, 28, 28), CL, "bf16"),
-    ((256, 1024, 14, 14), CL, "bf16"),
-    ((256, 2048, 7, 7), CL, "bf16"),
-    ((128, 16, 32, 32), CL, "bf16"),
-    ((256, 64, 56, 56), "NCHW", "bf16"),
-    ((256, 64, 56, 56), CL, "fp16"),
-    ((128, 64, 56, 56), CL, "fp32"),
-    ((1024, 16, 32, 32), CL, "bf16"),
-    ((256, 128, 28, 28), CL, "bf16"),
-    ((512, 64, 8, 8), CL, "bf16"),
-    ((512, 512, 4, 4), CL, "bf16"),
-    ((256, 32, 16, 16), CL, "bf16"),
-    ((32, 64, 56, 56), CL, "bf16"),
-    ((32, 2048, 7, 7), CL, "bf16"),
-    ((256, 512, 7, 7), "NCHW", "bf16"),
+    ((128, 256, 56, 56), CL, "bf16"), ((256, 64, 56, 56), CL, "bf16"),
+    ((64, 32, 16, 16), CL, "bf16"), ((512, 64, 32, 32), CL, "bf16"),
+    ((256, 512, 7, 7), CL, "bf16"), ((128, 512, 28, 28), CL, "bf16"),
+    ((256, 1024, 14, 14), CL, "bf16"), ((256, 2048, 7, 7), CL, "bf16"),
+    ((128, 16, 32, 32), CL, "bf16"), ((256, 64, 56, 56), "NCHW", "bf16"),
+    ((256, 64, 56, 56), CL, "fp16"), ((128, 64, 56, 56), CL, "fp32"),
+    ((1024, 16, 32, 32), CL, "bf16"), ((256, 128, 28, 28), CL, "bf16"),
+    ((512, 64, 8, 8), CL, "bf16"), ((512, 512, 4, 4), CL, "bf16"),
+    ((256, 32, 16, 16), CL, "bf16"), ((32, 64, 56, 56), CL, "bf16"),
+    ((32, 2048, 7, 7), CL, "bf16"), ((256, 512, 7, 7), "NCHW", "bf16"),
     ((128, 64, 32, 32), "NCHW", "fp32"),
-)
+)  # fmt: skip
 GPU_QUICK = (
-    ((8, 16, 12, 12), CL, "bf16"),
-    ((8, 16, 12, 12), "NCHW", "fp32"),
-    ((8, 24, 7, 7), CL, "fp16"),
-)
+    ((8, 16, 12, 12), CL, "bf16"), ((8, 16, 12, 12), "NCHW", "fp32"), ((8, 24, 7, 7), CL, "fp16"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,34 +106,24 @@ def workloads(gpu: bool, quick: bool) -> list[OpWorkload]:
     ]
 
 
-REPORT = Table(
-    "BatchNorm, add and ReLU in training",
+INTRO = (
     "BatchNorm + residual add + ReLU in training ({candidate}): speed-up over eager PyTorch in the "
     "same layout and over torch.compile, and the share of the measured copy bandwidth that a step "
-    "(forward and backward) reaches.",
-    "tensor",
-    [
-        over("forward over PyTorch", "eager", direction="forward"),
-        over("step over PyTorch", "eager", direction=STEP),
-        over("step over torch.compile", "compile", direction=STEP),
-        figure("step, ms", "median_ms", direction=STEP),
-        figure("% of copy", "percent_of_copy", direction=STEP),
-    ],
+    "(forward and backward) reaches."
 )
+SPEED = [
+    over("forward over PyTorch", "eager", direction="forward"),
+    over("step over PyTorch", "eager", direction=STEP),
+    over("step over torch.compile", COMPILED, direction=STEP),
+]
+BYTES = [
+    figure("step, ms", "median_ms", direction=STEP),
+    figure("% of copy", "percent_of_copy", direction=STEP),
+]
+IN_GRAPHS = over("both in CUDA graphs", "eager-graphed", direction=STEP, graphed=True)
+REPORT = Table("BatchNorm, add and ReLU in training", INTRO, "tensor", SPEED + BYTES)
 GPU_REPORT = Table(
-    "BatchNorm, add and ReLU in training on a GPU",
-    "BatchNorm + residual add + ReLU in training ({candidate}): speed-up over eager PyTorch in the "
-    "same layout and over torch.compile (the faster of its modes), and the share of the measured "
-    "copy bandwidth reached.",
-    "tensor",
-    [
-        over("forward", "eager", direction="forward"),
-        over(STEP, "eager", direction=STEP),
-        over("over torch.compile", COMPILED, direction=STEP),
-        over("both in CUDA graphs", "eager-graphed", direction=STEP, graphed=True),
-        figure("ms", "median_ms", direction=STEP),
-        figure("% of copy", "percent_of_copy", direction=STEP),
-    ],
+    "BatchNorm, add and ReLU in training on a GPU", INTRO, "tensor", [*SPEED, IN_GRAPHS, *BYTES]
 )
 
 

@@ -8,11 +8,12 @@ from functools import partial
 
 import torch
 from harness.suite import CL, STEP, WINOGRAD_BOUND, Build, Options, Suite, why_none
-from report.tables import AGAINST, Lookup, Table, claims, figure, over, saved
+from report.tables import Lookup, Table, claims, figure, over, saved
 from torch import Tensor, nn
 
 from fused_res.reference import ResBlock
 
+from . import blocks
 from .blocks import BlockWorkload, block, both
 from .nets import fused
 
@@ -92,26 +93,20 @@ class PartialWorkload(BlockWorkload):
 
 
 BLOCKS = (
-    ("SE", "basic", (32, 64, 32, 32)),
-    ("SE", "bottleneck", (16, 256, 28, 28), 64),
-    ("ECA", "bottleneck", (16, 256, 28, 28), 64),
-    ("SiLU", "bottleneck", (16, 256, 28, 28), 64),
+    ("SE", "basic", (32, 64, 32, 32)), ("SE", "bottleneck", (16, 256, 28, 28), 64),
+    ("ECA", "bottleneck", (16, 256, 28, 28), 64), ("SiLU", "bottleneck", (16, 256, 28, 28), 64),
     ("pre-activation", "bottleneck", (16, 256, 28, 28), 64),
     ("SE", "bottleneck", (16, 1024, 14, 14), 256),
-)
+)  # fmt: skip
 QUICK = (
-    ("SE", "basic", (4, 16, 9, 9)),
-    ("ECA", "bottleneck", (4, 32, 9, 9), 16),
-    ("SiLU", "basic", (4, 16, 9, 9)),
-    ("pre-activation", "bottleneck", (4, 32, 9, 9), 16),
-)
+    ("SE", "basic", (4, 16, 9, 9)), ("ECA", "bottleneck", (4, 32, 9, 9), 16),
+    ("SiLU", "basic", (4, 16, 9, 9)), ("pre-activation", "bottleneck", (4, 32, 9, 9), 16),
+)  # fmt: skip
 GPU_BLOCKS = (
-    ("SE", "bottleneck", (128, 256, 56, 56), 64),
-    ("ECA", "bottleneck", (128, 512, 28, 28), 128),
+    ("SE", "bottleneck", (128, 256, 56, 56), 64), ("ECA", "bottleneck", (128, 512, 28, 28), 128),
     ("SiLU", "bottleneck", (128, 512, 28, 28), 128),
-    ("pre-activation", "bottleneck", (128, 256, 56, 56), 64),
-    ("SE", "basic", (256, 64, 32, 32)),
-)
+    ("pre-activation", "bottleneck", (128, 256, 56, 56), 64), ("SE", "basic", (256, 64, 32, 32)),
+)  # fmt: skip
 
 
 def workloads(gpu: bool, quick: bool) -> list[PartialWorkload]:
@@ -139,13 +134,11 @@ REPORT = Table(
     "block",
     [*_columns("step", STEP), *_columns("inference", "eval"), saved(STEP)],
 )
-GPU_REPORT = Table(
-    "Blocks fused in part on a GPU",
-    "A block that `fuse_` fuses in part ({candidate}, channels_last): speed-up over PyTorch, and "
-    "what is saved for backward.",
-    "block",
-    [*AGAINST, figure("ms", "median_ms"), saved()],
-    by_direction=True,
+GPU_REPORT = replace(
+    blocks.GPU_REPORT,
+    title="Blocks fused in part on a GPU",
+    intro="A block that `fuse_` fuses in part ({candidate}, channels_last): speed-up over PyTorch, "
+    "and what is saved for backward.",
 )
 
 

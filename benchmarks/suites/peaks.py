@@ -19,22 +19,11 @@ MATMULS = (
 
 def _row(workload: str, shape: list[int], dtype: str, ms: list[float], **fields) -> dict:
     median, p20, p80 = spread(ms)
-    row = {
-        **NOTHING,
-        "suite": "peaks",
-        "workload": workload,
-        "shape": shape,
-        "dtype": dtype,
-        "layout": "contiguous",
-        "rival": "eager",
-        "direction": "forward",
-        "rounds": len(ms),
-        "median_ms": median,
-        "p20_ms": p20,
-        "p80_ms": p80,
-        "speedup_over": {},
-    }
-    return row | fields
+    return {
+        **NOTHING, "suite": "peaks", "workload": workload, "shape": shape, "dtype": dtype,
+        "layout": "contiguous", "rival": "eager", "direction": "forward", "rounds": len(ms),
+        "median_ms": median, "p20_ms": p20, "p80_ms": p80, "speedup_over": {}, **fields,
+    }  # fmt: skip
 
 
 def rows(device: str, rounds: int, quick: bool) -> list[dict]:

@@ -143,7 +143,7 @@ touch "$2"
     ],
 )
 def test_when_the_cuda_library_is_built(tmp_path, choice, cuda, status, built, warning):
-    """By compilers that only make files, beside such a torch; nvcc fails where ``status`` is not 0."""
+    """By compilers that only make files, beside such a torch. nvcc fails unless ``status`` is 0."""
     (tmp_path / "bin").mkdir()
     for name in "nvcc", "c++":
         path = tmp_path / "bin" / name

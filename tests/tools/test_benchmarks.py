@@ -142,7 +142,7 @@ def test_committed_rows_are_of_todays_workloads(rows, suites):
 
 
 def test_suites_of_a_gpu(gpu_results, rows, suite):
-    """Every candidate of every suite is built, right and timed; and written under the suite's name."""
+    """Every candidate of every suite is right and timed; its rows are under the suite's name."""
     suites = read(gpu_results)
     assert set(suites) == {"peaks", "ops", "blocks", "nets", "autotune", "inference", "chains",
                            "convs", "partial"}  # fmt: skip
@@ -271,6 +271,28 @@ def test_a_turn_begins_with_a_call_that_is_not_timed():
         timing.rotate({"a": lambda: calls.append(1)}, 3, "cpu", least_ms=1e-6, settle=settle)
         counts.append(len(calls))
     assert counts[1] == counts[0] + 3
+
+
+def test_a_gpus_clock_measures_between_calls(monkeypatch):
+    """Far from its origin too, with a stand-in for the events."""
+    now = iter([1e9, 1e9 + 2, 1e9 + 5])
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = next(now)
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = importlib.import_module("harness.timing").DeviceClock()
+    assert [clock(), clock()] == pytest.approx([0.002, 0.005])
 
 
 @pytest.mark.parametrize("quick", [False, True])

@@ -1,14 +1,13 @@
 """Bytes that each kernel of a block's training step in Triton reads and writes, counted in Triton's
-interpreter and beside what the plans say:
-``PYTHONPATH=benchmarks python tests/tools/traffic.py``.
+interpreter and beside what the plans say.
 
-Maps are small, launches those of large ones, and every convolution is our own. An address counts
-once a launch: what a kernel reads again comes from a cache. Tables of channels do not count.
+Maps are small, launches those of large ones, and every convolution is a fused one. An address
+counts once a launch: what a kernel reads again comes from a cache. Tables of channels do not count.
 
 The design's plan ("L2") is: every convolution with BatchNorm's statistics, the gradient of its
 input with the ReLU before it, by a mask of one bit an element, and BatchNorm's sums, or with what
-passes the block by; the passes that apply BatchNorm; and the library's gradient of the weight,
-which is not counted but taken from the plan. Ours differs in this:
+passes the block by; the passes that apply BatchNorm; and cuDNN's gradient of the weight, which
+is not counted but taken from the plan. The kernels' plan differs in this:
 
 - It keeps no activations inside a block, so the pass of BatchNorm's gradient writes them once more.
 - The ReLUs inside have no masks: their signs are computed again from what is read anyway.
@@ -19,18 +18,14 @@ which is not counted but taken from the plan. Ours differs in this:
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
-import sys
 from collections import defaultdict
 from unittest import mock
 
 import numpy as np
 import torch
-from fused_res.kernels import bn_act, conv_bn_act, res_block, training_convolution
-from report.tables import to_markdown
-from suites.nets import NETS
+from fused_res.kernels import bn_act, res_block, training_convolution
+from suites.nets import NETS, sequence
 from torch import Tensor
 from triton_traffic import Traffic
 
@@ -42,7 +37,7 @@ CASES = {  # channels in and out, stride, kind, image and batch
     "projection": (32, 64, 2, "basic", 16, 4),
 }
 ENDS = ("", " + statistics", " + ReLU + sums", " + add")
-WEIGHTS = "gradient of the weight (the library's)"
+WEIGHTS = "gradient of the weight (cuDNN's)"
 Bytes = dict[str, list[int]]  # read and written
 
 
@@ -106,8 +101,8 @@ def counted(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None) -> Byt
     return {name: moved for name, moved in found.items() if any(moved)}
 
 
-def planned(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None, ours: bool) -> Bytes:
-    """What each kernel is to read and write: ours, or as the design has it."""
+def planned(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None, kernels: bool) -> Bytes:
+    """What each kernel is to read and write, or would by the design's plan."""
     moved: Bytes = defaultdict(lambda: [0, 0])
     mask = 8 * x.element_size()  # elements' bytes for one of it
 
@@ -133,7 +128,7 @@ def planned(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None, ours: 
         shape = convolution(stage, shape)
         sizes.append(shape.numel() * x.element_size())
         if stage is not branch[-1]:
-            add("forward_apply", sizes[-1], sizes[-1] + (0 if ours else sizes[-1] // mask))
+            add("forward_apply", sizes[-1], sizes[-1] + (0 if kernels else sizes[-1] // mask))
     y = sizes[-1]
     second = 0 if shortcut is None else y  # the residual, a BatchNorm's too
     if shortcut is not None:
@@ -144,17 +139,17 @@ def planned(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None, ours: 
     for i, stage in reversed([*enumerate(branch)]):
         before, after = sizes[i : i + 2]
         steps = zip(stage.stride, stage.weight.shape[2:], strict=True)
-        parts = math.prod(min(step, taps) for step, taps in steps) if ours else 1
+        parts = math.prod(min(step, taps) for step, taps in steps) if kernels else 1
         read = parts * after + stage.weight.nbytes
         if i > 0:
-            add(_name(True, 2), read + before + (0 if ours else before // mask), before)
-            add("backward_reapply", 2 * before, (2 if ours else 1) * before)
+            add(_name(True, 2), read + before + (0 if kernels else before // mask), before)
+            add("backward_reapply", 2 * before, (2 if kernels else 1) * before)
         elif shortcut is None:
             add(_name(True, 3), read + before + before // mask, before)
         else:
             add(_name(True, 0), read, before)
     if shortcut is not None:
-        steps = shortcut.stride[0] * shortcut.stride[1] if ours else 1
+        steps = shortcut.stride[0] * shortcut.stride[1] if kernels else 1
         add(_name(True, 3), y + shortcut.weight.nbytes + x.nbytes // steps, x.nbytes // steps)
     return dict(moved)
 
@@ -164,64 +159,26 @@ def total(moved: Bytes) -> int:
 
 
 def measure(case: str) -> tuple[Bytes, Bytes, Bytes]:
-    """Counted with the library's share, planned, and the design's plan, of a case."""
+    """Counted with cuDNN's share, the kernels' plan, and the design's plan, of a case."""
     channels, out, stride, kind, size, batch = CASES[case]
     branch, shortcut = stages_of(ResBlock(channels, out, stride, kind=kind))
     args = image(batch, channels, size, size), branch, shortcut
-    ours, design = planned(*args, True), planned(*args, False)
-    return counted(*args) | {WEIGHTS: ours[WEIGHTS]}, ours, design
-
-
-def table(case: str) -> str:
-    channels, out, _, kind, size, batch = CASES[case]
-    found = measure(case)
-
-    def cells(moved: list[int]) -> list[str]:
-        return [f"{n / 1024:.1f}" for n in moved]
-
-    body = [
-        [name, *(cell for moved in found for cell in cells(moved.get(name, [0, 0])))]
-        for name in dict.fromkeys(name for moved in found for name in moved)
-    ]
-    sums = [total(moved) for moved in found]
-    body.append(["all", *(cell for n in sums for cell in (f"{n / 1024:.1f}", ""))])
-    header = ["kernel", "read, KiB", "written", "our plan: read", "written", "L2: read", "written"]
-    title = f"{case}: {kind}, {channels} to {out} channels, {size}x{size}, batch {batch}, bfloat16"
-    ratio = "counted: {:.3f} of our plan, {:.3f} of L2".format(*(sums[0] / n for n in sums[1:]))
-    return "\n".join([title, "", *to_markdown(header, body), "", ratio])
+    plan, design = planned(*args, True), planned(*args, False)
+    return counted(*args) | {WEIGHTS: plan[WEIGHTS]}, plan, design
 
 
 def of_net(name: str, batch: int, pixels: int) -> str:
     """What the plans say of a net's blocks."""
-    ours = design = 0
+    plan = design = 0
     with torch.device("meta"):
-        net, x = NETS[name].make(), torch.empty(batch, 3, pixels, pixels)
+        net, x = sequence(NETS[name].make()), torch.empty(batch, 3, pixels, pixels)
     for part in net:
         if isinstance(part, ResBlock):
             args = x.bfloat16(), *stages_of(part)
-            ours += total(planned(*args, True))
+            plan += total(planned(*args, True))
             design += total(planned(*args, False))
         x = part(x)
     return (
-        f"The blocks of {name} at {pixels} pixels, batch {batch}: {ours / batch / 1e6:.0f} MB an "
-        f"image by our plan, {design / batch / 1e6:.0f} by L2"
+        f"The blocks of {name} at {pixels} pixels, batch {batch}: {plan / batch / 1e6:.0f} MB an "
+        f"image by the kernels' plan, {design / batch / 1e6:.0f} by L2"
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
-    parser.add_argument("case", nargs="*", help=f"default: {' '.join(CASES)}")
-    args = parser.parse_args(argv)
-    unknown = set(args.case) - set(CASES)
-    if unknown:
-        parser.error(f"case must be of {', '.join(CASES)}; got {', '.join(sorted(unknown))}")
-    if not conv_bn_act.INTERPRETED:  # which is decided where the kernels are imported
-        os.environ["TRITON_INTERPRET"] = "1"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-    print(__doc__.partition("\n\n")[2])
-    print("\n\n".join([*map(table, args.case or CASES), of_net("ResNet-50", 256, 224)]))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
