@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import plans, reference
 from ..backends import choose, is_auto
 from ..reference import ACTS, Act, ConvNorm, Norm, Shortcut
-from . import library
+from . import conv_halo, library
 from .bn_act import bn_act_norms, is_nchw, laid_out
 
 # Of each stage, the shortcut's last. parameters: the convolution's weight and bias, the BatchNorm's
@@ -125,7 +125,8 @@ def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, 
     if counters:
         torch._foreach_add_(counters, 1)
     choices = [*map(kernels.Choice, plan[::2], plan[1::2])]
-    return kernels.forward(x, *stages, act, save, recompute, choices)
+    block = kernels.Block(x, *stages, act, recompute, choices, conv_halo)
+    return kernels.forward(block, save)
 
 
 @torch.library.impl(library, "res_block_bwd_triton", "CompositeExplicitAutograd")
@@ -136,8 +137,9 @@ def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, plan)
     call = _Call([None] * 2 * count, [], integers, [0.0] * 2 * count, shortcut, act, recompute,
                  plan)  # fmt: skip
     choices = [*map(kernels.Choice, plan[::2], plan[1::2])]
-    return kernels.backward(
-        dy, x, *_stages(call, parameters), saved, act, recompute, needs, choices)  # fmt: skip
+    stages = _stages(call, parameters)
+    block = kernels.Block(x, *stages, act, recompute, choices, conv_halo)
+    return kernels.backward(block, dy, saved, needs)
 
 
 def _takes(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut) -> bool:
