@@ -24,7 +24,6 @@ import cuda_resources as cuda
 import torch
 import triton
 from cuda_resources import Resources
-from fused_res.kernels import bn_act as kernels
 from fused_res.kernels import bn_act_bwd, bn_act_fwd, conv_tiles, launch
 from fused_res.kernels import conv_bn_act as conv_kernels
 from fused_res.kernels import training_convolution as training_kernels
@@ -241,8 +240,8 @@ def record_training(config: conv_tiles.Config, dtype, epilogue: int) -> Configur
 
 
 def training_configurations() -> list[Configuration]:
-    """Every configuration of the training convolutions with every epilogue; the widest of each kind in
-    float32 too."""
+    """Every configuration of the training convolutions with every epilogue; the widest of each kind
+    in float32 too."""
     found, kinds = [], set()
     for config in conv_tiles.CONFIGS:
         if config.M * config.BN > conv_tiles.WIDEST:
@@ -437,6 +436,7 @@ SECTIONS = (
     Section("cuda", ("variant",), list(cuda.ARCHITECTURES), source="bn_act"),
     Section("cuda-chain", ("variant",), list(cuda.ARCHITECTURES), (), CHAIN_COLUMNS, "res_chain"),
     Section("cuda-halo", ("variant",), list(cuda.ARCHITECTURES), (), CHAIN_COLUMNS, "conv_halo"),
+    Section("cuda-block", ("variant",), list(cuda.ARCHITECTURES), source="res_block"),
     Section("triton-nvidia", _LABELS, ["sm_80", "sm_90", "sm_100"], _BN_ACT),
     Section("triton-amd", _LABELS, ["gfx942"], _BN_ACT),
     Section(

@@ -13,6 +13,7 @@ with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT / "benchmarks")
     import cuda_resources
     import kernels_report as report
+    from fused_res.kernels import bn_act
 
 RESOURCES = cuda_resources.Resources(72, 512, *[0] * 16)
 SECTIONS = pytest.mark.parametrize("section", report.SECTIONS, ids=lambda section: section.name)
@@ -57,7 +58,7 @@ def test_no_kernel_is_missing(section):
         shown = {name for other in report.SECTIONS for name in other.kernels}
         assert (
             shown == set(report.KERNELS)
-            and {f"_bn_act_{name}_kernel" for name in report.kernels.CONFIGS} < shown
+            and {f"_bn_act_{name}_kernel" for name in bn_act.CONFIGS} < shown
         )
     assert set(re.findall("^#### (.*)$", written(section.name), re.M)) == wanted
 

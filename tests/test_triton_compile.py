@@ -110,7 +110,7 @@ def test_calls_with_parts_left_out_compile():
 
 def test_a_planted_spill_is_seen():
     code = (
-        "kernels = report.kernels\n"
+        "from fused_res.kernels import bn_act as kernels\n"
         "kernels.CONFIGS['bwd_sums'] = kernels.Config(16384, 4, 4)\n"
         "name = '_bn_act_bwd_sums_kernel'\n"
         "c = next(c for c in report.configurations() if c.kernel == name)\n"

@@ -86,8 +86,8 @@ def launches(monkeypatch):
     return found
 
 
-DESCRIPTOR, POINTER = (f"_conv_bn_act_fwd_{kind}_kernel" for kind in ("descriptor", "pointer"))
-# Calls of the descriptor kernel and of the pointer kernel.
+DESCRIPTOR, POINTER = "_conv_bn_act_fwd_descriptor_kernel", "_conv_bn_act_fwd_pointer_kernel"
+# Calls of either.
 DESCRIBED = {
     "3x3": lambda: dict(x=image(2, 48, 9, 7), conv=stage(48, 24, 3, bias=True)),
     "residual": lambda: dict(

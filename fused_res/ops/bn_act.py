@@ -2,8 +2,8 @@
 
 Forward: statistics (Welford's merge of tiles, Chan et al. 1979), then one pass that normalises,
 adds the residual, applies the ReLU and keeps its sign as one bit an element. Backward: one pass for
-the sums, one for the gradients. ``reference.bn_act`` says what it computes; ``csrc/cpu/bn_act.cpp``
-and ``kernels/bn_act.py`` how.
+the sums, one for the gradients. ``reference.bn_act`` is the specification; ``csrc/cpu/bn_act.cpp``
+and ``kernels/bn_act.py`` are implementations.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ _FWD = (
     "(Tensor y, Tensor mask, Tensor stats)"
 )
 # Gradients that are not needed come back empty. dresidual is only asked for where it is not dy.
-# sums: float64 of (2, C), (4, C) with a residual_norm, to take for x's own: of g, dy where the ReLU
-# let it through, of g * (x - mean), and the same of the residual's BatchNorm.
+# sums: float64 of (2, C), optional, used in place of sums over x: of g, which is dy where the ReLU
+# let it through and else 0, and of g * (x - mean). With a residual_norm it is (4, C): the same two
+# for the residual come last.
 _BWD = (
     "(Tensor dy, Tensor x, Tensor? weight, bool training, Tensor? residual, "
     "bool residual_norm, Tensor? residual_weight, bool residual_training, Tensor stats, "
@@ -42,8 +43,8 @@ _BWD = (
 )
 # Of x alone, float64 of (3, C): mean, sum of squared deviations and number of values.
 _STATISTICS = "(Tensor x) -> Tensor"
-# The libraries of C++ kernels implement the ops for their devices; Triton's have ops of their own,
-# because a device cannot have two implementations of one.
+# The C++ libraries implement the ops for their devices. Triton's kernels need separate ops, because
+# a device cannot have two implementations of an op.
 for _suffix in ("", "_triton"):
     library.define(f"bn_act_fwd{_suffix}{_FWD}")
     library.define(f"bn_act_bwd{_suffix}{_BWD}")

@@ -1,9 +1,9 @@
 """A whole residual block in one call each way: the op ``res_block``.
 
-Convolutions from the library, or on a CPU our own where they win
-(``csrc/cpu/training_convolution.cpp``), all the rest by ``bn_act``, without the host's work between
-them (several times a small kernel's own).
-``reference.res_block`` says what it computes; ``csrc/res_block.h`` walks the stages.
+Convolutions run in cuDNN or oneDNN, or on a CPU in native kernels where these are faster
+(``csrc/cpu/training_convolution.cpp``). ``bn_act`` is all the rest. One call saves the host's work
+between the kernels, which takes several times as long as a small kernel.
+``reference.res_block`` is the specification; ``csrc/res_block.h`` runs the stages.
 
 For the backward pass are kept the outputs of the convolutions, statistics, and one bit an element
 of y. The activations between the convolutions are computed again when their turn comes, bit by bit
@@ -48,11 +48,11 @@ PARAMETERS, INTEGERS = 4, 8
 IDENTITY, PROJECTION, NOTHING = range(3)
 MOST_STAGES = 20  # bits of needs
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
-# Elements of x up to which one call is worth it on a CPU where the library's convolutions run. One
-# autograd node keeps all that it saved until its backward pass is over, where a node for each stage
-# frees as it goes: one call takes 0.98 to 0.99 of the time up to 2 million elements, and 1.03 at 6
-# million. Where our own run, which are in this op alone, it is two thirds. A GPU's memory is worth
-# more than the pass that one call takes for what it does not keep.
+# Up to so many elements of x one call is faster on a CPU where oneDNN's convolutions run. It takes
+# 0.98 to 0.99 of the time up to 2 million elements, and 1.03 at 6 million: one autograd node keeps
+# all its saved tensors until its backward pass is over, and a node for each stage frees them one by
+# one. Where native convolutions run, which only this op has, one call takes two thirds of the time.
+# On a GPU memory matters more than the pass that recomputes what one call does not keep.
 MOST_ELEMENTS = 2**22
 library.define(f"res_block_fwd{_FWD}")
 library.define(f"res_block_bwd{_BWD}")
@@ -60,7 +60,7 @@ library.define(f"res_block_bwd{_BWD}")
 # `Choice` of kernels/res_block.py. The gradient of x is one.
 for _name, _schema in (("res_block_fwd", _FWD), ("res_block_bwd", _BWD)):
     library.define(f"{_name}_triton{_schema.replace(') ->', ', int[] plan) ->')}")
-# Of a branch's convolutions, how many are of sizes for our own. sizes: each one's weight (4),
+# How many of a branch's convolutions have sizes for native kernels. sizes: each one's weight (4),
 # stride, padding and dilation (2 each) and groups.
 library.define("training_convolutions(int[] image, int[] sizes) -> int")
 _forward = torch.ops.fused_res.res_block_fwd.default
@@ -193,7 +193,7 @@ class _Call(NamedTuple):
     shortcut: int
     act: int
     recompute: bool
-    plan: list[int] | None  # None: the library's in C++ decides
+    plan: list[int] | None  # None: the C++ implementation decides
 
 
 def _flatten(branch, shortcut, act, counters, recompute, plan) -> tuple[_Call, list[Tensor | None]]:
@@ -240,7 +240,7 @@ def _run(x, parameters, call, save) -> list[Tensor]:
 
 
 def _in_pytorchs_terms(op, *args):
-    """Runs ``op``; an error inside the library reaches it as text alone (torch 2.13 and newer)."""
+    """Runs ``op``; an error inside ATen reaches it as text alone (torch 2.13 and newer)."""
     try:
         return op(*args)
     except torch.OutOfMemoryError:
@@ -330,7 +330,7 @@ class _DoesNotFit(Exception):
 
 
 def _convolves(x: Tensor, branch: list[ConvNorm]) -> bool:
-    """Whether most of a block's convolutions are our own."""
+    """Whether native kernels run most of a block's convolutions."""
     if (
         x.dim() != 4
         or x.dtype != torch.float32
