@@ -1,5 +1,4 @@
-"""Every suite under pytest-benchmark: ``pytest benchmarks --benchmark-only -k "ops/ and 64x32x8x8"``
-
+"""Every suite under pytest-benchmark: ``pytest benchmarks --benchmark-only -k "ops/ and 64x32"``
 
 A test is a candidate's call of a workload in one direction; a group, and so a table, is a workload
 and a direction. A candidate that is wrong fails before it is timed; one that cannot run is skipped.

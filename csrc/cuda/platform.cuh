@@ -1,9 +1,9 @@
-// What the CUDA kernels ask of the device, in one place. Compiled by a host compiler with
+// All uses of the device by the CUDA kernels, in one place. Compiled by a host compiler with
 // FUSED_RES_EMULATION, the same names come from tests/cuda_emulation/emulator.h.
 #pragma once
 #include <stdint.h>
 
-#include "../cpu/elements.h"
+#include "../elements.h"
 
 #ifdef FUSED_RES_EMULATION
 #include "emulator.h"

@@ -116,7 +116,7 @@ def name_of(choice: int) -> str:
 
 def config_of(choice: int):
     """Triton's configuration; None: the best guess, or not Triton's."""
-    from ..kernels.conv_bn_act import CONFIGS
+    from ..kernels.conv_tiles import CONFIGS
 
     return CONFIGS[choice - OWN - 1] if choice > OWN else None
 
@@ -149,7 +149,7 @@ def tensors_of(call: Call, device: torch.device | str) -> tuple[Tensor, ConvNorm
 @functools.lru_cache(maxsize=shipped_timings.MOST_SHAPES)
 def _choose(call: Call, named: bool, forgotten: int) -> int:
     """``forgotten``: what was chosen before the tables changed does not count."""
-    from ..kernels import conv_bn_act, training_convolution
+    from ..kernels import conv_tiles, training_convolution
 
     row, config, choice = row_of(call, {}), None, LIBRARY
     reason = training_convolution.why_not(*tensors_of(call, "meta"))
@@ -169,7 +169,7 @@ def _choose(call: Call, named: bool, forgotten: int) -> int:
         if name == "conv_halo":
             choice = HALO
         elif name == "triton":
-            fields = [c._asdict() for c in conv_bn_act.CONFIGS]
+            fields = [c._asdict() for c in conv_tiles.CONFIGS]
             choice = OWN + (1 + fields.index(config) if config in fields else 0)
     runs = "the library" if choice == LIBRARY else "our own"
     backends.say(f"{OP} {inference_conv.words(row)} runs {runs}: {reason}")

@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import bn_act, res_block
+from ..kernels import bn_act_bwd, bn_act_fwd, res_block
 from ..kernels import training_convolution as own
 from ..ops import conv_halo
 from ..ops.bn_act import unpack_mask
-from ..reference import ACTS
+from ..reference import ACTS, Norm
 from .training_conv import (
     ADD,
     ADD_IN_PLACE,
@@ -78,9 +78,10 @@ class Steps:
 
     def _normalized(self, a: Tensor, partial: Tensor | None = None) -> tuple[Tensor, ...]:
         """Output, mask and stats of the BatchNorm and its ReLU."""
-        norm = (*map(self.v.get, ("gamma", "beta", "mean", "var")), trains(self.call), 0.1, 1e-5)
-        none = None, False, None, None, None, None, False, 0.0, 1.0
-        return bn_act.forward(a, *norm, *none, _RELU, False, partial)
+        tensors = map(self.v.get, ("mean", "var", "gamma", "beta"))
+        norm = Norm(*tensors, trains(self.call), 0.1, 1e-5)
+        call = bn_act_fwd.Call(a, norm, act=_RELU, save_mask=False, statistics=partial)
+        return bn_act_fwd.forward(call)
 
     def candidates(self) -> list[int]:
         """The library, and our own in each configuration that may be the fastest."""
@@ -106,43 +107,46 @@ class Steps:
 
     def _forward(self, choice: int) -> dict[str, Tensor]:
         of = res_block.Choice(forward=choice)
-        a, partial = res_block._convolve(self.v["x"], self.conv, of, trains(self.call))
+        a, partial = res_block.convolve(self.v["x"], self.conv, of, trains(self.call), conv_halo)
         return {"y": self._normalized(a, partial)[0]}
 
     def _library(self, x: Tensor) -> Tensor:
         """The gradient of the input x, which PyTorch wants to see, if not to read."""
         wanted = True, False, False
-        return res_block._library_backward(self.v["dy"], x, self.conv, wanted)[0]
+        return res_block.aten_backward(self.v["dy"], x, self.conv, wanted)[0]
 
-    def _own(self, choice: int, end: own.End, out: Tensor | None = None):
-        config, size = res_block._config(choice), self.call.shape[2:]
+    def _own(self, choice: int, end: own.Epilogue, out: Tensor | None = None):
+        config, size = res_block.config_of(choice), self.call.shape[2:]
         return own.input_gradient(self.v["dy"], self.conv, size, end, config, out)
 
     def _into_relu(self, choice: int) -> dict[str, Tensor]:
-        a, gamma, training = self.v["a"], self.v["gamma"], trains(self.call)
+        a, training = self.v["a"], trains(self.call)
+        norm = bn_act_bwd.NormCall(self.v["gamma"], training)
+        wanted = bn_act_bwd.Wanted(x=True, residual=False, parameters=training)
         if choice == LIBRARY:
-            z, mask = bn_act.reapply(a, self.stats)
-            norms = gamma, training, None, False, None, False
-            da, dgamma, dbeta, *_ = bn_act.backward(
-                self._library(z), a, *norms, self.stats, mask, _RELU, True, False, training
+            z, mask = bn_act_fwd.reapply(a, self.stats)
+            found = bn_act_bwd.backward(
+                bn_act_bwd.Call(
+                    self._library(z), a, norm, self.stats, mask, act=_RELU, wanted=wanted
+                )
             )
         else:
             if choice == HALO:
                 g, sums = conv_halo.input_gradient(self.v["dy"], self.conv, a, self.stats)
             else:
-                g, sums = self._own(choice, own.End(own.RELU, a=a, stats=self.stats))
-            da, dgamma, dbeta, z = bn_act.backward_of_sums(
-                g, a, gamma, training, self.stats, sums, True, training, True
+                g, sums = self._own(choice, own.Epilogue(own.RELU, a=a, stats=self.stats))
+            found, z = bn_act_bwd.backward_of_sums(
+                bn_act_bwd.SumsCall(g, a, norm, self.stats, sums, wanted, True)
             )
-        parameters = {"dgamma": dgamma, "dbeta": dbeta} if training else {}
-        return {"y": da, "z": z, **parameters}
+        parameters = {"dgamma": found.dweight, "dbeta": found.dbias} if training else {}
+        return {"y": found.dx, "z": z, **parameters}
 
     def _into_sum(self, choice: int) -> dict[str, Tensor]:
         other, mask = self.v.get("other"), self.v.get("mask")
         out = other if self.call.end == ADD_IN_PLACE else None
         if choice != LIBRARY:
-            end = own.End() if other is None else own.End(own.ADD, other=other, mask=mask)
-            return {"y": self._own(choice, end, out)[0]}
+            kind = own.NOTHING if other is None else own.ADD
+            return {"y": self._own(choice, own.Epilogue(kind, other=other, mask=mask), out)[0]}
         dx = self._library(self.v["x"])
         if other is None:
             return {"y": dx}

@@ -1,11 +1,11 @@
 """Convolution + BatchNorm + residual + ReLU for inference, as one kernel: the op ``conv_bn_act``.
 
-``reference.conv_bn_act`` says what it computes. Where a gradient is wanted the convolution is the
-library's and the rest ``bn_act``. An *implementation* is one way to run a call: ``triton``
-(``kernels/conv_bn_act.py``), ``cudnn``, ``onednn`` (each library's convolution with the rest in its
+``reference.conv_bn_act`` is the specification. Where a gradient is wanted ATen runs the convolution
+and ``bn_act`` the rest. An *implementation* is one way to run a call: ``triton``
+(``kernels/conv_bn_act.py``), ``cudnn``, ``onednn`` (their convolutions with the rest in the
 epilogue), ``conv_halo`` (``csrc/cuda/conv_halo.cu``), ``winograd2`` and ``winograd4``
-(``csrc/cpu/winograd.cpp``). A backend has one or more; ``bn_act`` is the library's convolution and
-that op. ``fused_res.dispatch.inference_conv`` says which is taken.
+(``csrc/cpu/winograd.cpp``), ``bn_act`` (ATen's convolution, then that op). A backend has one or
+more. ``fused_res.dispatch.inference_conv`` picks one.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def out_shape(x: Tensor, conv: ConvNorm) -> tuple[int, int, int, int]:
     )
 
 
-# --- implementations: each makes, of a call of one dtype, what runs calls of its sizes, from x and
-# the residual alone, for as long as nothing changes that its convolutions are made of
+# --- implementations. From a call each prepares a function of x and the residual, for calls of the
+# same dtype and sizes. It is valid while the convolutions' parameters are unchanged.
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -217,7 +217,7 @@ def _direct_why_not(call: Call) -> str | None:
 
 
 def _with_bn_act(call: Call, backend: str | None) -> Tensor:
-    """The library's convolution and ``bn_act``: with gradients."""
+    """ATen's convolution and ``bn_act``: with gradients."""
 
     def bn_act(x, norm, residual=None, residual_norm=None, act="relu"):
         if residual is not None and residual.dtype != x.dtype:  # PyTorch's rules of promotion
@@ -514,7 +514,7 @@ def conv_bn_act(
     """Convolution, BatchNorm by its running statistics, residual add (or concatenation) and ReLU.
 
     One kernel where no gradient is wanted. Where one is (frozen BatchNorm, gradients of the input),
-    and for 16-bit tensors on a CPU, the library's convolution and ``bn_act``.
+    and for 16-bit tensors on a CPU, ATen's convolution and ``bn_act``.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64, NCHW or channels_last.

@@ -1,4 +1,4 @@
-"""Our own convolutions on a CPU, one after the other without a return to Python.
+"""Native convolutions on a CPU, one after the other without a return to Python.
 
 Each is direct (``ops/direct.py``) or Winograd's (``ops/winograd.py``), with BatchNorm in its
 weight and its residual and ReLU in its epilogue. A call of an op between two that read a network's

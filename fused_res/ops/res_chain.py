@@ -26,14 +26,14 @@ from .convolutions import nhwc
 
 # What res_chain takes of inputs with so many channels, behind a tensor of bytes. program, of each
 # convolution: Winograd's tile or 0 for a direct one; kernel size, 1 or 3; channels out; act, of
-# reference.ACTS; whether it ends a block: then it adds what the block began with.
+# reference.ACTS; whether it is a block's last: then it adds the block's input.
 library.define(
     "packed_chain(Tensor[] weights, Tensor?[] biases, int[] program, int channels) -> Tensor"
 )
 library.define("res_chain(Tensor x, Tensor chain) -> Tensor")
 # The same in one call, of parameters as they are. norms: mean, variance, weight and bias of each
-# convolution, None without a BatchNorm; program: kernel size, channels out, act, whether it ends a
-# block.
+# convolution, None without a BatchNorm; program: kernel size, channels out, act, whether it is a
+# block's last.
 library.define(
     "res_chain_params(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] norms, float[] eps, "
     "int[] program, bool tf32) -> Tensor"

@@ -29,8 +29,8 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels run on a GPU here: make gpu", allow_module_level=True)
 
-import triton_traffic
 from fused_res.kernels import bn_act as kernels
+from fused_res.kernels import bn_act_bwd, bn_act_fwd, launch
 from triton.runtime.errors import InterpreterError
 from triton_traffic import Traffic
 
@@ -239,13 +239,15 @@ def test_errors_come_before_anything_is_done():
 @pytest.mark.parametrize("shape", [(2, 70000, 8, 8), (1, 1, 2**14, 2**13), (2, 2**20, 2, 2)])
 def test_grids_are_within_cudas_limits(monkeypatch, shape, layout):
     grids = []
-    monkeypatch.setattr(kernels, "_launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    monkeypatch.setattr(launch, "run", lambda kernel, grid, *_, **__: grids.append(grid))
     x = torch.empty(shape, device="meta").to(memory_format=LAYOUTS[layout])
     w = torch.empty(shape[1], device="meta")
-    _, mask, stats = kernels.forward(
-        x, w, w, w, w, True, 0.1, 1e-5, x, True, w, w, w, w, True, 0.1, 1e-5, 1, True)  # fmt: skip
-    kernels.backward(x, x, w, True, x, True, w, True, stats, mask, 1, True, True, True)
-    kernels.statistics(x)
+    norm, of_norm = Norm(w, w, w, w, True), bn_act_bwd.NormCall(w, True)
+    _, mask, stats = bn_act_fwd.forward(bn_act_fwd.Call(x, norm, x, norm))
+    wanted = bn_act_bwd.Wanted(True, True, True)
+    call = bn_act_bwd.Call(x, x, of_norm, stats, mask, x, of_norm, wanted=wanted)
+    bn_act_bwd.backward(call)
+    bn_act_fwd.statistics(x)
     assert len(grids) == 8
     for first, *others in grids:
         assert first < 2**31 and all(n <= 65535 for n in others)
@@ -288,10 +290,10 @@ def test_bytes_are_those_of_the_plan(layout, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 8 if layout == "channels_last" else 64)
     traffic, tensor, mask = traffic_of_a_step(LAYOUTS[layout])
     plan = {  # read, written: tensors, masks
-        "forward_stats": ((1, 0), (0, 0)),
-        "forward_apply": ((2, 0), (1, 1)),
-        "backward_sums": ((2, 1), (0, 0)),
-        "backward_dx": ((2, 1), (2, 0)),
+        "_bn_act_fwd_statistics_kernel": ((1, 0), (0, 0)),
+        "_bn_act_fwd_apply_kernel": ((2, 0), (1, 1)),
+        "_bn_act_bwd_sums_kernel": ((2, 1), (0, 0)),
+        "_bn_act_bwd_gradients_kernel": ((2, 1), (2, 0)),
     }
     assert set(plan) <= set(traffic.launches)
     for kernel, (read, written) in plan.items():
@@ -310,50 +312,51 @@ def test_bytes_are_those_of_the_plan(layout, monkeypatch):
 
 @pytest.fixture
 def plant(monkeypatch, tmp_path):
-    """plant(old, new): from here on the op runs kernels with one line changed."""
+    """plant(module, old, new): from here on the op runs kernels with one line changed."""
 
-    def change(old, new):
-        source = Path(kernels.__file__).read_text()
+    def change(module, old, new):
+        source = Path(module.__file__).read_text()
         assert source.count(old) == 1, f"{old!r} is in the kernels once"
+        source = source.replace("from . ", "from fused_res.kernels ")
+        source = source.replace("from .", "from fused_res.kernels.")
         path = tmp_path / "planted.py"
         path.write_text(source.replace(old, new))
         spec = importlib.util.spec_from_file_location("planted", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "planted", module)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr("fused_res.kernels.bn_act", module)
-        monkeypatch.setattr(triton_traffic, "kernels", module)
-        return module
+        planted = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "planted", planted)
+        spec.loader.exec_module(planted)
+        monkeypatch.setattr(module.__name__, planted)
 
     return change
 
 
 def test_a_wrong_mask_bit_is_caught(plant):
-    plant("1, tl.int32) << tl.arange(0, 8)[", "1, tl.int32) << (7 - tl.arange(0, 8))[")
+    plant(bn_act_fwd, "1, tl.int32) << tl.arange(0, 8)[", "1, tl.int32) << (7 - tl.arange(0, 8))[")
     x = torch.randn(3, 13, 7, 5)
     y, mask, *_ = call(x, x)
     assert not torch.equal(unpack_mask(mask, x), y > 0)
 
 
 def test_rows_past_the_end_in_a_sum_are_caught(plant):
-    plant("d = tl.where(ok, value.to(tl.float32) - shift, 0)\n                s32 += d",
-          "d = value.to(tl.float32) - shift\n                s32 += d")  # fmt: skip
+    line = "d = tl.where(ok, value.to(tl.float32) - shift, 0)\n            s32 += d"
+    plant(bn_act_fwd, line, "d = value.to(tl.float32) - shift\n            s32 += d")
     with pytest.raises(AssertionError):
         case = Case((3, 40, 5, 7), torch.float32, "channels_last", "relu", "none", True, 3.0)
         assert_rule([case], on_triton)
 
 
 def test_an_out_of_bounds_read_is_caught(plant):
-    plant("_apply(x, residual, y, mask, r, r < rows,", "_apply(x, residual, y, mask, r, r <= rows,")
+    apply = "_apply(x, residual, y, mask, r, r {} rows,"
+    plant(bn_act_fwd, apply.format("<"), apply.format("<="))
     x = torch.randn(3, 16, 4, 4).contiguous(memory_format=torch.channels_last)
-    with pytest.raises(InterpreterError, match="OutOfBounds.*forward_small"), Traffic():
+    with pytest.raises(InterpreterError, match="OutOfBounds.*_bn_act_fwd_small"), Traffic():
         call(x[:2], x[1:])
 
 
 def test_bytes_read_twice_are_caught(plant, monkeypatch):
     gradient = "    raw, g = _gradient(dy, mask, run, row_ok, i0, inner, at, ok, ACT, G)\n"
     again = "    g += 0 * tl.load(x + at, mask=ok, other=0).to(tl.float32)\n"
-    module = plant(f"{gradient}    if dx", f"{gradient}{again}    if dx")
-    monkeypatch.setattr(module, "SMALL_VALUES", 0)
+    plant(bn_act_bwd, f"{gradient}    if dx", f"{gradient}{again}    if dx")
+    monkeypatch.setattr(kernels, "SMALL_VALUES", 0)
     traffic, tensor, mask = traffic_of_a_step(torch.channels_last)
-    assert abs(traffic.read["backward_dx"] - (2 * tensor + mask)) > 0.02 * tensor
+    assert abs(traffic.read["_bn_act_bwd_gradients_kernel"] - (2 * tensor + mask)) > 0.02 * tensor

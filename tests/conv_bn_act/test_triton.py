@@ -18,8 +18,8 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels run on a GPU here: make gpu", allow_module_level=True)
 
-import triton_traffic
 from fused_res.kernels import conv_bn_act as kernels
+from fused_res.kernels import conv_tiles, launch
 from triton.runtime.errors import InterpreterError
 from triton_traffic import Traffic
 
@@ -76,18 +76,18 @@ def assert_rule(calls, dtype, config=None):
 
 def launches(monkeypatch):
     """Records (kernel's name, grid, arguments by name) of what is launched."""
-    found, launch = [], kernels._launch
+    found, run = [], launch.run
 
-    def record(kernel, grid, *args, **constants):
-        named = dict(zip(kernel.arg_names, args, strict=False)) | constants
-        found.append((kernel.fn.__name__, grid[0], named))
-        return launch(kernel, grid, *args, **constants)
+    def record(kernel, grid, *given, **arguments):
+        found.append((kernel.fn.__name__, grid[0], arguments))
+        return run(kernel, grid, *given, **arguments)
 
-    monkeypatch.setattr(kernels, "_launch", record)
+    monkeypatch.setattr(launch, "run", record)
     return found
 
 
-# What is asked of conv_descriptor and of conv_pointer.
+DESCRIPTOR, POINTER = "_conv_bn_act_fwd_descriptor_kernel", "_conv_bn_act_fwd_pointer_kernel"
+# Calls of either.
 DESCRIBED = {
     "3x3": lambda: dict(x=image(2, 48, 9, 7), conv=stage(48, 24, 3, bias=True)),
     "residual": lambda: dict(
@@ -132,8 +132,8 @@ GATHERED = {
         x=image(2, 16, 6, 5), conv=stage(16, 24, 3), residual=image(2, 5, 6, 5), concat=True,
         act="none"),
 }  # fmt: skip
-CALLS = [(name, make, "conv_descriptor") for name, make in DESCRIBED.items()]
-CALLS += [(name, make, "conv_pointer") for name, make in GATHERED.items()]
+CALLS = [(name, make, DESCRIPTOR) for name, make in DESCRIBED.items()]
+CALLS += [(name, make, POINTER) for name, make in GATHERED.items()]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,7 +161,7 @@ def test_every_candidate_is_right():
         for config in kernels.candidates(**call):
             assert_rule(call, torch.bfloat16, config)
             tried.add((config.kind, config.M, config.BN, config.stages))
-    described = [c for c in kernels.CONFIGS if c.kind == "descriptor"]
+    described = [c for c in conv_tiles.CONFIGS if c.kind == "descriptor"]
     assert {(c.kind, c.M, c.BN, c.stages) for c in described} <= tried
 
 
@@ -173,12 +173,12 @@ def test_float32_that_is_not_to_be_rounded(monkeypatch):
         half = to(calls[0], torch.bfloat16, torch.float32)
         assert kernels.candidates(**half)[0].kind == "descriptor"
     assert kernels.candidates(**calls[0])[0].kind == "descriptor"
-    assert {(name, named["PRECISION"]) for name, _, named in found} == {("conv_pointer", "ieee")}
+    assert {(name, named["PRECISION"]) for name, _, named in found} == {(POINTER, "ieee")}
 
 
 def test_tf32_is_rounded_where_it_is_loaded_and_not_where_it_is_stored(monkeypatch):
     """As GPUs are told to, because their tensor cores would cut it off."""
-    monkeypatch.setattr(kernels, "ROUND", {"round_f32_to_tf32": True})
+    monkeypatch.setattr(conv_tiles, "ROUND", {"round_f32_to_tf32": True})
     for name in ("projection", "stride 2 and projection"):
         call = DESCRIBED[name]()
         y = kernels.forward(**call)
@@ -275,7 +275,7 @@ def test_what_cannot_be_taken_is_said():
 def test_grids_and_coordinates_are_within_their_limits(monkeypatch, c, size):
     """3 * 2**32 pixels."""
     found = []
-    monkeypatch.setattr(kernels, "_launch", lambda _, grid, *args, **__: found.append((grid, args)))
+    monkeypatch.setattr(launch, "run", lambda _, grid, **given: found.append((grid, given)))
     x = torch.empty(3, c, 2**15, 2**17, device="meta")
     x = x.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
     filters = torch.empty(c, c, size, size, device="meta", dtype=torch.bfloat16)
@@ -284,16 +284,15 @@ def test_grids_and_coordinates_are_within_their_limits(monkeypatch, c, size):
     ((grid, args),) = found
     assert grid[0] < 2**31
     if c == 16:
-        integers = [a for a in args if isinstance(a, int)]
-        assert max(args[0].shape[:-1]) < 2**31 and max(integers) < 2**31
+        integers = [a for a in args.values() if isinstance(a, int)]
+        assert max(args["x"].shape[:-1]) < 2**31 and max(integers) < 2**31
 
 
-def test_each_element_is_written_once_and_nothing_else_is_touched(monkeypatch):
-    monkeypatch.setattr(triton_traffic, "kernels", kernels)
+def test_each_element_is_written_once_and_nothing_else_is_touched():
     for make in (GATHERED["odd channels"], GATHERED["groups"], GATHERED["projection"]):
         with Traffic() as traffic:
             y = kernels.forward(**make())
-        assert traffic.written["conv_pointer"] == y.nbytes
+        assert traffic.written["_conv_bn_act_fwd_pointer_kernel"] == y.nbytes
 
 
 # --- the checks can fail
@@ -303,17 +302,24 @@ def test_each_element_is_written_once_and_nothing_else_is_touched(monkeypatch):
 def plant(monkeypatch, tmp_path):
     """plant(old, new): from here on the kernels have one line changed."""
 
+    def load(path, source):
+        source = source.replace("from . ", "from fused_res.kernels ")
+        path.write_text(source.replace("from .", "from fused_res.kernels."))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        planted = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, path.stem, planted)
+        spec.loader.exec_module(planted)
+        return planted
+
     def change(old, new):
-        source = Path(kernels.__file__).read_text()
-        assert source.count(old) == 1, f"{old!r} is in the kernels once"
-        path = tmp_path / "planted.py"
-        path.write_text(source.replace(old, new).replace("from .bn", "from fused_res.kernels.bn"))
-        spec = importlib.util.spec_from_file_location("planted", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "planted", module)
-        spec.loader.exec_module(module)
-        monkeypatch.setitem(globals(), "kernels", module)
-        monkeypatch.setattr(triton_traffic, "kernels", module)
+        sources = {m: Path(m.__file__).read_text() for m in (conv_tiles, kernels)}
+        assert sum(s.count(old) for s in sources.values()) == 1, f"{old!r} is in the kernels once"
+        of_tiles, of_op = (source.replace(old, new) for source in sources.values())
+        tiles = load(tmp_path / "planted_tiles.py", of_tiles)
+        monkeypatch.setitem(sys.modules, conv_tiles.__name__, tiles)
+        monkeypatch.setattr(conv_tiles.__name__, tiles)
+        planted = load(tmp_path / "planted.py", of_op)
+        monkeypatch.setitem(globals(), "kernels", planted)
 
     return change
 
@@ -343,5 +349,5 @@ def test_planted_faults_are_caught(plant, name, old, new):
 def test_an_out_of_bounds_write_is_caught(plant):
     plant("inside = m < pixels", "inside = m <= pixels")
     call = GATHERED["odd channels"]()
-    with pytest.raises(InterpreterError, match="OutOfBounds.*conv_pointer"), Traffic():
+    with pytest.raises(InterpreterError, match="OutOfBounds.*_fwd_pointer"), Traffic():
         kernels.forward(**call)

@@ -30,7 +30,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels run on a GPU here: make gpu", allow_module_level=True)
 
-from fused_res.kernels import conv_bn_act, training_convolution
+from fused_res.kernels import conv_tiles, training_convolution
 
 from fused_res.dispatch.training_conv_candidates import Steps, values
 
@@ -176,8 +176,8 @@ def test_what_is_measured_is_written_and_followed(said, timed, monkeypatch):
 
 
 def test_the_fastest_configuration_runs(said, timed, monkeypatch):
-    kinds = [c.kind for c in conv_bn_act.CONFIGS]
-    best = conv_bn_act.CONFIGS[kinds.index("pointer") + 1]
+    kinds = [c.kind for c in conv_tiles.CONFIGS]
+    best = conv_tiles.CONFIGS[kinds.index("pointer") + 1]
     timed(slower=lambda name: str(best) not in name)
     block, x = nn.Sequential(ResBlock(8, 8, kind="single")), image(*SHAPE)
     rows = fused_res.tune(block, x, train=True).rows
@@ -318,10 +318,8 @@ def test_all_that_is_timed_is_the_same(case, monkeypatch):
             torch.testing.assert_close(
                 t, wanted[name], rtol=1e-3, atol=1e-3, msg=f"{name} {choice}"
             )
-    assert (
-        ran == {conv_bn_act.CONFIGS[choice - training_conv.OWN - 1] for choice in ours}
-        and len(ran) > 2
-    )
+    configs = {conv_tiles.CONFIGS[choice - training_conv.OWN - 1] for choice in ours}
+    assert ran == configs and len(ran) > 2
 
 
 def test_tune_runs_all_of_it(monkeypatch):

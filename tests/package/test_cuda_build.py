@@ -46,10 +46,10 @@ def check(kernels: list[Kernel]) -> None:
 
 def limit(kernel: Kernel) -> int:
     two_norms = kernel.arguments.get("kSecond") == "true"
-    doubles = two_norms and kernel.name.startswith(("gradient_sums", "cooperative"))
+    doubles = two_norms and kernel.name.endswith(("_sums", "_cooperative"))
     scalar = kernel.arguments.get("kVector") == "false"
-    alone = kernel.name.startswith(("whole", "res_chain"))
-    if kernel.name == "conv_halo":
+    alone = kernel.name.endswith("_whole") or kernel.name.startswith("res_chain")
+    if kernel.name.startswith("conv_halo"):
         alone = kernel.arguments["kRows"] == "4" or kernel.dtype == "fp32"
     return MOST if doubles or scalar or alone else USUAL
 
@@ -91,7 +91,7 @@ def test_registers_leave_room_for_two_blocks(kernels):
 
 
 def test_a_cooperative_launch_leaves_the_shared_memory_it_counts_on(kernels):
-    text = (ROOT / "csrc/cuda/bn_act_kernels.cuh").read_text()
+    text = (ROOT / "csrc/cuda/bn_act_common.cuh").read_text()
     limit = int(re.search(r"kStaticShared = (\d+) << 10;", text)[1]) << 10
     bad = [k for k in kernels if k.resources.shared > limit]
     assert not bad, bad
@@ -102,13 +102,14 @@ def test_memory_is_accessed_16_bytes_at_a_time(kernels):
     assert len(vector) >= sum("kChannelsLast" in k.arguments for k in kernels) / 2
     assert not [k for k in vector if k.resources.wide_loads == 0]
     for k in vector:
-        if k.name in ("apply", "gradients"):  # those that store tensors and masks, nothing else
+        # those that store tensors and masks, nothing else
+        if k.name in ("bn_act_fwd_apply", "bn_act_bwd_gradients"):
             stores, wide = k.resources.stores, k.resources.wide_stores
             assert wide > 0 and stores - wide <= wide, k
 
 
 def test_a_chain_multiplies_on_tensor_cores_what_was_copied_asynchronously(kernels):
-    chains = [k for k in kernels if k.name == "res_chain"]
+    chains = [k for k in kernels if k.name == "res_chain_fwd"]
     empty = [k for k in chains if k.resources.copies == 0]  # before sm_90 there are no clusters
     assert all(k.arguments["kCluster"] == "true" for k in empty)
     chains = [k for k in chains if k not in empty]
@@ -123,9 +124,9 @@ def test_a_chain_multiplies_on_tensor_cores_what_was_copied_asynchronously(kerne
 
 
 def test_a_convolution_multiplies_patches_that_were_copied_asynchronously(kernels):
-    convs = [k for k in kernels if k.name == "conv_halo"]
+    convs = [k for k in kernels if k.name == "conv_halo_fwd_bwd"]
     assert {k.dtype for k in convs} == {"bf16", "fp16", "tf32", "fp32"}
-    assert len(convs) == 7 * len(cuda_resources.ENDS)  # of fp32 with 2 rows alone
+    assert len(convs) == 7 * len(cuda_resources.EPILOGUES)  # of fp32 with 2 rows alone
     for k in convs:
         r = k.resources
         assert r.copies > 0 and r.shared == 0, k

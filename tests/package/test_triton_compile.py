@@ -15,7 +15,7 @@ SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB a block
 # Bytes of stack. Of what Triton 3.6 makes of three kernels, ptxas (12.8 as 12.9) spills two to four
 # registers to fit one more block on a multiprocessor; none of what 3.9 makes of them.
 STACK = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 16
-ELEMENTWISE = ("forward_apply", "backward_dx")
+ELEMENTWISE = ("_bn_act_fwd_apply_kernel", "_bn_act_bwd_gradients_kernel")
 
 
 def python(code: str) -> str:
@@ -44,14 +44,18 @@ def rows():
 def test_every_kernel_compiles_for_every_target_without_spills(rows):
     assert {row["target"] for row in rows} == set(SHARED)
     bn_act = {
-        f"{way}_{what}"
+        f"_bn_act_{way}_{what}_kernel"
         for way, whats in {
-            "forward": ("stats", "moments", "finish", "apply", "small"),
-            "backward": ("sums", "finish", "dx", "reapply", "small"),
+            "fwd": ("statistics", "moments", "merge", "apply", "small"),
+            "bwd": ("sums", "merge", "gradients", "reapply", "small"),
         }.items()
         for what in whats
     }
-    convs = {f"{use}_{kind}" for use in ("conv", "train") for kind in ("descriptor", "pointer")}
+    convs = {
+        f"_{op}_{kind}_kernel"
+        for op in ("conv_bn_act_fwd", "training_convolution_fwd_bwd")
+        for kind in ("descriptor", "pointer")
+    }
     assert {row["kernel"] for row in rows} == bn_act | convs
     for row in rows:
         limit = 512 if row["target"] == "gfx942" else 255
@@ -73,9 +77,9 @@ def test_convolutions_run_on_tensor_cores(rows):
     """From shared memory that TMA fills where there is such a thing; float32 that is not to be
     rounded only where they take it."""
     for row in rows:
-        if row["kernel"].endswith("_descriptor"):
+        if row["kernel"].endswith("_descriptor_kernel"):
             assert row["wgmma"] > 0 and row["tma"] > 0 and row["mma"] == 0, row
-        elif row["kernel"].endswith("_pointer"):
+        elif row["kernel"].endswith("_pointer_kernel"):
             exact = row["dtype"] == "fp32" and row["tile"].endswith("2 stages")
             assert (row["mma"] > 0) != (exact and row["target"] == "sm_80"), row
 
@@ -84,7 +88,7 @@ def test_programs_fit_a_multiprocessor_as_configurations_say():
     """Of an H100: 65536 registers and 228 KB of shared memory, of which a program's first is the
     system's."""
     code = (
-        "for config in report.conv_kernels.CONFIGS:\n"
+        "for config in report.conv_tiles.CONFIGS:\n"
         "    if config.kind == 'descriptor' and config.programs > 1:\n"
         "        c = report.record_conv(config, report.torch.bfloat16, 'tensor')\n"
         "        r = report.compile_for(c, 'sm_90')\n"
@@ -106,9 +110,10 @@ def test_calls_with_parts_left_out_compile():
 
 def test_a_planted_spill_is_seen():
     code = (
-        "kernels = report.kernels\n"
-        "kernels.CONFIGS['backward_sums'] = kernels.Config(16384, 4, 4)\n"
-        "c = next(c for c in report.configurations() if c.kernel == 'backward_sums')\n"
+        "from fused_res.kernels import bn_act as kernels\n"
+        "kernels.CONFIGS['bwd_sums'] = kernels.Config(16384, 4, 4)\n"
+        "name = '_bn_act_bwd_sums_kernel'\n"
+        "c = next(c for c in report.configurations() if c.kernel == name)\n"
         "print(report.compile_for(c, 'sm_90').spills)"
     )
     assert int(python(code)) > 0

@@ -94,7 +94,7 @@ def test_error_is_within_the_rule(name, choice, dtype):
 
 def configurations(kind):
     """Their choices."""
-    from fused_res.kernels.conv_bn_act import CONFIGS
+    from fused_res.kernels.conv_tiles import CONFIGS
 
     return [2 + i for i, config in enumerate(CONFIGS) if config.kind == kind]
 

@@ -23,8 +23,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels run on a GPU here: make gpu", allow_module_level=True)
 
-import triton_traffic
-from fused_res.kernels import bn_act, conv_bn_act
+from fused_res.kernels import bn_act_bwd, bn_act_fwd, conv_tiles, launch
 from fused_res.kernels import res_block as walk
 from fused_res.kernels import training_convolution as kernels
 from triton.runtime.errors import InterpreterError
@@ -60,11 +59,14 @@ def poisoned(monkeypatch):
 @pytest.fixture(autouse=True)
 def one_multiprocessor(monkeypatch):
     """So that a few tiles are several rounds."""
-    monkeypatch.setattr(conv_bn_act, "_gpu", lambda device: (1, True))
+    monkeypatch.setattr(conv_tiles, "gpu", lambda device: (1, True))
 
 
-# Input, and plan of a Case. Channels in sixteens are for train_descriptor, as are even maps in
-# steps of 2; the rest is for train_pointer.
+# Input, and plan of a Case. Channels in sixteens are for the descriptor kernel, as are even maps in
+# steps of 2; the rest is for the pointer kernel.
+DESCRIPTOR, POINTER = (
+    f"_training_convolution_fwd_bwd_{kind}_kernel" for kind in ("descriptor", "pointer")
+)
 BLOCKS = {
     "single": ((3, 16, 5, 6), ([(3, 1)], None)),
     "basic": ((2, 32, 6, 5), ([(3, 1, 16), (3, 1)], None)),
@@ -188,17 +190,19 @@ def launched(monkeypatch):
     """What is launched: (kernel's name, programs, arguments by name)."""
     found = []
 
-    def recorded(launch):
-        def record(kernel, grid, *args, **constants):
-            named = dict(zip(kernel.arg_names, args, strict=False)) | constants
-            found.append((kernel.fn.__name__, grid[0], named))
-            return launch(kernel, grid, *args, **constants)
+    run = launch.run
 
-        return record
+    def record(kernel, grid, *given, **arguments):
+        found.append((kernel.fn.__name__, grid[0], arguments))
+        return run(kernel, grid, *given, **arguments)
 
-    for module in (kernels, bn_act):
-        monkeypatch.setattr(module, "_launch", recorded(module._launch))
+    monkeypatch.setattr(launch, "run", record)
     return found
+
+
+def of_convolutions(launched):
+    """Those of ``training_convolution``."""
+    return [launch for launch in launched if launch[0] in (DESCRIPTOR, POINTER)]
 
 
 def names(launched):
@@ -214,9 +218,9 @@ BLOCK_ACT_BIAS = list(zip(BLOCKS, itertools.cycle(ACTS), itertools.cycle([True, 
 def test_error_is_within_the_rule(launched, name, act, bias):
     draws = 8 if name == "one channel" else 2
     assert_rule([draw(name, act=act, bias=bias) for _ in range(draws)], act)
-    ran = {n for n in names(launched) if n.startswith("train")}
-    own = {"odd channels": {"train_pointer"}, "one channel": {"train_pointer"}}
-    own |= {"projection": {"train_descriptor"}, "bottleneck": {"train_descriptor"}}
+    ran = set(names(of_convolutions(launched)))
+    own = {"odd channels": {POINTER}, "one channel": {POINTER}}
+    own |= {"projection": {DESCRIPTOR}, "bottleneck": {DESCRIPTOR}}
     assert ran == own.get(name, ran) and ran
 
 
@@ -224,7 +228,7 @@ def test_error_is_within_the_rule(launched, name, act, bias):
 def test_of_every_plan(launched, plan):
     name, act = ("bottleneck", "relu") if len(plan) % 2 else ("projection", "none")
     assert_rule([draw(name, act=act) for _ in range(2)], act, on_triton(plan))
-    assert any(n.startswith("train") for n in names(launched)) == (plan != "library")
+    assert bool(of_convolutions(launched)) == (plan != "library")
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -270,15 +274,15 @@ def test_batchnorms_without_weights(launched):
     assert_rule([case], "none")
 
 
-@pytest.mark.parametrize("index", range(len(conv_bn_act.CONFIGS)))
+@pytest.mark.parametrize("index", range(len(conv_tiles.CONFIGS)))
 def test_every_configuration_is_right(launched, index):
-    config = conv_bn_act.CONFIGS[index]
+    config = conv_tiles.CONFIGS[index]
     exact = config.kind == "exact"
     name = "odd channels" if config.kind == "pointer" else "many channels"
     case = draw(name, torch.float32 if exact else torch.bfloat16)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=not exact):
         assert_rule([case], call=on_triton(2 + index))
-    found = [named for name, _, named in launched if name.startswith("train")]
+    found = [named for _, _, named in of_convolutions(launched)]
     assert {named["warps"] for named in found} == {config.warps}
     assert {named["stages"] for named in found} == {config.stages}
     assert max(named["BN"] for named in found) == (16 if name == "odd channels" else config.BN)
@@ -299,7 +303,7 @@ def test_statistics_are_those_of_what_was_rounded(dtype, c):
     bias = torch.full((24,), 100, dtype=dtype)
     conv = ConvNorm(weight.to(dtype), bias, (1, 1), (1, 1), (1, 1), 1, Norm())
     kind = "descriptor" if c == 16 else "pointer"
-    for config in (config for config in conv_bn_act.CONFIGS if config.kind == kind):
+    for config in (config for config in conv_tiles.CONFIGS if config.kind == kind):
         y, partial = kernels.convolve(x, conv, True, config)
         mean, m2, n = partial.double().unbind(1)
         assert (n.sum(0) == 5 * 9 * 7).all()
@@ -324,7 +328,7 @@ def test_running_statistics_of_a_large_mean():
 
 def test_programs_take_several_tiles(launched):
     assert_rule([draw("many pixels", torch.bfloat16)])
-    rounds = [named["tiles"] / programs for name, programs, named in launched if "train" in name]
+    rounds = [named["tiles"] / programs for _, programs, named in of_convolutions(launched)]
     assert len(rounds) == 4 and min(rounds) > 1 and max(rounds) > 2
 
 
@@ -367,13 +371,13 @@ def test_only_what_is_wanted(launched, monkeypatch):
     for them is not computed."""
     case = draw("bottleneck")
     every = ["x", *(f"{letter}{i}" for i in (1, 2, 3) for letter in "wgb")]
-    weights, backward = [], walk._library_backward
+    weights, backward = [], walk.aten_backward
 
     def library(*args):
         weights.append(args[-1])
         return backward(*args)
 
-    monkeypatch.setattr(walk, "_library_backward", library)
+    monkeypatch.setattr(walk, "aten_backward", library)
     found = {}
     for wanted in [" ".join(every), *WANTED]:
         stages, leaves, _ = case.stages(torch.float32)
@@ -390,9 +394,9 @@ def test_only_what_is_wanted(launched, monkeypatch):
         passes = [
             " ".join(name for name in ("dx", "y") if named[name] is not None)
             for kernel, _, named in launched
-            if kernel == "backward_reapply"
+            if kernel == "_bn_act_bwd_reapply_kernel"
         ]
-        own = names(launched).count("train_descriptor")
+        own = names(launched).count(DESCRIPTOR)
         computed = [flags for flags in weights if any(flags)]
         assert (own, passes, len(computed)) == WANTED[wanted], wanted
         assert all(flags == (False, True, False) for flags in computed)
@@ -403,16 +407,17 @@ def test_only_what_is_wanted(launched, monkeypatch):
 
 def test_float32_is_rounded_only_where_pytorch_says_so(launched):
     for name, allowed, kernel in (
-        ("basic", True, "train_descriptor"),
-        ("basic", False, "train_pointer"),
-        ("odd channels", True, "train_pointer"),
-        ("odd channels", False, "train_pointer"),
+        ("basic", True, DESCRIPTOR),
+        ("basic", False, POINTER),
+        ("odd channels", True, POINTER),
+        ("odd channels", False, POINTER),
     ):
         launched.clear()
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
             case = draw(name)
             case.run(on_triton(), torch.float32, "relu")
-        own = [(n, named.get("PRECISION", "tf32")) for n, _, named in launched if "train" in n]
+        convolutions = of_convolutions(launched)
+        own = [(n, named.get("PRECISION", "tf32")) for n, _, named in convolutions]
         assert set(own) == {(kernel, "tf32" if allowed else "ieee")}
 
 
@@ -424,7 +429,7 @@ def to_tf32(t):
 
 def test_tf32_is_rounded_where_it_is_multiplied_and_nowhere_else(monkeypatch):
     """As GPUs are told to, because their tensor cores would cut it off."""
-    monkeypatch.setattr(conv_bn_act, "ROUND", {"round_f32_to_tf32": True})
+    monkeypatch.setattr(conv_tiles, "ROUND", {"round_f32_to_tf32": True})
     x, a, dy = (torch.randn(2, c, 8, 6).to(memory_format=CHANNELS_LAST) for c in (16, 16, 32))
     for size, stride in ((3, 1), (3, 2), (1, 2)):
         weight = torch.randn(32, 16, size, size).to(memory_format=CHANNELS_LAST)
@@ -434,7 +439,7 @@ def test_tf32_is_rounded_where_it_is_multiplied_and_nowhere_else(monkeypatch):
         expected = torch.conv2d(to_tf32(x), to_tf32(weight), None, stride, pads)
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
         dy = torch.randn_like(y)
-        dx, _ = kernels.input_gradient(dy, conv, (8, 6), kernels.End(kernels.ADD, other=a))
+        dx, _ = kernels.input_gradient(dy, conv, (8, 6), kernels.Epilogue(kernels.ADD, other=a))
         if size == 1:  # of pixels that the convolution did not read nothing is said
             dx, expected = dx[:, :, ::2, ::2], a[:, :, ::2, ::2]
         else:
@@ -462,7 +467,7 @@ def test_of_any_layout(launched, layouts):
             case.dy = case.dy.contiguous()
         cases.append(case)
     assert_rule(cases)
-    assert any("train" in name for name in names(launched)) == (layouts != "all")
+    assert bool(of_convolutions(launched)) == (layouts != "all")
 
 
 def test_gradients_that_are_expanded():
@@ -485,7 +490,7 @@ def test_autocast(launched, kind):
             y = m(leaf)
         leaves = [leaf, *m.parameters()]
         results.append([y, *torch.autograd.grad(y.double().square().mean(), leaves)])
-    assert any("train" in name for name in names(launched))
+    assert of_convolutions(launched)
     mine, other = 0.0, 0.0
     for a, b, c in zip(*results, strict=True):
         assert a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float32)
@@ -552,10 +557,7 @@ def detached(t):
     [(16, 24, 3, 2, (8, 6)), (16, 32, 1, 2, (7, 5)), (16, 16, 3, 1, (1, 2)), (13, 11, 3, 2, (7, 6)),
      (13, 11, 1, 1, (5, 3)), (16, 16, 5, 3, (7, 4))],
 )  # fmt: skip
-def test_each_element_is_written_once_and_nothing_else_is_touched(
-    monkeypatch, c, k, taps, stride, size
-):
-    monkeypatch.setattr(triton_traffic, "kernels", kernels)
+def test_each_element_is_written_once_and_nothing_else_is_touched(c, k, taps, stride, size):
     weight = torch.randn(k, c, taps, taps).to(memory_format=CHANNELS_LAST)
     conv = ConvNorm(weight, torch.randn(k), (stride,) * 2, (taps // 2,) * 2, (1, 1), 1, None)
     x, a, other = (torch.randn(3, c, *size).to(memory_format=CHANNELS_LAST) for _ in range(3))
@@ -566,10 +568,10 @@ def test_each_element_is_written_once_and_nothing_else_is_touched(
     made = x if taps >= stride else x[:, :, ::stride, ::stride]  # the rest is zeros
     mask = torch.randint(256, (3 * size[0] * size[1], (c + 7) // 8)).byte()
     for end in (
-        kernels.End(),
-        kernels.End(kernels.RELU, a=a, stats=torch.randn(5, c)),
-        kernels.End(kernels.ADD, other=other, mask=mask),
-        kernels.End(kernels.ADD, other=other),
+        kernels.Epilogue(),
+        kernels.Epilogue(kernels.RELU, a=a, stats=torch.randn(5, c)),
+        kernels.Epilogue(kernels.ADD, other=other, mask=mask),
+        kernels.Epilogue(kernels.ADD, other=other),
     ):
         with Traffic() as traffic:
             dx, partial = kernels.input_gradient(torch.randn_like(y), conv, size, end)
@@ -583,10 +585,10 @@ def test_grids_and_coordinates_are_within_their_limits(monkeypatch, c, size, str
     """3 * 2**32 pixels."""
     found = []
 
-    def launch(kernel, grid, *args, **_):
-        found.append((grid[0], dict(zip(kernel.arg_names, args, strict=False))))
+    def record(kernel, grid, *_, **arguments):
+        found.append((grid[0], arguments))
 
-    monkeypatch.setattr(kernels, "_launch", launch)
+    monkeypatch.setattr(launch, "run", record)
 
     def empty(*shape):
         t = torch.zeros(shape, device="meta", dtype=torch.bfloat16)
@@ -626,7 +628,8 @@ def plant(monkeypatch, tmp_path):
         if module is walk:
             monkeypatch.setattr("fused_res.kernels.res_block", planted)
         else:
-            monkeypatch.setattr(walk, "own" if module is kernels else "bn_act", planted)
+            name = "convolutions" if module is kernels else module.__name__.split(".")[-1]
+            monkeypatch.setattr(walk, name, planted)
         return planted
 
     return change
@@ -662,15 +665,20 @@ FAULTS = {
         "pixel[:, None] * ((K + 7) // 8)",
         "pixel[:, None] * (K // 8)",
     ),
-    "all of dy": ("single", walk, "mask=mask if act == _RELU else None", "mask=None"),
-    "parts of a size": ("basic", bn_act, "if ROWS == 3:", "if ROWS == 4:"),
+    "all of dy": (
+        "single",
+        walk,
+        "mask = self.mask if self.block.act == _RELU else None",
+        "mask = None",
+    ),
+    "parts of a size": ("basic", bn_act_fwd, "if ROWS == 3:", "if ROWS == 4:"),
     "means that do not differ": (
         "many pixels",
-        bn_act,
+        bn_act_fwd,
         "square + off * off * n",
         "square + 0 * off",
     ),
-    "z before the ReLU": ("basic", bn_act, "tl.where(v <= 0, 0.0, v).to(y.", "v.to(y."),
+    "z before the ReLU": ("basic", bn_act_bwd, "tl.where(v <= 0, 0.0, v).to(y.", "v.to(y."),
 }
 
 
@@ -681,9 +689,8 @@ def test_planted_faults_are_caught(plant, name, module, old, new):
         assert_rule([draw(name)])
 
 
-def test_a_planted_write_out_of_bounds_is_caught(plant, monkeypatch):
+def test_a_planted_write_out_of_bounds_is_caught(plant):
     planted = plant(kernels, "inside = m < pixels", "inside = m <= pixels")
-    monkeypatch.setattr(triton_traffic, "kernels", planted)
     case = draw("odd channels")
-    with pytest.raises(InterpreterError, match="OutOfBounds.*train_pointer"), Traffic():
+    with pytest.raises(InterpreterError, match="OutOfBounds.*_fwd_bwd_pointer"), Traffic():
         planted.convolve(case.x.float(), case.stages(torch.float32)[0][0][0], True)

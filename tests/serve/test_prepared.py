@@ -97,12 +97,12 @@ def ops_of(ours, x=X) -> dict[str, int]:
         ours(x)
     names = [e.key.removeprefix("fused_res::") for e in profile.key_averages()]
     counts = dict(zip(names, (e.count for e in profile.key_averages()), strict=True))
-    return {name: counts.get(name, 0) for name in ("stamp", "convolutions")}
+    return {name: counts.get(name, 0) for name in ("fingerprint", "convolutions")}
 
 
 def test_is_looked_up_once(pair):
     _, ours = pair
-    assert ops_of(ours)["stamp"] == 1
+    assert ops_of(ours)["fingerprint"] == 1
 
 
 @torch.no_grad()
@@ -233,7 +233,7 @@ def test_each_size_is_looked_up_once(pair):
     other = torch.randn(3, 3, 11, 11)
     for _ in range(2):
         ours(other)
-        assert ops_of(ours)["stamp"] == ops_of(ours, other)["stamp"] == 1
+        assert ops_of(ours)["fingerprint"] == ops_of(ours, other)["fingerprint"] == 1
 
 
 def test_autocast_is_that_of_the_call(pair):

@@ -1,4 +1,4 @@
-#include "stamp.h"
+#include "fingerprint.h"
 
 #include <algorithm>
 #include <cstring>
@@ -54,7 +54,7 @@ int64_t spread(const Tensor& t, int64_t* at) {
   return samples;
 }
 
-uint64_t stamp(const Tensor& t) {
+uint64_t fingerprint(const Tensor& t) {
   Hash of;
   const char* p = (const char*)t.const_data_ptr();
   const auto size = t.sizes(), stride = t.strides();
@@ -95,17 +95,17 @@ uint64_t stamp(const Tensor& t) {
 
 }  // namespace
 
-// A number made of the tensors' addresses, sizes, types and values: all of a small tensor or a
-// vector, and of others as many as their longest dimension has, spread so that every index of every
-// dimension is among them (of up to kMostSamples). So a change of a whole filter, channel or tap is
-// seen.
-int64_t stamp_cpu(const std::vector<Tensor>& tensors) {
+// A hash of the tensors' addresses, sizes, types and values: all values of a small tensor or a
+// vector; of others as many samples as the longest dimension is long (up to kMostSamples), spread
+// so that every index of every dimension is among them. A change of a whole filter, channel or tap
+// is seen.
+int64_t fingerprint_cpu(const std::vector<Tensor>& tensors) {
   const int64_t count = tensors.size();
   const int64_t parts = count < kLeastShared ? 1 : torch::stable::get_num_threads();
   std::vector<uint64_t> each(count);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t lo, int64_t hi) {
     for (int64_t part = lo; part < hi; part++)  // in turns: a network's later weights are larger
-      for (int64_t i = part; i < count; i += parts) each[i] = stamp(tensors[i]);
+      for (int64_t i = part; i < count; i += parts) each[i] = fingerprint(tensors[i]);
   });
   Hash all;
   for (uint64_t one : each) all.mix(one);
