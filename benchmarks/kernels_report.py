@@ -404,7 +404,7 @@ def tables(rows: list[Row], section: Section) -> str:
     for row in rows:
         same = kernels_rows.setdefault(row.kernel, {})
         same.setdefault((row.what, row.found), []).append(row.dtype)
-    parts = []
+    sections = []
     for kernel, merged in kernels_rows.items():
         words = ["---"] * (len(section.labels) + 1)
         lines = [section.header(), words + ["--:"] * len(section.columns)]
@@ -412,8 +412,8 @@ def tables(rows: list[Row], section: Section) -> str:
             figures = [_cell([getattr(r, field) for r in found]) for field in section.columns]
             lines.append([*what, ", ".join(dtypes), *figures])
         text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-        parts.append(f"#### {kernel}\n\n{text}")
-    return "\n\n".join(parts)
+        sections.append(f"#### {kernel}\n\n{text}")
+    return "\n\n".join(sections)
 
 
 def _caption(compiler: str, targets: list[str], rows: list[Row]) -> str:

@@ -5,7 +5,7 @@ to it.
 before the convolution and computes the sums of the BatchNorm there, or adds another gradient. Each
 saves a pass over memory. ``conv_tiles.py`` says how a convolution is cut into tiles. An input's
 gradient is a convolution too, with the filters transposed and the taps in reverse; with a stride of
-s it is s * s convolutions, each with a part of the taps and for every s-th pixel.
+s it is s * s convolutions, each with a phase of the taps and for every s-th pixel.
 
 A program keeps its sums of all its tiles, so as many sums are merged as there are programs, in a
 fixed order: on one GPU every result is bitwise the same on every run.
@@ -197,7 +197,7 @@ def _training_convolution_fwd_bwd_pointer_kernel(
 # --- launches
 
 
-class Part(NamedTuple):
+class Phase(NamedTuple):
     """A convolution that makes the pixels (first + step * i) of y, rows and columns."""
 
     weight: Tensor  # (channels of y, channels of x, R, S), channels_last
@@ -229,33 +229,33 @@ class Epilogue(NamedTuple):
         return dict(zip(self._fields[1:], tensors, strict=True)) | {"EPILOGUE": kind}
 
 
-def _kind(x: Tensor, y: Tensor, part: Part) -> str:
-    """Of the kernel that takes a part, as in ``conv_bn_act``."""
+def _kind(x: Tensor, y: Tensor, phase: Phase) -> str:
+    """Of the kernel that takes a phase, as in ``conv_bn_act``."""
     if is_exact(x.dtype):
         return "exact"
-    stride = (1, 1) if part.pixelwise else part.stride
+    stride = (1, 1) if phase.pixelwise else phase.stride
     fits = (
         conv_tiles.gpu(x.device)[1]
         and y.size(1) * y.element_size() % 16 == 0
         and is_boxed(x)
-        and is_boxed(part.weight)
+        and is_boxed(phase.weight)
         and (stride == (1, 1) or (stride == (2, 2) and x.size(2) % 2 == x.size(3) % 2 == 0))
     )
     return "descriptor" if fits else "pointer"
 
 
-def _problem(x: Tensor, y: Tensor, part: Part, epilogue: int) -> Problem:
-    k, c, r, s = part.weight.shape
-    n, (p, q) = x.size(0), part.size
-    flat = part.pixelwise and part.stride == part.step == (1, 1) and n * p * q < 2**31 - 2**16
+def _problem(x: Tensor, y: Tensor, phase: Phase, epilogue: int) -> Problem:
+    k, c, r, s = phase.weight.shape
+    n, (p, q) = x.size(0), phase.size
+    flat = phase.pixelwise and phase.stride == phase.step == (1, 1) and n * p * q < 2**31 - 2**16
     return Problem(
-        _kind(x, y, part), n, c, k, p, q, r * s, 1, flat, 0, epilogue in (RELU, ADD),
+        _kind(x, y, phase), n, c, k, p, q, r * s, 1, flat, 0, epilogue in (RELU, ADD),
         x.element_size(), conv_tiles.gpu(x.device)[0],
     )  # fmt: skip
 
 
 def _ranked(problem: Problem) -> list[Config]:
-    """The configurations of a part, best guess first."""
+    """The configurations of a phase, best guess first."""
     # float32 gathered for the widest tiles spills on sm_80, where sums are kept beside it
     narrow = problem.kind == "pointer" and problem.itemsize == 4
     most = WIDEST // 2 if narrow else WIDEST
@@ -276,11 +276,11 @@ def _grid(problem: Problem, config: Config) -> tuple[int, int, int]:
 
 
 class _Launch(NamedTuple):
-    """A launch that makes a part of y. partial: the programs' sums, or None."""
+    """A launch that makes a phase of y. partial: the programs' sums, or None."""
 
     x: Tensor
     y: Tensor
-    part: Part
+    phase: Phase
     epilogue: Epilogue
     partial: Tensor | None
     problem: Problem
@@ -294,54 +294,54 @@ class _Launch(NamedTuple):
 
     def _arguments(self) -> dict:
         """What both kernels take."""
-        part, config = self.part, self.config
-        k, _, r, s = part.weight.shape
+        phase, config = self.phase, self.config
+        k, _, r, s = phase.weight.shape
         return {
             "partial": self.partial, **self.epilogue.arguments(), "K": k, "R": r, "S": s,
-            "PAD_H": part.padding[0], "PAD_W": part.padding[1], "DIL_H": part.dilation[0],
-            "DIL_W": part.dilation[1], "BN": config.BN, "BK": config.BK,
+            "PAD_H": phase.padding[0], "PAD_W": phase.padding[1], "DIL_H": phase.dilation[0],
+            "DIL_W": phase.dilation[1], "BN": config.BN, "BK": config.BK,
             "INTERPRETED": INTERPRETED, "warps": config.warps, "stages": config.stages,
         }  # fmt: skip
 
     def _pixels(self) -> dict[str, int]:
-        """Where y has the part's pixels."""
-        part, width = self.part, self.y.size(3)
+        """Where y has the phase's pixels."""
+        phase, width = self.phase, self.y.size(3)
         return {
-            "image": self.y.size(2) * width, "row": part.step[0] * width, "column": part.step[1],
-            "first": part.first[0] * width + part.first[1],
+            "image": self.y.size(2) * width, "row": phase.step[0] * width, "column": phase.step[1],
+            "first": phase.first[0] * width + phase.first[1],
         }  # fmt: skip
 
     def _run_pointer(self) -> None:
-        x, part, config = self.x, self.part, self.config
+        x, phase, config = self.x, self.phase, self.config
         tiles, programs, _ = _grid(self.problem, config)
         n, c, h, w = x.shape
-        p, q = part.size
+        p, q = phase.size
         launch.run(
-            _training_convolution_fwd_bwd_pointer_kernel, (programs,), x=x, w=part.weight, y=self.y,
-            P=p, Q=q, pixels=n * p * q, tiles=tiles, H=h, W=w, C=c, **self._pixels(),
-            STRIDE_H=part.stride[0], STRIDE_W=part.stride[1], WHOLE=c % config.BK == 0, M=config.M,
-            PRECISION="ieee" if config.kind == "exact" else "tf32", **self._arguments(),
+            _training_convolution_fwd_bwd_pointer_kernel, (programs,), x=x, w=phase.weight,
+            y=self.y, P=p, Q=q, pixels=n * p * q, tiles=tiles, H=h, W=w, C=c, **self._pixels(),
+            STRIDE_H=phase.stride[0], STRIDE_W=phase.stride[1], WHOLE=c % config.BK == 0,
+            M=config.M, PRECISION="ieee" if config.kind == "exact" else "tf32", **self._arguments(),
         )  # fmt: skip
 
     def _run_descriptor(self) -> None:
-        x, y, part, config = self.x, self.y, self.part, self.config
+        x, y, phase, config = self.x, self.y, self.phase, self.config
         tiles, programs, _ = _grid(self.problem, config)
-        k, c = part.weight.shape[:2]
+        k, c = phase.weight.shape[:2]
         size = tiled_size(self.problem)
         box = images, rows, columns = tile_box(*size, config.M)
         rounded = rounding(x.dtype)
-        paired = not part.pixelwise and part.stride == (2, 2)
+        paired = not phase.pixelwise and phase.stride == (2, 2)
         if paired:
             pixels = describe_pairs(x, [images, rows, 1, columns, config.BK], **rounded)
         else:
-            shape = size if part.pixelwise else (x.size(0), *x.shape[2:])
-            pixels = describe_pixels(x, c, part.stride, shape, [*box, config.BK], **rounded)
-        out = y[:, :, part.first[0] :: part.step[0], part.first[1] :: part.step[1]]
+            shape = size if phase.pixelwise else (x.size(0), *x.shape[2:])
+            pixels = describe_pixels(x, c, phase.stride, shape, [*box, config.BK], **rounded)
+        out = y[:, :, phase.first[0] :: phase.step[0], phase.first[1] :: phase.step[1]]
         flat = {"image": 0, "row": 0, "column": 1, "first": 0}
         launch.run(
             _training_convolution_fwd_bwd_descriptor_kernel, (programs,), x=pixels,
-            w=describe_filters(part.weight, config),
-            y=describe_pixels(out, k, part.step, size, [*box, config.BN], image=y.shape[2:]),
+            w=describe_filters(phase.weight, config),
+            y=describe_pixels(out, k, phase.step, size, [*box, config.BN], image=y.shape[2:]),
             N=size[0], P=size[1], Q=size[2], channels=c, tiles=tiles,
             **(flat if self.problem.flat else self._pixels()), PAIRED=paired, IMAGES=images,
             TH=rows, TW=columns, **self._arguments(),
@@ -349,14 +349,14 @@ class _Launch(NamedTuple):
 
 
 def _run(
-    x: Tensor, y: Tensor, parts: list[Part], epilogue: Epilogue, config: Config | None
+    x: Tensor, y: Tensor, phases: list[Phase], epilogue: Epilogue, config: Config | None
 ) -> Tensor | None:
     """Makes y; the programs' sums, (programs, rows, channels of y) in float32, or None."""
     jobs = []
-    for part in parts:
-        problem = _problem(x, y, part, epilogue.kind)
+    for phase in phases:
+        problem = _problem(x, y, phase, epilogue.kind)
         fits = config is not None and config.kind == problem.kind
-        jobs.append((part, problem, fitted(problem, config) if fits else _ranked(problem)[0]))
+        jobs.append((phase, problem, fitted(problem, config) if fits else _ranked(problem)[0]))
     programs = [_grid(problem, chosen)[2] for _, problem, chosen in jobs]
     partial = None
     if ROWS[epilogue.kind]:
@@ -364,9 +364,9 @@ def _run(
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     begin = 0
     with launch.on_device(x):
-        for (part, problem, chosen), count in zip(jobs, programs, strict=True):
+        for (phase, problem, chosen), count in zip(jobs, programs, strict=True):
             rows = None if partial is None else partial[begin : begin + count]
-            _Launch(x, y, part, epilogue, rows, problem, chosen).run()
+            _Launch(x, y, phase, epilogue, rows, problem, chosen).run()
             begin += count
     return partial
 
@@ -387,18 +387,19 @@ def why_not(x: Tensor, conv: ConvNorm) -> str | None:
     return None
 
 
-def forward_part(x: Tensor, conv: ConvNorm) -> Part:
-    return Part(
+def forward_phase(x: Tensor, conv: ConvNorm) -> Phase:
+    return Phase(
         channels_last(conv.weight), tuple(conv.stride), tuple(conv.padding), tuple(conv.dilation),
         (0, 0), (1, 1), output_size(x, conv),
     )  # fmt: skip
 
 
-def gradient_parts(size: tuple[int, int], conv: ConvNorm) -> list[Part]:
-    """Of the gradient of an input of ``size`` rows and columns; pixels that no part makes are 0."""
+def gradient_phases(size: tuple[int, int], conv: ConvNorm) -> list[Phase]:
+    """The phases of an input's gradient, of ``size`` rows and columns; no phase makes a pixel that
+    stays 0."""
     filters = conv.weight.transpose(0, 1)
     steps = tuple(conv.stride)
-    parts = []
+    phases = []
     for row in range(min(steps[0], size[0])):
         for column in range(min(steps[1], size[1])):
             # Pixel first + step * i is output (first + pad - tap * dilation) / step + i for the
@@ -413,18 +414,18 @@ def gradient_parts(size: tuple[int, int], conv: ConvNorm) -> list[Part]:
             ]
             out = [-(-(n - f) // s) for n, f, s in zip(size, first, steps, strict=True)]
             dilation = [-d for d in conv.dilation]
-            parts.append(
-                Part(channels_last(taken), (1, 1), tuple(padding), tuple(dilation), first, steps,
+            phases.append(
+                Phase(channels_last(taken), (1, 1), tuple(padding), tuple(dilation), first, steps,
                      tuple(out))
             )  # fmt: skip
-    return parts
+    return phases
 
 
-def candidates(x: Tensor, channels: int, part: Part) -> list[int]:
-    """Places in ``CONFIGS`` of what makes a difference for a part of x that has so many channels,
+def candidates(x: Tensor, channels: int, phase: Phase) -> list[int]:
+    """Places in ``CONFIGS`` of what makes a difference for a phase of x that has so many channels,
     best guess first."""
     y = x.new_empty((1, channels, 1, 1))
-    problem = _problem(x, y, part, NOTHING)
+    problem = _problem(x, y, phase, NOTHING)
     every = enumerate(CONFIGS)
     place = {fitted(problem, c): i for i, c in every if c.kind == problem.kind}
     return [place[config] for config in _ranked(problem)]
@@ -442,15 +443,15 @@ def convolve(
 
     Returns:
         (N, K, P, Q), channels_last; (programs, 3, K) in float32: mean, sum of squared deviations
-        and how many values, of each program's part of the output as it was rounded.
+        and how many values, of each program's phase of the output as it was rounded.
     """
-    part = forward_part(x, conv)
+    phase = forward_phase(x, conv)
     y = torch.empty(
-        (x.size(0), len(conv.weight), *part.size), dtype=x.dtype, device=x.device,
+        (x.size(0), len(conv.weight), *phase.size), dtype=x.dtype, device=x.device,
         memory_format=torch.channels_last,
     )  # fmt: skip
     epilogue = Epilogue(STATISTICS if statistics else NOTHING, conv.bias)
-    return y, _run(x, y, [part], epilogue, config)
+    return y, _run(x, y, [phase], epilogue, config)
 
 
 def input_gradient(
@@ -473,11 +474,11 @@ def input_gradient(
         (N, C, *size), channels_last; RELU: (programs, 2, C) in float32, sums of the gradient and
         of the gradient times (a - mean).
     """
-    parts = gradient_parts(size, conv)
+    phases = gradient_phases(size, conv)
     if out is None:
         shape = (dy.size(0), conv.weight.size(1), *size)
         out = torch.empty(
             shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)  # fmt: skip
-        if len(parts) < conv.stride[0] * conv.stride[1]:
+        if len(phases) < conv.stride[0] * conv.stride[1]:
             out.zero_()
-    return out, _run(dy, out, parts, epilogue, config)
+    return out, _run(dy, out, phases, epilogue, config)

@@ -201,8 +201,8 @@ class TrainingWorkload(Workload):
         return backends(device, self.dtype)
 
     def slack(self, backend: str) -> float:
-        folds = self.whole_net and not self.training and backend == "cuda"
-        return FOLDED_SLACK if folds and self.dtype != torch.float32 else FUSED_SLACK
+        folded = self.whole_net and not self.training and backend == "cuda"
+        return FOLDED_SLACK if folded and self.dtype != torch.float32 else FUSED_SLACK
 
     def bound(self) -> float:
         return 0.0

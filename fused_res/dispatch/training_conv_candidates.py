@@ -86,11 +86,11 @@ class Steps:
     def candidates(self) -> list[int]:
         """The library, and our own in each configuration that may be the fastest."""
         if self.call.backward:
-            part = own.gradient_parts(self.call.shape[2:], self.conv)[0]
-            found = own.candidates(self.v["dy"], self.call.weight[1], part)
+            phase = own.gradient_phases(self.call.shape[2:], self.conv)[0]
+            found = own.candidates(self.v["dy"], self.call.weight[1], phase)
         else:
-            part = own.forward_part(self.v["x"], self.conv)
-            found = own.candidates(self.v["x"], self.call.weight[0], part)
+            phase = own.forward_phase(self.v["x"], self.conv)
+            found = own.candidates(self.v["x"], self.call.weight[0], phase)
         halo = [HALO] if self._halos() else []
         return [LIBRARY, *(OWN + 1 + i for i in found), *halo]
 

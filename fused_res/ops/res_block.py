@@ -120,8 +120,8 @@ def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, 
         return []
     if counters:
         torch._foreach_add_(counters, 1)
-    choices = [*map(kernels.Choice, plan[::2], plan[1::2])]
-    block = kernels.Block(x, *stages, act, recompute, choices, conv_halo)
+    candidates = [*map(kernels.Choice, plan[::2], plan[1::2])]
+    block = kernels.Block(x, *stages, act, recompute, candidates, conv_halo)
     return kernels.forward(block, save)
 
 
@@ -132,9 +132,9 @@ def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, plan)
     count = len(parameters) // PARAMETERS
     call = _Call([None] * 2 * count, [], integers, [0.0] * 2 * count, shortcut, act, recompute,
                  plan)  # fmt: skip
-    choices = [*map(kernels.Choice, plan[::2], plan[1::2])]
+    candidates = [*map(kernels.Choice, plan[::2], plan[1::2])]
     stages = _stages(call, parameters)
-    block = kernels.Block(x, *stages, act, recompute, choices, conv_halo)
+    block = kernels.Block(x, *stages, act, recompute, candidates, conv_halo)
     return kernels.backward(block, dy, saved, needs)
 
 

@@ -87,23 +87,33 @@ def test_each_module_can_be_imported_first():
     assert done.returncode == 0, done.stderr
 
 
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The lines of a function without its docstring."""
+    lines, first = function.end_lineno - function.lineno + 1, function.body[0]
+    if ast.get_docstring(function) is not None:
+        lines -= first.end_lineno - first.lineno + 1
+    return lines
+
+
 def functions(path: Path) -> dict[str, int]:
-    """Lines of each function by name."""
+    """Lines of each function, by name or by the first line of it."""
     if path.suffix == ".py":
-        nodes = ast.walk(ast.parse(path.read_text()))
         kinds = ast.FunctionDef, ast.AsyncFunctionDef
-        return {n.name: n.end_lineno - n.lineno + 1 for n in nodes if isinstance(n, kinds)}
-    found, start, lines = {}, None, path.read_text().splitlines()
-    outside = r"(namespace|struct|class|enum|using|union|#|//|typedef)"
-    for i, line in enumerate(lines):  # clang-format: a function's last line is a brace alone
-        if start is None and re.match(r"[A-Za-z_]", line) and not re.match(outside, line):
-            start = i
-        if start is not None and line.endswith(";") and not line.startswith(" ") and i == start:
-            start = None
-        if line.startswith("}"):
-            if start is not None:
-                found[lines[start]] = i - start + 1
-            start = None
+        nodes = ast.walk(ast.parse(path.read_text()))
+        return {node.name: code_lines(node) for node in nodes if isinstance(node, kinds)}
+    # clang-format puts the first and last lines of functions, and no others, at the margin
+    other = re.compile(
+        r"(namespace|struct|class|enum|union|using|typedef|extern|#|//|public|private)"
+    )
+    found, start = {}, None
+    for i, line in enumerate(path.read_text().splitlines()):
+        code = line.partition("//")[0].rstrip()
+        if start is None and re.match(r"[A-Za-z_]", code) and not other.match(code):
+            start = i, code
+        if start is not None and code.startswith("}"):
+            found[start[1]] = i - start[0] + 1
+        if code.startswith("}") or code.endswith(";"):
+            start = None if not code.startswith(" ") else start
     return found
 
 
