@@ -150,3 +150,16 @@ def defined(path: Path) -> set[str]:
 def test_things_have_one_name(path):
     words = {name: set(re.findall("[a-z]+", name.lower())) for name in defined(path)}
     assert not [name for name, of in words.items() if of & OLD_WORDS]
+
+
+def test_contributing_says_where_things_are():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text.partition("## Where things are")[2].partition("\n## ")[0]
+    paths = {word.rstrip("/") for word in re.findall(r"`([\w/.<>]+(?:/|\.\w+))`", section)}
+    there = {path.name for path in ROOT.glob("*/**/*")}
+    assert len(paths) > 40
+    for path in paths:
+        if "<op>" in path:
+            assert list(ROOT.glob(path.replace("<op>", "*")) or PACKAGE.glob(path)), path
+        else:
+            assert (ROOT / path).exists() or Path(path).name in there, path
