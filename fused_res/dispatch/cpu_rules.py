@@ -19,15 +19,14 @@ from . import backends
 
 # --- direct or Winograd
 
-# Reading a weight in Winograd's form takes as long as multiplying so many tiles by it.
-#   One convolution reads each weight once for all of its tiles. At 14x14, batch 1, 256 channels (16
-#   tiles of 4x4 outputs) tiles of 4 would be 0.07 of 0.73 ms faster, with three times the error:
-#   this weighs against them. At 7x7, batch 1, 512 channels tiles of 2 win over a direct one.
-TILES_OF_WEIGHT = 26
-#   In a chain each thread reads all weights, which a cache holds, for its share of the tiles.
-TILES_OF_WEIGHT_IN_CHAIN = 5
+# Reading a weight takes as long as multiplying so many tiles by it. Measured: 2 to 6, for 64 to 256
+# channels and maps of 6x6 to 14x14.
+TILES_OF_WEIGHT = 5
 # With fewer channels the transforms of 4x4 tiles cost more than the tiles save.
 LEAST_CHANNELS_OF_TILE_4 = 32
+# A convolution by itself has at least so many tiles. Fewer tiles of 2 do not fill the registers.
+# Fewer tiles of 4 gain less than a tenth (14x14, batch 1, 256 channels), with three times the error.
+LEAST_TILES = {4: 24, 2: 12}
 
 
 def expected_tile(
@@ -40,20 +39,26 @@ def expected_tile(
         shape: (N, C, H, W) of the input; the output has the same height and width.
         weight: (K, C, R, S).
         tiles: the sizes that can run, 2 or 4, and 0 for a direct convolution; equals: the first.
-        in_chain: whether the convolution is one of a chain.
+        in_chain: whether the convolution is one of a chain. Each thread reads all weights there;
+            elsewhere the threads share them.
     """
     n, channels, height, width = shape
     out_channels, _, *kernel = weight
     readers = torch.get_num_threads() if in_chain else 1
-    reads = TILES_OF_WEIGHT_IN_CHAIN if in_chain else TILES_OF_WEIGHT
+
+    def count(tile: int) -> int:
+        step = tile or 1
+        return n * -(-height // step) * -(-width // step)
 
     def cost(tile: int) -> float:
-        step = tile or 1
         points = (tile + 2) ** 2 if tile else kernel[0] * kernel[1]
-        return points * (n * -(-height // step) * -(-width // step) / readers + reads)
+        return points * (count(tile) / readers + TILES_OF_WEIGHT)
 
     narrow = min(channels, out_channels) < LEAST_CHANNELS_OF_TILE_4
-    return min((tile for tile in tiles if tile != 4 or not narrow), key=cost)
+    able = [tile for tile in tiles if tile != 4 or not narrow]
+    if not in_chain:
+        able = [tile for tile in able if count(tile) >= LEAST_TILES.get(tile, 0)]
+    return min(able, key=cost)
 
 
 # --- native or oneDNN, for one convolution
