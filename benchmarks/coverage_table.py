@@ -33,9 +33,10 @@ from suites.nets import torchvision_models
 from torch import Tensor, nn
 
 import fused_res
-from fused_res import backends, env
-from fused_res.nn.blocks import is_norm
-from fused_res.nn.parts import PartsPlan
+from fused_res import env
+from fused_res.dispatch import backends
+from fused_res.fuse.modules import is_norm
+from fused_res.fuse.plan import PartialPlan
 
 # timm's modules of nets that add a shortcut to convolutions with BatchNorm
 TIMM = (
@@ -155,7 +156,7 @@ def _identity(model: nn.Module) -> list:
 
 def _norms_of(block: nn.Module) -> int:
     """How many norms of a fused block run fused."""
-    if isinstance(block.plan, PartsPlan):
+    if isinstance(block.plan, PartialPlan):
         return block.plan.norms
     return sum(map(is_norm, block.modules()))
 
@@ -165,7 +166,7 @@ _ADD = re.compile(r"= [a-z_]\w* \+ (_part_\d+)$|(_part_\d+) \+=? [a-z_]", flags=
 
 def _adds_left(block: nn.Module) -> int:
     """Adds of parts' outputs, used once, that their part does not do, though nothing is between."""
-    if not isinstance(block.plan, PartsPlan):
+    if not isinstance(block.plan, PartialPlan):
         return 0
     source = re.sub(r";.*", "", block.plan.usual.source)  # what lets go of tensors
     names = [a or b for a, b in _ADD.findall(source)]

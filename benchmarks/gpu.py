@@ -53,11 +53,12 @@ def _tests() -> list[list[str]]:
     parallel = ["-n", "6"] if importlib.util.find_spec("xdist") else []
     run = [sys.executable, "-m", "pytest", "-q", *parallel, "-m", "gpu"]
     return [
-        [*run, "tests/test_gpu.py"],
-        [*run, "tests/test_gpu_conv.py", "tests/test_inference.py"],
-        [*run, "tests/test_gpu_chain.py"],
-        [*run, "tests/test_gpu_train.py"],
-    ]
+        [*run, "tests/bn_act/test_gpu.py"],
+        [*run, "tests/conv_bn_act/test_gpu.py", "tests/conv_halo/test_gpu.py",
+         "tests/serve/test_optimize.py"],
+        [*run, "tests/res_chain/test_gpu.py"],
+        [*run, "tests/res_block/test_gpu.py"],
+    ]  # fmt: skip
 
 
 def _sanitizer() -> list[list[str]]:
@@ -121,12 +122,12 @@ def run(part: str, rows: Path, limit: float, log: TextIO, cache: Path) -> bool:
     return passed
 
 
-def limits_left(parts: list[str], total: float, elapsed: float) -> float:
-    """Seconds for the first of ``parts``: its limit; a suite's grows with what was not used."""
-    limit = LIMITS[parts[0]]
-    if parts[0] not in SUITES:
+def limits_left(names: list[str], total: float, elapsed: float) -> float:
+    """Seconds for the first of ``names``: its limit; a suite's grows with what was not used."""
+    limit = LIMITS[names[0]]
+    if names[0] not in SUITES:
         return limit
-    return (total - elapsed) * limit / sum(LIMITS[part] for part in parts)
+    return (total - elapsed) * limit / sum(LIMITS[part] for part in names)
 
 
 def main() -> int:
@@ -152,13 +153,13 @@ def main() -> int:
     else:
         print("no GPU: a dry run, of what can run without one; its figures mean nothing")
     out.mkdir(parents=True, exist_ok=True)
-    parts = args.part or list(LIMITS)
+    names = args.part or list(LIMITS)
     results, start = {}, time.monotonic()
     with open(out / "gpu.log", "a" if args.part else "w") as log:
-        for i, part in enumerate(parts):
+        for i, part in enumerate(names):
             begin = time.monotonic()
             limit = args.limit or NAMED.get(part) or (LIMITS[part] if args.part else None)
-            limit = limit or limits_left(parts[i:], sum(LIMITS.values()), begin - start)
+            limit = limit or limits_left(names[i:], sum(LIMITS.values()), begin - start)
             title = f"--- {part}, at most {limit:.0f} s"
             print(title, flush=True)
             print(title, file=log, flush=True)

@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 import triton
-from fused_res.kernels import bn_act as kernels
+from fused_res.kernels import bn_act_bwd, bn_act_fwd, conv_tiles, launch
 from fused_res.kernels import conv_bn_act as conv_kernels
 from fused_res.kernels import training_convolution as training_kernels
 from report import cuda_resources as cuda
@@ -51,18 +51,18 @@ RESIDUALS = ("tensor", "norm")
 # Of the inference op: the input, and the output channels.
 CONV_SHAPE = (64, 64, 56, 56)
 CONV_FILTERS = 256
-ENDS = ("STATISTICS", "RELU", "ADD")  # of the tiles of a training convolution
+EPILOGUES = ("STATISTICS", "RELU", "ADD")  # of a training convolution
 _TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.uint8: "u8",
 }  # fmt: skip
 
-# By name, those of the modules that are launched: helpers' names begin with _.
+# By name, those that are launched; device functions have other names.
 KERNELS = {
     name: f
-    for module in (kernels, conv_kernels, training_kernels)
+    for module in (bn_act_fwd, bn_act_bwd, conv_kernels, training_kernels)
     for name, f in vars(module).items()
-    if hasattr(f, "arg_names") and name[0] != "_"
+    if name.endswith("_kernel")
 }
 
 # --- Triton: what is compiled
@@ -103,17 +103,16 @@ def _type(value) -> str:
 
 
 @contextlib.contextmanager
-def _recording(module, *words: str):
-    """Yields a list of what ``module`` would launch; nothing is."""
+def _recording(*words: str):
+    """Yields a list of what would be launched; nothing is."""
     found = []
 
-    def launch(kernel, grid, *args, warps, stages=None, **constants):
-        named = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    def record(kernel, grid, warps, stages=None, **arguments):
         signature, fixed, divisible = {}, {}, []
-        for i, name in enumerate(kernel.arg_names):
-            value = named[name]
-            counts = isinstance(value, int) and name not in module.COUNTS
-            if name in constants or value is None or (counts and value == 1):
+        for i, parameter in enumerate(kernel.params):
+            name, value = parameter.name, arguments[parameter.name]
+            counts = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (counts and value == 1):
                 signature[name], fixed[name] = "constexpr", value
                 continue
             signature[name] = _type(value)
@@ -126,7 +125,7 @@ def _recording(module, *words: str):
             )
         )  # fmt: skip
 
-    with mock.patch.object(module, "_launch", launch):
+    with mock.patch.object(launch, "run", record):
         yield found
 
 
@@ -135,41 +134,43 @@ def _record(shape, dtype, layout: str, residual: str) -> list[Configuration]:
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
     w = torch.empty(shape[1], device="meta")
-    second = (w, w, w, w) if norm else (None,) * 4
-    with _recording(kernels, _TYPES[dtype], layout, residual) as found:
-        _, mask, stats = kernels.forward(
-            x, w, w, w, w, True, 0.1, 1e-5, x, norm, *second, norm, 0.1, 1e-5, 1, True)  # fmt: skip
-        kernels.backward(
-            x, x, w, True, x if norm else None, norm, w if norm else None, norm, stats, mask, 1,
-            True, True, True)  # fmt: skip
-        kernels.statistics(x)
-        partial = torch.empty((4, 2, shape[1]), device="meta")
-        kernels.backward_of_sums(x, x, w, True, stats, partial, True, True, True)
+    first, of_first = Norm(w, w, w, w, True), bn_act_bwd.NormCall(w, True)
+    second, of_second, other = (first, of_first, x) if norm else (None, None, None)
+    wanted = bn_act_bwd.Wanted(True, True, True)
+    with _recording(_TYPES[dtype], layout, residual) as found:
+        _, mask, stats = bn_act_fwd.forward(bn_act_fwd.Call(x, first, x, second))
+        call = bn_act_bwd.Call(x, x, of_first, stats, mask, other, of_second, wanted=wanted)
+        bn_act_bwd.backward(call)
+        bn_act_fwd.statistics(x)
+        sums = torch.empty((4, 2, shape[1]), device="meta")
+        bn_act_bwd.backward_of_sums(bn_act_bwd.SumsCall(x, x, of_first, stats, sums, wanted, True))
     return found
 
 
 def record_bare() -> list[Configuration]:
     """bn_act with all left out that may be: each is a compilation of its own."""
-    none, found = (None,) * 4, []
+    found = []
     for shape in SHAPES["channels_last"]:
         x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
         x = x.to(memory_format=torch.channels_last)
         w = torch.empty(shape[1], device="meta")
         for training in (True, False):
-            running = none if training else (None, None, w, w)
-            with _recording(kernels, "bf16", "channels_last", "none") as launched:
-                _, mask, stats = kernels.forward(
-                    x, *running, training, 0.1, 1e-5, None, False, *none, False, 0.1, 1e-5, 0,
-                    False)  # fmt: skip
+            running = (None, None) if training else (w, w)
+            norm = Norm(*running, None, None, training)
+            with _recording("bf16", "channels_last", "none") as launched:
+                _, mask, stats = bn_act_fwd.forward(
+                    bn_act_fwd.Call(x, norm, act=0, save_mask=False)
+                )
+                of_norm = bn_act_bwd.NormCall(None, training)
                 for need_x in (True, False):
-                    kernels.backward(
-                        x, x, None, training, None, False, None, False, stats, mask, 0, need_x,
-                        False, not need_x)  # fmt: skip
+                    wanted = bn_act_bwd.Wanted(need_x, False, not need_x)
+                    call = bn_act_bwd.Call(x, x, of_norm, stats, mask, act=0, wanted=wanted)
+                    bn_act_bwd.backward(call)
             found += launched
     return list(dict.fromkeys(found))
 
 
-def record_conv(config: conv_kernels.Config, dtype, residual: str) -> Configuration:
+def record_conv(config: conv_tiles.Config, dtype, residual: str) -> Configuration:
     """3x3 in steps of 2."""
     n, c, h, w = CONV_SHAPE
     k = CONV_FILTERS
@@ -189,7 +190,7 @@ def record_conv(config: conv_kernels.Config, dtype, residual: str) -> Configurat
         shortcut, other = stage(1), empty(n, c, h, w)
     size = other.element_size()
     config = config._replace(BK=max(16, config.BK * 2 // size))
-    with _recording(conv_kernels, _TYPES[dtype], "3x3/2", residual) as found:
+    with _recording(_TYPES[dtype], "3x3/2", residual) as found:
         conv_kernels.forward(empty(n, c, h, w), stage(3), other, shortcut, config=config)
     return found[0]
 
@@ -198,8 +199,8 @@ def conv_configurations() -> list[Configuration]:
     """Every configuration of the inference op, with what takes the most registers of what it is
     for; the widest of each kind in float32 too."""
     found, kinds = [], set()
-    for config in conv_kernels.CONFIGS:
-        narrow = config.M * config.BN <= conv_kernels.WIDEST
+    for config in conv_tiles.CONFIGS:
+        narrow = config.M * config.BN <= conv_tiles.WIDEST
         residual = "projection" if narrow else "tensor"
         if config.kind != "exact":
             found.append(record_conv(config, torch.bfloat16, residual))
@@ -209,8 +210,8 @@ def conv_configurations() -> list[Configuration]:
     return found
 
 
-def record_training(config: conv_kernels.Config, dtype, end: int) -> Configuration:
-    """3x3, what its tiles end with; ADD with a mask."""
+def record_training(config: conv_tiles.Config, dtype, epilogue: int) -> Configuration:
+    """3x3, with an epilogue; ADD with a mask."""
     n, c, h, w = CONV_SHAPE
     k = CONV_FILTERS
 
@@ -221,37 +222,37 @@ def record_training(config: conv_kernels.Config, dtype, end: int) -> Configurati
     def stage(k: int, c: int) -> ConvNorm:
         return ConvNorm(empty(k, c, 3, 3), None, (1, 1), (1, 1), (1, 1), 1, None)
 
-    word = {v: name for name, v in vars(training_kernels).items() if name in ENDS}[end]
+    word = {v: name for name, v in vars(training_kernels).items() if name in EPILOGUES}[epilogue]
     with (
         mock.patch.object(training_kernels, "_kind", lambda *_: config.kind),
-        _recording(training_kernels, _TYPES[dtype], "3x3", word) as found,
+        _recording(_TYPES[dtype], "3x3", word) as found,
     ):
-        if end == training_kernels.STATISTICS:
+        if epilogue == training_kernels.STATISTICS:
             training_kernels.convolve(empty(n, c, h, w), stage(k, c), True, config)
         else:
             like, stats = empty(n, k, h, w), torch.empty(5, k, device="meta")
             mask = torch.empty(n * h * w, k // 8, dtype=torch.uint8, device="meta")
-            add = end == training_kernels.ADD
+            add = epilogue == training_kernels.ADD
             given = {"other": like, "mask": mask} if add else {"a": like, "stats": stats}
-            what = training_kernels.End(end, **given)
-            training_kernels.input_gradient(empty(n, c, h, w), stage(c, k), (h, w), what, config)
+            ending = training_kernels.Epilogue(epilogue, **given)
+            training_kernels.input_gradient(empty(n, c, h, w), stage(c, k), (h, w), ending, config)
     return found[0]
 
 
 def training_configurations() -> list[Configuration]:
-    """Every configuration of the training convolutions with every end; the widest of each kind in
-    float32 too."""
+    """Every configuration of the training convolutions with every epilogue; the widest of each kind
+    in float32 too."""
     found, kinds = [], set()
-    for config in conv_kernels.CONFIGS:
-        if config.M * config.BN > conv_kernels.WIDEST:
+    for config in conv_tiles.CONFIGS:
+        if config.M * config.BN > conv_tiles.WIDEST:
             continue
         dtypes = [] if config.kind == "exact" else [torch.bfloat16]
-        wide = config.kind == "pointer" and config.M * config.BN == conv_kernels.WIDEST
+        wide = config.kind == "pointer" and config.M * config.BN == conv_tiles.WIDEST
         if config.kind not in kinds and not wide:
             kinds.add(config.kind)
             dtypes.append(torch.float32)
         for dtype in dtypes:
-            for name in ENDS:
+            for name in EPILOGUES:
                 found.append(record_training(config, dtype, getattr(training_kernels, name)))
     return found
 
@@ -319,7 +320,7 @@ def compile_for(c: Configuration, target: str) -> Resources:
         attrs={(i,): [["tt.divisibility", 16]] for i in c.divisible},
     )  # fmt: skip
     gpu = TARGETS[target]
-    options = kernels.options(c.warps, gpu.warp_size)
+    options = launch.options(c.warps, gpu.warp_size)
     if c.stages is not None:
         options["num_stages"] = c.stages
     built = triton.compile(source, target=gpu, options=options)
@@ -403,7 +404,7 @@ def tables(rows: list[Row], section: Section) -> str:
     for row in rows:
         same = kernels_rows.setdefault(row.kernel, {})
         same.setdefault((row.what, row.found), []).append(row.dtype)
-    parts = []
+    sections = []
     for kernel, merged in kernels_rows.items():
         words = ["---"] * (len(section.labels) + 1)
         lines = [section.header(), words + ["--:"] * len(section.columns)]
@@ -411,8 +412,8 @@ def tables(rows: list[Row], section: Section) -> str:
             figures = [_cell([getattr(r, field) for r in found]) for field in section.columns]
             lines.append([*what, ", ".join(dtypes), *figures])
         text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-        parts.append(f"#### {kernel}\n\n{text}")
-    return "\n\n".join(parts)
+        sections.append(f"#### {kernel}\n\n{text}")
+    return "\n\n".join(sections)
 
 
 def _caption(compiler: str, targets: list[str], rows: list[Row]) -> str:
@@ -423,22 +424,32 @@ def _caption(compiler: str, targets: list[str], rows: list[Row]) -> str:
     )
 
 
-_BN_ACT = tuple(name for name in KERNELS if not name.startswith(("conv", "train")))
+_BN_ACT = tuple(name for name in KERNELS if name.startswith("_bn_act"))
 _LABELS = ("tile", "warps", "layout", "residual")
-_TRAIN_LABELS = ("tile", "warps", "convolution", "end")
+_TRAIN_LABELS = ("tile", "warps", "convolution", "epilogue")
 _CONV_LABELS = ("tile", "warps", "convolution", "residual")
+_CONV, _TRAIN = "_conv_bn_act_fwd", "_training_convolution_fwd_bwd"
 SECTIONS = (
     Section("cuda", ("variant",), list(cuda.ARCHITECTURES), source="bn_act"),
     Section("cuda-chain", ("variant",), list(cuda.ARCHITECTURES), (), CHAIN_COLUMNS, "res_chain"),
     Section("cuda-halo", ("variant",), list(cuda.ARCHITECTURES), (), CHAIN_COLUMNS, "conv_halo"),
+    Section("cuda-block", ("variant",), list(cuda.ARCHITECTURES), source="res_block"),
     Section("triton-nvidia", _LABELS, ["sm_80", "sm_90", "sm_100"], _BN_ACT),
     Section("triton-amd", _LABELS, ["gfx942"], _BN_ACT),
-    Section("conv-tma", _CONV_LABELS, ["sm_90", "sm_100"], ("conv_descriptor",), CONV_COLUMNS),
-    Section("conv-nvidia", _CONV_LABELS, ["sm_80"], ("conv_pointer",), CONV_COLUMNS),
-    Section("train-tma", _TRAIN_LABELS, ["sm_90", "sm_100"], ("train_descriptor",), CONV_COLUMNS),
-    Section("train-nvidia", _TRAIN_LABELS, ["sm_80"], ("train_pointer",), CONV_COLUMNS),
-    Section("train-amd", _TRAIN_LABELS, ["gfx942"], ("train_pointer",), CONV_COLUMNS),
-    Section("conv-amd", _CONV_LABELS, ["gfx942"], ("conv_pointer",), CONV_COLUMNS),
+    Section(
+        "conv-tma", _CONV_LABELS, ["sm_90", "sm_100"], (f"{_CONV}_descriptor_kernel",), CONV_COLUMNS
+    ),
+    Section("conv-nvidia", _CONV_LABELS, ["sm_80"], (f"{_CONV}_pointer_kernel",), CONV_COLUMNS),
+    Section(
+        "train-tma",
+        _TRAIN_LABELS,
+        ["sm_90", "sm_100"],
+        (f"{_TRAIN}_descriptor_kernel",),
+        CONV_COLUMNS,
+    ),
+    Section("train-nvidia", _TRAIN_LABELS, ["sm_80"], (f"{_TRAIN}_pointer_kernel",), CONV_COLUMNS),
+    Section("train-amd", _TRAIN_LABELS, ["gfx942"], (f"{_TRAIN}_pointer_kernel",), CONV_COLUMNS),
+    Section("conv-amd", _CONV_LABELS, ["gfx942"], (f"{_CONV}_pointer_kernel",), CONV_COLUMNS),
 )
 
 

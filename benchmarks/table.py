@@ -41,17 +41,17 @@ def goals(found: dict[str, list[dict]]) -> list[tuple[bool, str]]:
 
 def markdown(results: Path) -> str:
     """Every committed suite as a table under a line that says where and when it was measured."""
-    parts = []
+    sections = []
     for device, found in load(results).items():
         for name, suite in SUITES.items():
             report = suite.report if device.startswith("cpu-") else suite.gpu_report
             if report and found.get(name):
-                parts += report(found[name])
-    return "\n\n".join(parts) if parts else "No results yet."
+                sections += report(found[name])
+    return "\n\n".join(sections) if sections else "No results yet."
 
 
 def dispatch(results: Path) -> str:
-    """JSON of GPUs' timing rows, from which ``auto`` chooses: ``fused_res/measured.json``."""
+    """JSON of GPUs' timing rows, from which ``auto`` chooses: ``shipped_timings.json``."""
     rows = [
         row
         for device, found in load(results).items()
@@ -109,7 +109,12 @@ def main(argv: list[str] | None = None) -> int:
     add = mode.add_argument
     add("--write", type=Path, metavar="FILE", help="replace the tables in FILE")
     add("--check", type=Path, metavar="FILE", help="exit 1 where FILE's differ")
-    add("--dispatch", type=Path, metavar="FILE", help="write what `auto` follows, measured.json")
+    add(
+        "--dispatch",
+        type=Path,
+        metavar="FILE",
+        help="write what `auto` follows, shipped_timings.json",
+    )
     words = "write speed.png, curves.png and chains.png of one device beside its rows"
     add("--plots", type=Path, metavar="FOLDER", help=words)
     words = "hold CPU results against the targets, and show how far the goals are"

@@ -1,4 +1,4 @@
-"""Every suite under pytest-benchmark: ``pytest benchmarks --benchmark-only -k "ops/ and 8x8"``.
+"""Every suite under pytest-benchmark: ``pytest benchmarks --benchmark-only -k "ops/ and 64x32"``
 
 A test is a candidate's call of a workload in one direction; a group, and so a table, is a workload
 and a direction. A candidate that is wrong fails before it is timed; one that cannot run is skipped.
@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc):
 
 
 @lru_cache(maxsize=1)  # the candidates of a workload follow one another
-def measured(workload: Workload) -> Measurement:
+def measurement_of(workload: Workload) -> Measurement:
     """Values, exact results and the error of eager PyTorch, which limits that of the others."""
     candidates = workload.candidates(DEVICE, Options(GPU))
     found = Measurement(workload, candidates, DEVICE, rounds=0)
@@ -72,7 +72,7 @@ def test_suite(
 ) -> None:
     benchmark.group = f"{workload.suite}: {workload.name}, {direction}"
     benchmark.name = candidate.label
-    measurement = measured(workload)
+    measurement = measurement_of(workload)
     try:
         program = measurement.checked(candidate)
     except ImportError as error:  # another runtime

@@ -1,14 +1,9 @@
-// What every device's bn_act checks before it does anything. bn_act() says the same in more words,
-// once a call has failed.
+// The checks of every device's bn_act, before it does anything. bn_act() in Python repeats them in
+// more words once a call has failed.
 #pragma once
-#include "cpu/bn_act.h"
+#include "bn_act.h"
 
 namespace fused_res {
-
-inline bool same_device(const Tensor& t, const Tensor& x) {
-  return t.is_cuda() == x.is_cuda() && t.is_cpu() == x.is_cpu() &&
-         (!t.is_cuda() || t.get_device_index() == x.get_device_index());
-}
 
 inline void check_act(int64_t act) {
   STD_TORCH_CHECK(0 <= act && act <= 2, "act must be 0, 1 or 2");

@@ -1,12 +1,13 @@
-// A residual block, forward and backward, in one call each way: convolutions from the library, all
-// the rest by bn_act. Schemas and their meaning: fused_res/ops/res_block.py.
+// A residual block, forward and backward, in one call each way: its convolutions, and bn_act for
+// all the rest. Schemas and their meaning: fused_res/ops/res_block.py.
 //
-// `Library` is a device's: bn_act_fwd, bn_act_bwd_later and bn_act_reapply; convolve and
-// convolve_backward of a stage, and adds, whether the latter can add another gradient of the input;
-// waits, whether it can have its output's gradient made bit by bit, by bn_act_bwd_later's Later;
-// count(counters), which adds one to each, and Guard, which makes a tensor's device the current
-// one; and convolution and convolution_backward of libtorch's C interface, past the dispatcher, for
-// the stages' own.
+// `Backend` is a device's implementation of the parts:
+// - bn_act_fwd and bn_act_reapply; bn_act_bwd_later, which may leave the gradients to a `Later`;
+// - convolve and convolve_backward of a stage, by a native kernel or by ATen;
+// - convolution and convolution_backward: ATen's, through libtorch's C interface;
+// - adds: whether convolve_backward can add another gradient of the input;
+// - waits: whether convolve_backward can call the `Later` that writes its output's gradient;
+// - count: adds one to each of some counters; Guard: makes a tensor's device the current one.
 #pragma once
 #include <array>
 
@@ -17,15 +18,17 @@ namespace fused_res {
 using Tensors = std::vector<Tensor>;
 using Integers = std::vector<int64_t>;
 
-// What went wrong in the library, in its own words: torch 2.13 and newer tell.
+// The message of an error inside ATen: torch 2.13 and newer have one.
 extern "C" __attribute__((weak, visibility("default"))) const char*
 torch_exception_get_what_without_backtrace();
 
-inline void check_library(AOTITorchError error, const char* op) {
+inline void check_aten(AOTITorchError error, const char* op) {
   if (error == AOTI_TORCH_SUCCESS) return;
   const auto what = torch_exception_get_what_without_backtrace;
   throw std::runtime_error(what ? what() : std::string(op) + " failed");
 }
+
+constexpr int64_t kRelu = 1;  // an act
 
 // A convolution and its BatchNorm, as laid out in the op's lists.
 struct BlockStage {
@@ -37,8 +40,13 @@ struct BlockStage {
   bool training;
   double momentum, eps;
 
-  // Whether images (channels, height, width) of x's dtype and device can go through; what they
-  // become.
+  BatchNorm norm() const {
+    return {weight, bias, running_mean, running_var, training, momentum, eps};
+  }
+  BatchNormSaved norm_saved() const { return {weight, training}; }
+
+  // Whether images (channels, height, width) of x's dtype and device can go through; `image`
+  // becomes the output's.
   bool takes(const Tensor& x, std::array<int64_t, 3>& image) const {
     const auto fits = [&](const Tensor& t) {
       return t.scalar_type() == x.scalar_type() && same_device(t, x);
@@ -66,36 +74,36 @@ struct BlockStage {
 
   static constexpr int64_t kNoPadding[2] = {};
 
-  // by the library
-  template <class Library>
+  // by ATen
+  template <class Backend>
   Tensor convolve(const Tensor& x) const {
     AtenTensorHandle bias = conv_bias ? conv_bias->get() : nullptr, result;
-    check_library(
-        Library::convolution(x.get(), conv_weight.get(), conv_bias ? &bias : nullptr, stride, 2,
+    check_aten(
+        Backend::convolution(x.get(), conv_weight.get(), conv_bias ? &bias : nullptr, stride, 2,
                              padding, 2, dilation, 2, false, kNoPadding, 2, groups, &result),
         "convolution");
     return Tensor(result);
   }
   // gradients of the input, the weight and the bias, where `wanted`; the others are undefined
-  template <class Library>
+  template <class Backend>
   std::array<Tensor, 3> convolve_backward(const Tensor& dy, const Tensor& x,
                                           const std::array<bool, 3>& wanted) const {
     const int64_t channels = conv_weight.size(0), *bias_size = &channels;
     const int32_t mask[] = {wanted[0], wanted[1], wanted[2]};
     AtenTensorHandle dx, dweight, dbias;
-    check_library(Library::convolution_backward(dy.get(), x.get(), conv_weight.get(),
-                                                conv_bias ? &bias_size : nullptr, 1, stride, 2,
-                                                padding, 2, dilation, 2, false, kNoPadding, 2,
-                                                groups, mask, 3, &dx, &dweight, &dbias),
-                  "convolution_backward");
+    check_aten(Backend::convolution_backward(dy.get(), x.get(), conv_weight.get(),
+                                             conv_bias ? &bias_size : nullptr, 1, stride, 2,
+                                             padding, 2, dilation, 2, false, kNoPadding, 2, groups,
+                                             mask, 3, &dx, &dweight, &dbias),
+               "convolution_backward");
     return {Tensor(dx), Tensor(dweight), Tensor(dbias)};
   }
 };
 
-// What is added to a branch: the input, a convolution of it with its BatchNorm, or nothing.
+// The tensor added to a branch: the input, a convolution of it with its BatchNorm, or none.
 enum class Shortcut : int64_t { identity, projection, none };
 
-template <class Library>
+template <class Backend>
 struct ResBlock {
   std::vector<BlockStage> branch;
   std::optional<BlockStage> shortcut;
@@ -137,23 +145,19 @@ struct ResBlock {
   // y; and if `save`: the convolutions' outputs, those of the shortcut last (the last of the branch
   // not, if they are to be computed again), the stats of each bn_act, and the last one's mask
   Tensors forward(const Tensor& x, int64_t act, bool save, bool recompute) const {
-    const OptTensor none;
     Tensors outputs, kept;
     Tensor z = x;
     for (size_t i = 0; i < branch.size(); i++) {
       const BlockStage& s = branch[i];
-      outputs.push_back(Library::convolve(s, z));
+      outputs.push_back(Backend::convolve(s, z));
       const Tensor& a = outputs.back();
       const bool last = i + 1 == branch.size();
       OptTensor residual;
-      if (last && adds) residual = shortcut ? Library::convolve(*shortcut, x) : x;
+      if (last && adds) residual = shortcut ? Backend::convolve(*shortcut, x) : x;
       const bool second = last && shortcut;
-      const BlockStage& r = second ? *shortcut : s;
-      auto [y, mask, stats] = Library::bn_act_fwd(
-          a, s.weight, s.bias, s.running_mean, s.running_var, s.training, s.momentum, s.eps,
-          residual, second, second ? r.weight : none, second ? r.bias : none,
-          second ? r.running_mean : none, second ? r.running_var : none, second && r.training,
-          r.momentum, r.eps, last ? act : 1, last && save);
+      auto [y, mask, stats] = Backend::bn_act_fwd(
+          {a, s.norm(), residual, second ? std::optional(shortcut->norm()) : std::nullopt,
+           last ? act : kRelu, last && save});
       z = y;
       kept.push_back(stats);
       if (!save || (last && recompute)) outputs.pop_back();
@@ -166,122 +170,162 @@ struct ResBlock {
       result.insert(result.end(), list->begin(), list->end());
     return result;
   }
+};
+
+// The backward pass of a block, from its end to its input.
+//
+// The inner activations are computed again, each when its convolution's turn comes.
+template <class Backend>
+class ResBlockBackward {
+ public:
+  using Later = typename Backend::Later;
+
+  ResBlockBackward(const ResBlock<Backend>& block, const Tensor& x, const Tensors& saved,
+                   int64_t act, bool recompute, int64_t needs)
+      : block_(block), x_(x), saved_(saved), act_(act), recompute_(recompute), needs_(needs),
+        n_(block.branch.size()), stages_(n_ + block.shortcut.has_value()),
+        outputs_(stages_ - recompute), gradients_(BlockStage::kParameters * stages_) {
+    STD_TORCH_CHECK(saved.size() == outputs_ + n_ + 1, "saved is not what forward returned");
+  }
 
   // The gradients that `needs` names, in its order: bit 0 is x's, which may come in two to be
-  // added, by way of the branch and of what is added (empty where that is dy itself); then of each
-  // stage the convolution's weight, its bias, and the BatchNorm's weight and bias, which are one
-  // bit.
-  //
-  // The inner activations are computed again, each when its convolution's turn comes.
-  Tensors backward(const Tensor& dy, const Tensor& x, const Tensors& saved, int64_t act,
-                   bool recompute, int64_t needs) const {
-    const size_t n = branch.size(), stages = n + shortcut.has_value(), outputs = stages - recompute;
-    STD_TORCH_CHECK(saved.size() == outputs + n + 1, "saved is not what forward returned");
-    const auto output = [&](size_t i) { return saved[i - (recompute && i == n)]; };
-    const auto stats = [&](size_t i) { return saved[outputs + i]; };
-    enum { kConv, kConvBias, kNorm };
-    const auto wants = [&](size_t stage, int which) -> bool {
-      return needs >> (1 + 3 * stage + which) & 1;
-    };
-    const bool wants_x = needs & 1;
-    const OptTensor none;
-    // whether anything before stage i of the branch wants a gradient
-    const auto before = [&](size_t i) { return (needs & ((int64_t(1) << (1 + 3 * i)) - 1)) != 0; };
-    const auto conv_wants = [&](size_t i, bool input) {
-      return std::array<bool, 3>{input, wants(i, kConv), wants(i, kConvBias)};
-    };
-    const auto any = [](const std::array<bool, 3>& w) { return w[0] || w[1] || w[2]; };
+  // added, by way of the branch and of what is added to it (empty where that is dy itself); then of
+  // each stage the convolution's weight, its bias, and the BatchNorm's weight and bias, which are
+  // one bit.
+  Tensors run(const Tensor& dy) {
+    g_ = dy, d_residual_ = dy, mask_ = saved_.back();
+    for (size_t i = n_; i-- > 0;)
+      if (!stage(i)) break;
+    return results();
+  }
 
-    std::vector<OptTensor> gradients(BlockStage::kParameters * stages);
-    const auto put = [&](size_t stage, int which, const Tensor& t) {
-      gradients[BlockStage::kParameters * stage + which] = t;
-    };
-    const auto put_norm = [&](size_t stage, const Tensor& dweight, const Tensor& dbias) {
-      if (wants(stage, kNorm)) put(stage, 2, dweight), put(stage, 3, dbias);
-    };
-    // the input's gradient
-    const auto convolve_backward = [&](size_t i, const BlockStage& s, const Tensor& dy,
-                                       const Tensor& z, const std::array<bool, 3>& wanted,
-                                       const OptTensor& add = {},
-                                       const typename Library::Later& later = {}) {
-      auto [dz, dweight, dbias] = Library::convolve_backward(s, dy, z, wanted, add, later);
-      if (wanted[1]) put(i, 0, dweight);
-      if (wanted[2]) put(i, 1, dbias);
-      return dz;
-    };
+ private:
+  enum Which { kConv, kConvBias, kNorm };
 
-    Tensor g = dy, d_residual = dy, mask = saved.back();
-    bool added = false;
-    for (size_t i = n; i-- > 0;) {
-      const BlockStage& s = branch[i];
-      const bool last = i + 1 == n, second = last && shortcut;
-      const auto of_conv = conv_wants(i, before(i));
-      const bool of_residual =
-          second ? any(conv_wants(n, wants_x)) : last && adds && wants_x && act == 1;
-      const bool of_norms = wants(i, kNorm) || (second && wants(n, kNorm));
-      if (!any(of_conv) && !of_residual && !of_norms) break;
-      // what the convolution read, and the mask of the ReLU before it
-      std::array<Tensor, 2> input;
-      const auto find_input = [&] {
-        input = i ? Library::bn_act_reapply(output(i - 1), stats(i - 1)) : std::array{x, Tensor()};
-      };
-      const bool again = last && recompute;
-      if (again) find_input();
-      const Tensor a = again ? Library::convolve(s, input[0]) : output(i);
-      const bool waits = of_conv[0] && of_conv[1] && !(second && of_residual) &&
-                         Library::waits(s, a, i ? output(i - 1) : x);
-      typename Library::Later later = {};
-      auto [dx, dweight, dbias, dresidual, dweight2, dbias2] = Library::bn_act_bwd_later(
-          waits ? &later : nullptr, g, a, s.weight, s.training,
-          second ? OptTensor(output(n)) : OptTensor(), second,
-          second ? shortcut->weight : OptTensor(), second && shortcut->training, stats(i), mask,
-          last ? act : 1, any(of_conv), of_residual, of_norms, std::nullopt);
-      put_norm(i, dweight, dbias);
-      if (second) put_norm(n, dweight2, dbias2);
-      if (of_residual) d_residual = dresidual;
-      if (second && of_residual)
-        d_residual = convolve_backward(n, *shortcut, d_residual, x, conv_wants(n, wants_x));
-      if (!any(of_conv)) break;
-      if (!again) find_input();
-      added = i == 0 && adds && wants_x && Library::adds(s, dx, x, d_residual);
-      g = convolve_backward(i, s, dx, input[0], of_conv, added ? OptTensor(d_residual) : none,
-                            later);
-      mask = input[1];
-    }
+  bool wants(size_t stage, Which which) const { return needs_ >> (1 + 3 * stage + which) & 1; }
+  bool wants_x() const { return needs_ & 1; }
+  // whether anything before stage i of the branch wants a gradient
+  bool wants_before(size_t i) const { return (needs_ & ((int64_t(1) << (1 + 3 * i)) - 1)) != 0; }
+  std::array<bool, 3> conv_wants(size_t i, bool input) const {
+    return {input, wants(i, kConv), wants(i, kConvBias)};
+  }
+  static bool any(const std::array<bool, 3>& w) { return w[0] || w[1] || w[2]; }
+
+  const Tensor& output(size_t i) const { return saved_[i - (recompute_ && i == n_)]; }
+  const Tensor& stats(size_t i) const { return saved_[outputs_ + i]; }
+
+  // The input of convolution i, and the mask of the ReLU before it.
+  std::array<Tensor, 2> input(size_t i) const {
+    if (i == 0) return {x_, Tensor()};
+    return Backend::bn_act_reapply(output(i - 1), stats(i - 1));
+  }
+
+  void put_norm(size_t stage, const Tensor& dweight, const Tensor& dbias) {
+    if (!wants(stage, kNorm)) return;
+    gradients_[BlockStage::kParameters * stage + 2] = dweight;
+    gradients_[BlockStage::kParameters * stage + 3] = dbias;
+  }
+
+  // The input's gradient of convolution i, which read z.
+  Tensor convolve_backward(size_t i, const BlockStage& s, const Tensor& dy, const Tensor& z,
+                           const std::array<bool, 3>& wanted, const OptTensor& add = {},
+                           const Later& later = {}) {
+    auto [dz, dweight, dbias] = Backend::convolve_backward(s, dy, z, wanted, add, later);
+    if (wanted[1]) gradients_[BlockStage::kParameters * i] = dweight;
+    if (wanted[2]) gradients_[BlockStage::kParameters * i + 1] = dbias;
+    return dz;
+  }
+
+  // The BatchNorm and ReLU after convolution i, of the last also what was added and its BatchNorm,
+  // then the convolution. False: nothing before it wants a gradient.
+  bool stage(size_t i) {
+    const BlockStage& s = block_.branch[i];
+    const std::optional<BlockStage>& shortcut = block_.shortcut;
+    const bool last = i + 1 == n_, second = last && shortcut, again = last && recompute_;
+    const auto of_conv = conv_wants(i, wants_before(i));
+    const bool of_residual =
+        second ? any(conv_wants(n_, wants_x())) : last && block_.adds && wants_x() && act_ == kRelu;
+    const bool of_norms = wants(i, kNorm) || (second && wants(n_, kNorm));
+    if (!any(of_conv) && !of_residual && !of_norms) return false;
+    std::array<Tensor, 2> read;
+    if (again) read = input(i);
+    const Tensor a = again ? Backend::convolve(s, read[0]) : output(i);
+    const bool waits = of_conv[0] && of_conv[1] && !(second && of_residual) &&
+                       Backend::waits(s, a, i ? output(i - 1) : x_);
+    Later later = {};
+    const OptTensor none, a_shortcut = second ? OptTensor(output(n_)) : none;
+    auto [dx, dweight, dbias, dresidual, dweight2, dbias2] = Backend::bn_act_bwd_later(
+        waits ? &later : nullptr, {g_,
+                                   a,
+                                   s.norm_saved(),
+                                   a_shortcut,
+                                   second ? std::optional(shortcut->norm_saved()) : std::nullopt,
+                                   stats(i),
+                                   mask_,
+                                   last ? act_ : kRelu,
+                                   {any(of_conv), of_residual, of_norms},
+                                   none});
+    put_norm(i, dweight, dbias);
+    if (second) put_norm(n_, dweight2, dbias2);
+    if (of_residual) d_residual_ = dresidual;
+    if (second && of_residual)
+      d_residual_ = convolve_backward(n_, *shortcut, d_residual_, x_, conv_wants(n_, wants_x()));
+    if (!any(of_conv)) return false;
+    if (!again) read = input(i);
+    added_ = i == 0 && block_.adds && wants_x() && Backend::adds(s, dx, x_, d_residual_);
+    g_ = convolve_backward(i, s, dx, read[0], of_conv, added_ ? OptTensor(d_residual_) : none,
+                           later);
+    mask_ = read[1];
+    return true;
+  }
+
+  Tensors results() const {
     Tensors result;
-    if (wants_x) result.push_back(g);
-    if (wants_x && adds && !added)
-      result.push_back(shortcut || act == 1 ? d_residual : torch::stable::new_empty(x, {0}));
-    for (const OptTensor& t : gradients)
+    if (wants_x()) result.push_back(g_);
+    if (wants_x() && block_.adds && !added_)
+      result.push_back(block_.shortcut || act_ == kRelu ? d_residual_
+                                                        : torch::stable::new_empty(x_, {0}));
+    for (const OptTensor& t : gradients_)
       if (t) result.push_back(*t);
     return result;
   }
+
+  const ResBlock<Backend>& block_;
+  const Tensor& x_;
+  const Tensors& saved_;
+  const int64_t act_;
+  const bool recompute_;
+  const int64_t needs_;
+  const size_t n_, stages_, outputs_;  // stages of the branch, of all, convolutions' outputs saved
+  std::vector<OptTensor> gradients_;
+  Tensor g_, d_residual_, mask_;
+  bool added_ = false;  // d_residual_ to g_ already
 };
 
 // The two ops of a device. Forward gives nothing, and does nothing, where the block does not take
 // x.
-template <class Library>
+template <class Backend>
 Tensors res_block_fwd(const Tensor& x, const std::vector<OptTensor>& parameters,
                       const Tensors& running, const Tensors& counters, const Integers& integers,
                       const std::vector<double>& numbers, int64_t shortcut, int64_t act, bool save,
                       bool recompute) {
-  const ResBlock<Library> block(parameters, running, integers, numbers, (Shortcut)shortcut);
+  const ResBlock<Backend> block(parameters, running, integers, numbers, (Shortcut)shortcut);
   for (const Tensor& t : counters)
     if (t.scalar_type() != ScalarType::Long || t.numel() != 1 || !same_device(t, x)) return {};
   if (!block.takes(x)) return {};
-  const typename Library::Guard guard(x);
-  if (!counters.empty()) Library::count(counters);
+  const typename Backend::Guard guard(x);
+  if (!counters.empty()) Backend::count(counters);
   return block.forward(x, act, save, recompute);
 }
-template <class Library>
+template <class Backend>
 Tensors res_block_bwd(const Tensor& dy, const Tensor& x, const std::vector<OptTensor>& parameters,
                       const Tensors& saved, const Integers& integers, int64_t shortcut, int64_t act,
                       bool recompute, int64_t needs) {
   const std::vector<double> numbers(integers.size() / BlockStage::kIntegers * 2);
   const Tensors running(numbers.size(), x);  // not used
-  const typename Library::Guard guard(x);
-  return ResBlock<Library>(parameters, running, integers, numbers, (Shortcut)shortcut)
-      .backward(dy, x, saved, act, recompute, needs);
+  const typename Backend::Guard guard(x);
+  const ResBlock<Backend> block(parameters, running, integers, numbers, (Shortcut)shortcut);
+  return ResBlockBackward<Backend>(block, x, saved, act, recompute, needs).run(dy);
 }
 
 }  // namespace fused_res

@@ -7,13 +7,14 @@
 ``fused_res.reference`` is the same in plain PyTorch; ``fused_res.ops`` holds the ops by themselves.
 """
 
-from . import models, reference
-from .backends import BackendUnavailable, backend, empty_cache
-from .inference import OptimizedModel, optimize_for_inference, refresh
+from . import models, ops, reference
+from .dispatch.backends import BackendUnavailable, backend, empty_cache
+from .dispatch.tuning import TableNotWritten, TuneReport, tune
+from .fuse.swap import FuseReport, fuse_, unfuse_
 from .nn import FusedResBlock
 from .reference import Norm
-from .surgery import FuseReport, fuse_, unfuse_
-from .tuning import TableNotWritten, TuneReport, tune
+from .serve.model import OptimizedModel
+from .serve.optimize import optimize_for_inference, refresh
 from .version import __version__
 
 __all__ = [
@@ -29,9 +30,14 @@ __all__ = [
     "empty_cache",
     "fuse_",
     "models",
+    "ops",
     "optimize_for_inference",
     "reference",
     "refresh",
     "tune",
     "unfuse_",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

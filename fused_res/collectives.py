@@ -24,9 +24,9 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t, group):
         ctx.group, t = group, t.contiguous()
-        parts = [torch.empty_like(t) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, t, group=group)
-        return torch.stack(parts)
+        gathered = [torch.empty_like(t) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, t, group=group)
+        return torch.stack(gathered)
 
     @staticmethod
     def backward(ctx, g):

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
+Backend = Literal["auto", "cpu", "cuda", "triton", "eager"]
+BACKENDS = get_args(Backend)
 CPU_ISAS = ("best", "plain", "avx2", "avx512")
 LOGS = ("off", "dispatch")
 WINOGRADS = ("4", "2", "0")

@@ -42,15 +42,15 @@ def change(before: float, after: float, better: str, worse: str) -> str:
     return f"{ratio:.2f}x {better}" if ratio > 1 else f"{1 / ratio:.2f}x {worse}"
 
 
-def document(title: str, parts: Sequence[str], style: str = "") -> str:
-    """The whole text. The title is escaped, the parts are HTML, ``style`` is CSS of its own."""
+def document(title: str, sections: Sequence[str], style: str = "") -> str:
+    """The whole text. The title is escaped, the sections are HTML, ``style`` is CSS of its own."""
     return "\n".join(
         [
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{html.escape(title)}</title><style>{_STYLE}{style}</style></head><body>",
-            *parts,
+            *sections,
             "</body></html>\n",
         ]
     )

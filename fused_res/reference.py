@@ -7,7 +7,7 @@ serve a call (a transform, a dtype, a device) runs it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,10 @@ from .collectives import all_gather, all_reduce
 
 Act = Literal["relu", "relu_before_add", "none"]
 ACTS = ("none", "relu", "relu_before_add")  # in the order of csrc's enum Act
-KINDS = ("basic", "bottleneck", "single", "plain")
-SKIPS = ("identity", "projection", "concat")
-RELUS = ("after", "before", "none")
+Kind = Literal["basic", "bottleneck", "single", "plain"]
+Skip = Literal["identity", "projection", "concat"]
+ReluPlacement = Literal["after", "before", "none"]
+KINDS, SKIPS, RELUS = map(get_args, (Kind, Skip, ReluPlacement))
 
 
 class Norm(NamedTuple):
@@ -77,10 +78,10 @@ def moments(x: Tensor) -> Tensor:
     return torch.stack((mean, m2, torch.full_like(mean, count)))
 
 
-def merged(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``moments`` of parts, (parts, ..., 3, C), as those of the whole, each (..., C), in a fixed
+def merged(partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``moments`` of several parts, (parts, ..., 3, C), merged, each (..., C), in a fixed
     order (Chan, Golub and LeVeque, 1983)."""
-    means, m2s, counts = parts.unbind(-2)
+    means, m2s, counts = partial.unbind(-2)
     count = counts.sum(0)
     mean = (means * (counts / count)).sum(0)
     return mean, (m2s + counts * (means - mean).square()).sum(0), count
@@ -246,6 +247,54 @@ def batch_norm_bwd(
     return dx.to(dtype), dweight.to(parameter_dtype), dbias.to(parameter_dtype)
 
 
+def _completed(
+    in_channels, out_channels, stride, kind, skip, groups, dilation, width, relu, dropout
+) -> tuple[Skip, ReluPlacement, int]:
+    """``skip``, ``relu`` and ``width`` of a ``ResBlock``, or their defaults.
+
+    Raises:
+        ValueError: an argument is out of range or two do not fit together.
+    """
+    positive = {"in_channels": in_channels, "out_channels": out_channels, "stride": stride}
+    for name, value in (positive | {"groups": groups, "dilation": dilation}).items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+    fits = in_channels == out_channels and stride == 1
+    if skip is None:
+        skip = "identity" if fits else "projection"
+    if relu is None:
+        relu = "none" if skip == "concat" else "before" if kind == "single" else "after"
+    known = {"kind": (kind, KINDS), "skip": (skip, SKIPS), "relu": (relu, RELUS)}
+    for name, (value, values) in known.items():
+        if value not in values:
+            raise ValueError(f"{name}={value!r} must be one of: {', '.join(values)}")
+    if skip == "identity" and not fits:
+        raise ValueError(
+            f"skip='identity' needs in_channels == out_channels and stride 1, got "
+            f"in_channels={in_channels}, out_channels={out_channels}, stride={stride}"
+        )
+    if skip == "concat" and stride != 1:
+        raise ValueError(f"skip='concat' needs stride=1, got stride={stride}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r} must be at least 0 and under 1")
+    if width is None:
+        width = max(out_channels // 4, 1) if kind == "bottleneck" else out_channels
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"width={width!r} must be an integer of at least 1")
+    return skip, relu, width
+
+
+def _convolutions(
+    kind: Kind, in_channels: int, width: int, out_channels: int, stride: int
+) -> list[tuple[int, int, int, int]]:
+    """Channels in, channels out, kernel size and stride of each."""
+    if kind == "bottleneck":
+        return [(in_channels, width, 1, 1), (width, width, 3, stride), (width, out_channels, 1, 1)]
+    if kind == "single":
+        return [(in_channels, out_channels, 3, stride)]
+    return [(in_channels, width, 3, stride), (width, out_channels, 3, 1)]
+
+
 class ResBlock(nn.Module):
     """A residual block in plain PyTorch, of any kind ``fused_res.FusedResBlock`` has.
 
@@ -280,6 +329,11 @@ class ResBlock(nn.Module):
 
     Raises:
         ValueError: an argument is out of range or two do not fit together; the message names them.
+
+    Example:
+        >>> block = ResBlock(64, 128, stride=2)
+        >>> block(torch.randn(8, 64, 32, 32)).shape
+        torch.Size([8, 128, 16, 16])
     """
 
     def __init__(
@@ -288,13 +342,13 @@ class ResBlock(nn.Module):
         out_channels: int,
         stride: int = 1,
         *,
-        kind: str = "basic",
-        skip: str | None = None,
+        kind: Kind = "basic",
+        skip: Skip | None = None,
         groups: int = 1,
         dilation: int = 1,
         width: int | None = None,
         bias: bool | None = None,
-        relu: str | None = None,
+        relu: ReluPlacement | None = None,
         dropout: float = 0.0,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
@@ -304,40 +358,9 @@ class ResBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "stride": stride,
-            "groups": groups,
-            "dilation": dilation,
-        }.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-        fits = in_channels == out_channels and stride == 1
-        if skip is None:
-            skip = "identity" if fits else "projection"
-        if relu is None:
-            relu = "none" if skip == "concat" else "before" if kind == "single" else "after"
-        for name, value, known in [
-            ("kind", kind, KINDS),
-            ("skip", skip, SKIPS),
-            ("relu", relu, RELUS),
-        ]:
-            if value not in known:
-                raise ValueError(f"{name}={value!r} must be one of: {', '.join(known)}")
-        if skip == "identity" and not fits:
-            raise ValueError(
-                f"skip='identity' needs in_channels == out_channels and stride 1, got "
-                f"in_channels={in_channels}, out_channels={out_channels}, stride={stride}"
-            )
-        if skip == "concat" and stride != 1:
-            raise ValueError(f"skip='concat' needs stride=1, got stride={stride}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout!r} must be at least 0 and under 1")
-        if width is None:
-            width = max(out_channels // 4, 1) if kind == "bottleneck" else out_channels
-        if not isinstance(width, int) or width < 1:
-            raise ValueError(f"width={width!r} must be an integer of at least 1")
+        skip, relu, width = _completed(
+            in_channels, out_channels, stride, kind, skip, groups, dilation, width, relu, dropout
+        )
         self.kind, self.skip, self.relu_placement = kind, skip, relu
         has_norm = kind != "plain"
         factory = {"device": device, "dtype": dtype}
@@ -346,31 +369,14 @@ class ResBlock(nn.Module):
             spread, g = (dilation, groups) if size == 3 else (1, 1)
             if c_in % g or c_out % g:
                 raise ValueError(f"groups={g} must divide the 3x3's channels, {c_in} -> {c_out}")
-            return nn.Conv2d(
-                c_in,
-                c_out,
-                size,
-                stride,
-                padding=spread * (size // 2),
-                dilation=spread,
-                groups=g,
-                bias=(not has_norm) if bias is None else bias,
-                **factory,
-            )
+            has_bias = (not has_norm) if bias is None else bias
+            padding = spread * (size // 2)
+            return nn.Conv2d(c_in, c_out, size, stride, padding, spread, g, has_bias, **factory)
 
         def norm(channels: int) -> nn.BatchNorm2d:
             return nn.BatchNorm2d(channels, eps, momentum, affine, track_running_stats, **factory)
 
-        if kind == "bottleneck":
-            convs = [
-                (in_channels, width, 1, 1),
-                (width, width, 3, stride),
-                (width, out_channels, 1, 1),
-            ]
-        elif kind == "single":
-            convs = [(in_channels, out_channels, 3, stride)]
-        else:
-            convs = [(in_channels, width, 3, stride), (width, out_channels, 3, 1)]
+        convs = _convolutions(kind, in_channels, width, out_channels, stride)
         for i, shape in enumerate(convs, 1):
             setattr(self, f"conv{i}", conv(*shape))
             if has_norm:

@@ -1,84 +1,123 @@
 """A whole residual block in training, in Triton: the op ``res_block``, stage by stage as in
-``csrc/res_block.h``, with convolutions of our own (``training_convolution``) where the plan says so
-and else PyTorch's.
+``csrc/res_block.h``. The plan says for each convolution whether ``training_convolution.py``,
+``conv_halo`` or cuDNN (through ATen) runs it.
 
-Own convolutions save passes over memory: forward, that of the statistics; backward, that of the
+Fused convolutions save passes over memory: forward, that of the statistics; backward, that of the
 sums of each BatchNorm inside the block, the masks of the ReLUs there, and the pass that adds the
 shortcut's gradient.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fused_res.ops import conv_halo
 from fused_res.reference import ACTS, ConvNorm, Shortcut
 
-from . import bn_act
-from . import training_convolution as own
-from .training_convolution import ADD, RELU, End
+from . import bn_act_bwd, bn_act_fwd, conv_tiles
+from . import training_convolution as convolutions
+from .bn_act import Geometry, dense_like
+from .training_convolution import ADD, RELU, Epilogue
 
 _RELU = ACTS.index("relu")
 _HALO = -1
 
 
 class Choice(NamedTuple):
-    """What runs a convolution each way: 0 the library, 1 our own, 2 + i our own in the i-th of
-    ``conv_bn_act.CONFIGS``, -1 ``conv_halo``, where its ends are those that are wanted."""
+    """What runs a convolution each way: 0 cuDNN, 1 ``training_convolution``, 2 + i the same in the
+    i-th of ``conv_tiles.CONFIGS``, -1 ``conv_halo``, where it has the epilogue that is wanted."""
 
     forward: int = 0
     backward: int = 0
 
 
-def _config(choice: int):
-    return own.inference.CONFIGS[choice - 2] if choice > 1 else None
+class Halo(Protocol):
+    """``fused_res.ops.conv_halo``, given by the op: kernels import no ops."""
+
+    def trains(self, x: Tensor, conv: ConvNorm) -> bool: ...
+
+    def convolve(self, x: Tensor, conv: ConvNorm) -> tuple[Tensor, Tensor]: ...
+
+    def input_gradient(
+        self, dy: Tensor, conv: ConvNorm, a: Tensor, stats: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
 
 
-def _convolve(x: Tensor, conv: ConvNorm, choice: Choice, statistics: bool):
+class Block(NamedTuple):
+    """A block on its input.
+
+    Args:
+        act: of ``reference.ACTS``, by place, after the last stage; a ReLU follows each before.
+        recompute: whether backward computes the branch's last convolution again.
+        plan: of each stage, the shortcut's last.
+    """
+
+    x: Tensor
+    branch: list[ConvNorm]
+    shortcut: Shortcut
+    act: int
+    recompute: bool
+    plan: list[Choice]
+    halo: Halo
+
+    @property
+    def stages(self) -> list[ConvNorm]:
+        return [*self.branch, self.shortcut] if self.shortcut else self.branch
+
+
+def config_of(choice: int):
+    return conv_tiles.CONFIGS[choice - 2] if choice > 1 else None
+
+
+def convolve(x: Tensor, conv: ConvNorm, choice: Choice, statistics: bool, halo: Halo):
     """The convolution, and its statistics where they came with it."""
-    if choice.forward == _HALO and statistics and conv_halo.trains(x, conv):
-        return conv_halo.convolve(x, conv)
-    if choice.forward <= 0 or own.why_not(x, conv):
+    if choice.forward == _HALO and statistics and halo.trains(x, conv):
+        return halo.convolve(x, conv)
+    if choice.forward <= 0 or convolutions.why_not(x, conv):
         return torch.convolution(x, *conv[:5], False, (0, 0), conv.groups), None
-    return own.convolve(x, conv, statistics, _config(choice.forward))
+    return convolutions.convolve(x, conv, statistics, config_of(choice.forward))
 
 
-def forward(
-    x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, act: int, save: bool, recompute: bool,
-    plan: list[Choice],
-) -> list[Tensor]:  # fmt: skip
+def aten_backward(dy: Tensor, x: Tensor, conv: ConvNorm, wanted: tuple[bool, bool, bool]):
+    """The gradients of the input, the weight and the bias; None where not wanted."""
+    if not any(wanted):
+        return None, None, None
+    size = None if conv.bias is None else [len(conv.weight)]
+    return torch.ops.aten.convolution_backward(
+        dy, x, conv.weight, size, *conv[2:5], False, (0, 0), conv.groups, wanted)  # fmt: skip
+
+
+def forward(block: Block, save: bool) -> list[Tensor]:
     """``res_block_fwd`` of ``fused_res/ops/res_block.py``; of norms with running statistics, which
     are updated."""
+    x, branch, shortcut, plan = block.x, block.branch, block.shortcut, block.plan
     outputs, kept, z, mask = [], [], x, None
     for i, (stage, choice) in enumerate(zip(branch, plan, strict=False)):
         last = i + 1 == len(branch)
-        a, partial = _convolve(z, stage, choice, stage.norm.training)
-        residual, second, partial2 = None, (None,) * 4 + (False, 0.0, 1.0), None
+        a, statistics = convolve(z, stage, choice, stage.norm.training, block.halo)
+        call = bn_act_fwd.Call(
+            a, stage.norm, act=block.act if last else _RELU, save_mask=save and last,
+            statistics=statistics,
+        )  # fmt: skip
         if last and shortcut is None:
-            residual = x
+            call = call._replace(residual=x)
         joined = last and bool(shortcut)
         if joined:
-            residual, partial2 = _convolve(x, shortcut, plan[-1], shortcut.norm.training)
-            second = _norm(shortcut)
-        z, mask, stats = bn_act.forward(
-            a, *_norm(stage), residual, joined, *second, act if last else _RELU, save and last,
-            partial, partial2,
-        )  # fmt: skip
-        if save and not (last and recompute):
+            a_shortcut, statistics = convolve(
+                x, shortcut, plan[-1], shortcut.norm.training, block.halo
+            )
+            call = call._replace(
+                residual=a_shortcut, residual_norm=shortcut.norm, residual_statistics=statistics
+            )
+        z, mask, stats = bn_act_fwd.forward(call)
+        if save and not (last and block.recompute):
             outputs.append(a)
         if save and joined:
-            outputs.append(residual)
+            outputs.append(call.residual)
         kept.append(stats)
     return [z, *outputs, *kept, mask] if save else [z]
-
-
-def _norm(stage: ConvNorm) -> tuple:
-    """As ``bn_act.forward`` takes one."""
-    running_mean, running_var, weight, bias, *numbers = stage.norm
-    return weight, bias, running_mean, running_var, *numbers
 
 
 class _Wanted(NamedTuple):
@@ -93,126 +132,187 @@ class _Wanted(NamedTuple):
     def of(self, stage: int) -> tuple[bool, bool, bool]:
         return tuple(bool(self.needs >> (1 + 3 * stage + bit) & 1) for bit in range(3))
 
+    def of_conv(self, stage: int) -> bool:
+        """Whether the convolution's weight or bias wants one."""
+        return any(self.of(stage)[:2])
+
     def before(self, stage: int) -> bool:
+        """Whether anything before a stage of the branch wants one."""
         return self.needs & ((1 << (1 + 3 * stage)) - 1) != 0
 
 
-def _library_backward(dy, x, conv: ConvNorm, wanted: tuple[bool, bool, bool]):
-    """Of the input, the weight and the bias; None where not wanted."""
-    if not any(wanted):
-        return None, None, None
-    size = None if conv.bias is None else [len(conv.weight)]
-    return torch.ops.aten.convolution_backward(
-        dy, x, conv.weight, size, *conv[2:5], False, (0, 0), conv.groups, wanted)  # fmt: skip
+class _Backward:
+    """The backward pass of a block, from its end to its input."""
 
+    def __init__(self, block: Block, dy: Tensor, saved: list[Tensor], needs: int) -> None:
+        n = len(block.branch)
+        self.block, self.dy, self.wanted = block, dy, _Wanted(needs)
+        self.count, self.stages, self.plan = n, block.stages, block.plan
+        self.outputs = saved[: n - block.recompute]
+        self.stats, self.mask = saved[-n - 1 : -1], saved[-1]
+        self.a_shortcut = saved[n - block.recompute] if block.shortcut else None
+        self.gradients = [[None] * 4 for _ in self.stages]
+        self.last_input = None  # of the last convolution, and its ReLU's mask, where computed
 
-def backward(
-    dy: Tensor, x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, saved: list[Tensor],
-    act: int, recompute: bool, needs: int, plan: list[Choice],
-) -> list[Tensor]:  # fmt: skip
-    """``res_block_bwd`` of ``fused_res/ops/res_block.py``, with one gradient of x: the sum."""
-    n, wanted = len(branch), _Wanted(needs)
-    stages = [*branch, shortcut] if shortcut else branch
-    outputs, stats, mask = saved[: n - recompute], saved[-n - 1 : -1], saved[-1]
-    a_shortcut = saved[n - recompute] if shortcut else None
-    gradients = [[None] * 4 for _ in stages]
+    # Which convolution runs
 
-    def inside(i: int) -> tuple[Tensor, Tensor | None]:
-        """What convolution i read, and the mask of the ReLU before it."""
-        return bn_act.reapply(outputs[i - 1], stats[i - 1]) if i else (x, None)
+    def _fused(self, i: int, *read: Tensor) -> bool:
+        """Whether ``training_convolution`` runs the gradient of convolution i's input, from
+        these."""
+        takes = all(convolutions.why_not(t, self.stages[i]) is None for t in read)
+        return self.plan[i].backward > 0 and takes
 
-    def owns(i: int, *read: Tensor) -> bool:
-        """Whether the gradient of what convolution i read is our own's, which reads these."""
-        return plan[i].backward > 0 and all(own.why_not(t, stages[i]) is None for t in read)
-
-    def halos(i: int, da: Tensor, a: Tensor) -> bool:
-        """Whether the gradient of what convolution i read, past a ReLU, is ``conv_halo``'s."""
+    def _halo(self, i: int, da: Tensor, a: Tensor) -> bool:
+        """Whether ``conv_halo`` runs the gradient of convolution i's input, past a ReLU."""
         dense = da.is_contiguous(memory_format=torch.channels_last)
-        return plan[i].backward == _HALO and dense and conv_halo.trains(a, stages[i])
+        halo = self.plan[i].backward == _HALO
+        return halo and dense and self.block.halo.trains(a, self.stages[i])
 
-    def own_gradient(i: int, da: Tensor, size, end: End, out: Tensor | None = None):
-        config = _config(plan[i].backward)
-        return own.input_gradient(da, stages[i], size, end, config, out)
+    def _fused_gradient(self, i: int, da: Tensor, size, epilogue: Epilogue, out=None):
+        config = config_of(self.plan[i].backward)
+        return convolutions.input_gradient(da, self.stages[i], size, epilogue, config, out)
 
-    def of_library(i: int, da: Tensor, z: Tensor, input: bool) -> Tensor | None:
-        """The gradients of convolution i, but for the input's where it is our own's."""
-        dz, *gradients[i][:2] = _library_backward(da, z, stages[i], (input, *wanted.of(i)[:2]))
+    def _aten_gradients(self, i: int, da: Tensor, z: Tensor, input: bool) -> Tensor | None:
+        """The gradients of convolution i; of its input only where no fused kernel runs it."""
+        wanted = input, *self.wanted.of(i)[:2]
+        dz, *self.gradients[i][:2] = aten_backward(da, z, self.stages[i], wanted)
         return dz
 
-    # the end: both BatchNorms, the add and the ReLU
-    z = inner_mask = None
-    if recompute:
-        z, inner_mask = inside(n - 1)
-        a, _ = _convolve(z, branch[-1], plan[n - 1], False)
-        outputs = [*outputs, a]
-    a = outputs[-1]
-    dy = bn_act._like(dy, a)
-    of_shortcut = bool(shortcut) and (wanted.x or any(wanted.of(n)[:2]))
-    # an own convolution of x's gradient adds what passes the block by, to every pixel
-    past = shortcut is None and wanted.x
-    adds = past and owns(0, outputs[0])
-    adds = adds and bn_act.Geometry.of(a).channels_last and max(branch[0].stride) == 1
-    passes = past and act == _RELU and not adds
-    of_branch = wanted.before(n - 1) or any(wanted.of(n - 1)[:2])
-    of_norms = wanted.of(n - 1)[2] or (bool(shortcut) and wanted.of(n)[2])
-    norm, second = branch[-1].norm, shortcut.norm if shortcut else None
-    da, *gradients[n - 1][2:], d_residual, dweight, dbias = bn_act.backward(
-        dy, a, norm.weight, norm.training, a_shortcut, second is not None,
-        None if second is None else second.weight, second is not None and second.training,
-        stats[-1], mask, act, of_branch, of_shortcut or passes, of_norms,
-    )  # fmt: skip
-    if second is not None:
-        gradients[n][2:] = dweight, dbias
-
-    dx = None
-    for i in reversed(range(n)):
-        before = wanted.before(i)
-        if not before and not any(wanted.of(i)[:2]):
-            break
+    def _input_of(self, i: int) -> tuple[Tensor, Tensor | None]:
+        """What convolution i read, and the mask of the ReLU before it."""
         if i == 0:
-            if before and owns(0, da):
-                of_library(0, da, x, False)
-                end = End(ADD, other=dy, mask=mask if act == _RELU else None) if adds else End()
-                dx, _ = own_gradient(0, da, x.shape[2:], end)
+            return self.block.x, None
+        return bn_act_fwd.reapply(self.outputs[i - 1], self.stats[i - 1])
+
+    # The stages
+
+    def run(self) -> list[Tensor]:
+        da, d_residual = self._end()
+        dx = None
+        for i in reversed(range(self.count)):
+            if not self.wanted.before(i) and not self.wanted.of_conv(i):
+                break
+            if i == 0:
+                dx = self._first(da)
             else:
-                dx = of_library(0, da, x, before)
-            break
-        a, norm = outputs[i - 1], branch[i - 1].norm
-        *of_conv, of_norm = wanted.of(i - 1)
-        of_conv = wanted.before(i - 1) or any(of_conv)
-        halo = before and halos(i, da, a)
-        if halo or (before and owns(i, da, a)):
+                da = self._stage(i, da)
+        if self.of_shortcut:
+            dx = self._add_projection(dx, d_residual)
+        elif self.past and not self.adds:
+            dx += d_residual if self.block.act == _RELU else self.dy
+        return self._results(dx)
+
+    def _end(self) -> tuple[Tensor | None, Tensor | None]:
+        """Both BatchNorms, the add and the ReLU: the gradients of the branch's last convolution's
+        output and of what was added to it."""
+        block, wanted, n, act = self.block, self.wanted, self.count, self.block.act
+        if block.recompute:
+            self.last_input = self._input_of(n - 1)
+            a, _ = convolve(
+                self.last_input[0], block.branch[-1], self.plan[n - 1], False, block.halo
+            )
+            self.outputs = [*self.outputs, a]
+        a = self.outputs[-1]
+        self.dy = dense_like(self.dy, a)
+        shortcut = block.shortcut
+        self.of_shortcut = bool(shortcut) and (wanted.x or wanted.of_conv(n))
+        # A fused convolution of x's gradient adds what passes the block by, to every pixel.
+        self.past = shortcut is None and wanted.x
+        self.adds = (
+            self.past
+            and self._fused(0, self.outputs[0])
+            and Geometry.of(a).channels_last
+            and max(block.branch[0].stride) == 1
+        )
+        passes = self.past and act == _RELU and not self.adds
+        norm, second = block.branch[-1].norm, shortcut.norm if shortcut else None
+        of_norms = wanted.of(n - 1)[2] or (second is not None and wanted.of(n)[2])
+        found = bn_act_bwd.backward(
+            bn_act_bwd.Call(
+                self.dy,
+                a,
+                bn_act_bwd.NormCall(norm.weight, norm.training),
+                self.stats[-1],
+                self.mask,
+                self.a_shortcut,
+                None if second is None else bn_act_bwd.NormCall(second.weight, second.training),
+                act,
+                bn_act_bwd.Wanted(
+                    wanted.before(n - 1) or wanted.of_conv(n - 1),
+                    self.of_shortcut or passes,
+                    of_norms,
+                ),
+            )
+        )
+        self.gradients[n - 1][2:] = found.dweight, found.dbias
+        if second is not None:
+            self.gradients[n][2:] = found.dresidual_weight, found.dresidual_bias
+        return found.dx, found.dresidual
+
+    def _first(self, da: Tensor) -> Tensor | None:
+        """Convolution 0: the gradient of x by way of the branch."""
+        x, before = self.block.x, self.wanted.before(0)
+        if not (before and self._fused(0, da)):
+            return self._aten_gradients(0, da, x, before)
+        self._aten_gradients(0, da, x, False)
+        mask = self.mask if self.block.act == _RELU else None
+        epilogue = Epilogue(ADD, other=self.dy, mask=mask) if self.adds else Epilogue()
+        return self._fused_gradient(0, da, x.shape[2:], epilogue)[0]
+
+    def _stage(self, i: int, da: Tensor) -> Tensor | None:
+        """Convolution i, and the ReLU and BatchNorm before it: the gradient of the output of the
+        convolution before."""
+        a, stats, norm = self.outputs[i - 1], self.stats[i - 1], self.stages[i - 1].norm
+        last_input, self.last_input = self.last_input, None
+        before = self.wanted.before(i)
+        of_norm = bn_act_bwd.NormCall(norm.weight, norm.training)
+        wanted = bn_act_bwd.Wanted(
+            self.wanted.before(i - 1) or self.wanted.of_conv(i - 1), False, self.wanted.of(i - 1)[2]
+        )
+        halo = before and self._halo(i, da, a)
+        if halo or (before and self._fused(i, da, a)):
             if halo:
-                g, sums = conv_halo.input_gradient(da, stages[i], a, stats[i - 1])
+                g, sums = self.block.halo.input_gradient(da, self.stages[i], a, stats)
             else:
-                end = End(RELU, a=a, stats=stats[i - 1])
-                g, sums = own_gradient(i, da, a.shape[2:], end)
-            d_before, *gradients[i - 1][2:], z = bn_act.backward_of_sums(
-                g, a, norm.weight, norm.training, stats[i - 1], sums, of_conv, of_norm,
-                any(wanted.of(i)[:2]))  # fmt: skip
-            of_library(i, da, z, False)
-            da = d_before
-        else:
-            if z is None or i + 1 < n:
-                z, inner_mask = inside(i)
-            dz = of_library(i, da, z, before)
-            if before:
-                da, *gradients[i - 1][2:], _, _, _ = bn_act.backward(
-                    dz, a, norm.weight, norm.training, None, False, None, False, stats[i - 1],
-                    inner_mask, _RELU, of_conv, False, of_norm)  # fmt: skip
-    if of_shortcut:
-        if wanted.x and owns(n, d_residual) and bn_act.Geometry.of(dx).channels_last:
-            of_library(n, d_residual, x, False)
-            own_gradient(n, d_residual, x.shape[2:], End(ADD, other=dx), dx)
-        else:
-            dz = of_library(n, d_residual, x, wanted.x)
-            if wanted.x:
-                dx += dz
-    elif past and not adds:
-        dx += d_residual if act == _RELU else dy
-    results = [dx] if wanted.x else []
-    for i, found in enumerate(gradients):
-        weight, bias, norm = wanted.of(i)
-        flags = weight, bias, norm, norm
-        results += [t for t, flag in zip(found, flags, strict=True) if flag]
-    return results
+                epilogue = Epilogue(RELU, a=a, stats=stats)
+                g, sums = self._fused_gradient(i, da, a.shape[2:], epilogue)
+            found, z = bn_act_bwd.backward_of_sums(
+                bn_act_bwd.SumsCall(g, a, of_norm, stats, sums, wanted, self.wanted.of_conv(i))
+            )
+            self.gradients[i - 1][2:] = found.dweight, found.dbias
+            self._aten_gradients(i, da, z, False)
+            return found.dx
+        z, mask = last_input or self._input_of(i)
+        dz = self._aten_gradients(i, da, z, before)
+        if not before:
+            return None
+        call = bn_act_bwd.Call(dz, a, of_norm, stats, mask, act=_RELU, wanted=wanted)
+        found = bn_act_bwd.backward(call)
+        self.gradients[i - 1][2:] = found.dweight, found.dbias
+        return found.dx
+
+    def _add_projection(self, dx: Tensor | None, d_residual: Tensor) -> Tensor | None:
+        """The shortcut's convolution; its gradient of x is added to dx."""
+        n, x, wants_x = self.count, self.block.x, self.wanted.x
+        if wants_x and self._fused(n, d_residual) and Geometry.of(dx).channels_last:
+            self._aten_gradients(n, d_residual, x, False)
+            self._fused_gradient(n, d_residual, x.shape[2:], Epilogue(ADD, other=dx), dx)
+            return dx
+        dz = self._aten_gradients(n, d_residual, x, wants_x)
+        if wants_x:
+            dx += dz
+        return dx
+
+    def _results(self, dx: Tensor | None) -> list[Tensor]:
+        """Those that are wanted, in the order of ``needs``."""
+        results = [dx] if self.wanted.x else []
+        for i, found in enumerate(self.gradients):
+            weight, bias, norm = self.wanted.of(i)
+            flags = weight, bias, norm, norm
+            results += [t for t, flag in zip(found, flags, strict=True) if flag]
+        return results
+
+
+def backward(block: Block, dy: Tensor, saved: list[Tensor], needs: int) -> list[Tensor]:
+    """``res_block_bwd`` of ``fused_res/ops/res_block.py``, with one gradient of x: the sum."""
+    return _Backward(block, dy, saved, needs).run()

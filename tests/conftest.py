@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_res import choices, tuned, tuning
+from fused_res.dispatch import inference_conv, tuning, user_timings
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 sys.path.append(str(Path(__file__).parent / "tools"))
 
 # Without a GPU Triton's kernels run in its interpreter: so says this variable where they are
-# imported. It is set for that and in tests/test_triton*.py; to other tests there is no Triton.
+# imported. It is set for that and in tests/*/test_triton.py; to other tests there is no Triton.
 importlib.import_module("fused_res")
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +50,7 @@ def cache(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSED_RES_CACHE", folder)
-        patch.setattr(tuned, "settings", tuned.settings._replace(cache=folder))
+        patch.setattr(user_timings, "settings", user_timings.settings._replace(cache=folder))
         patch.setattr(tuning, "ROUNDS", (1, 1))  # the figures do not matter
         patch.setattr(tuning, "SCRATCH", {"cpu": 1, "cuda": 1})
         yield folder
@@ -60,7 +60,7 @@ def cache(tmp_path_factory):
 def untuned(cache):
     """What one test measures chooses for no other."""
     yield
-    for path in tuned.files():
+    for path in user_timings.files():
         path.unlink()
-    tuned.forget()
-    choices.forget()
+    user_timings.forget()
+    inference_conv.forget()

@@ -13,6 +13,6 @@ compiler=${CXX:-c++}
 # libstdc++ too: ASan must find the real __cxa_throw before torch loads one of its own
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-    PYTHONPATH="$copy" "$PY" -m pytest -q -p no:cacheprovider tests/test_bn_act.py tests/test_res_block.py \
-    tests/test_conv_bn_act.py tests/test_training_convolution.py tests/test_res_chain.py \
+    PYTHONPATH="$copy" "$PY" -m pytest -q -p no:cacheprovider tests/bn_act/test_cpu.py tests/res_block/test_cpu.py \
+    tests/conv_bn_act/test_cpu.py tests/training_convolution/test_cpu.py tests/res_chain/test_cpu.py \
     -k "not compile and not modes and not billion and not opcheck and not gradgrad" "$@"

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
-from fused_res.nn.blocks import child
-from fused_res.patterns import plan_of
+from fused_res.fuse.match import plan_of
+from fused_res.fuse.modules import child
 
 
 class FoldedConv(nn.Module):
@@ -88,7 +88,7 @@ class FoldedNet(nn.Module):
     def __init__(self, net: nn.Sequential, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        children, i, parts = list(net), 0, []
+        children, i, layers = list(net), 0, []
         while i < len(children):
             part = children[i]
             if isinstance(part, nn.Conv2d):
@@ -96,12 +96,12 @@ class FoldedNet(nn.Module):
                 i += 1 + (bn is not None)
                 relu = isinstance(children[i], nn.ReLU)
                 i += relu
-                parts.append(FoldedConv(part, bn, dtype, relu))
+                layers.append(FoldedConv(part, bn, dtype, relu))
                 continue
             block = any(isinstance(m, nn.Conv2d) for m in part.modules())
-            parts.append(FoldedBlock(part, dtype) if block else part.to(dtype))
+            layers.append(FoldedBlock(part, dtype) if block else part.to(dtype))
             i += 1
-        self.parts = nn.Sequential(*parts)
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.parts(x.to(self.dtype))
+        return self.layers(x.to(self.dtype))

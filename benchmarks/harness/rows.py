@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import fused_res
-from fused_res.backends import STATUS, cpu_isa
+from fused_res.dispatch.backends import STATUS, cpu_isa
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res.backends import BACKENDS, why_not
+from fused_res.dispatch.backends import BACKENDS, why_not
 
 from . import check
 from .program import CL, FORMATS, STEP, Program
@@ -201,8 +201,8 @@ class TrainingWorkload(Workload):
         return backends(device, self.dtype)
 
     def slack(self, backend: str) -> float:
-        folds = self.whole_net and not self.training and backend == "cuda"
-        return FOLDED_SLACK if folds and self.dtype != torch.float32 else FUSED_SLACK
+        folded = self.whole_net and not self.training and backend == "cuda"
+        return FOLDED_SLACK if folded and self.dtype != torch.float32 else FUSED_SLACK
 
     def bound(self) -> float:
         return 0.0

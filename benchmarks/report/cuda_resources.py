@@ -29,8 +29,8 @@ FLAGS = {
     "kSecond": ("one norm", "two norms"),
     "kCluster": ("a block", "a cluster"),
 }
-# kEnd of a convolution's tiles, in words.
-ENDS = ("affine", "statistics", "gradient")
+# kEpilogue of a convolution's tiles, in words.
+EPILOGUES = ("affine", "statistics", "gradient")
 # Those that are kinds of products of matrices, in words.
 PRODUCTS = {
     "cuda::HalfProducts<bf16>": "bf16",
@@ -165,8 +165,8 @@ class Kernel(NamedTuple):
         for name, value in self.arguments.items():
             if name in FLAGS:
                 words.append(FLAGS[name][value == "true"])
-            elif name == "kEnd":  # "(cuda::End)1"
-                words.append(ENDS[int(value[-1])])
+            elif name == "kEpilogue":  # "(cuda::Epilogue)1"
+                words.append(EPILOGUES[int(value[-1])])
             else:
                 words.append(f"{name}={value}")
         return ", ".join(words)
@@ -177,7 +177,7 @@ def short(name: str) -> str:
 
 
 def _kernel(demangled: str, resources: Resources) -> Kernel:
-    """From "void fused_res::cuda::apply_kernel<float, true, false>(...)"."""
+    """From "void fused_res::cuda::bn_act_fwd_apply_kernel<float, true, false>(...)"."""
     name, arguments = re.match(r"(?:void )?(?:\w+::)*(\w+)(?:<(.*?)>)?\(", demangled).groups()
     values = (arguments or "").replace("fused_res::", "").split(", ")
     named = dict(zip(declared().get(name, ()), values, strict=False))

@@ -19,11 +19,11 @@ COLUMNS = (
 
 def markdown(devices: dict[str, dict[str, list[dict]]]) -> str:
     """A table for each CPU, under it where and when it was measured."""
-    parts = []
+    sections = []
     for device, suites in devices.items():
         if device.startswith("cpu-"):
-            parts += report(suites)
-    return "\n\n".join(parts) if parts else "No results yet."
+            sections += report(suites)
+    return "\n\n".join(sections) if sections else "No results yet."
 
 
 def report(suites: dict[str, list[dict]]) -> list[str]:

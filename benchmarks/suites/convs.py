@@ -18,9 +18,11 @@ from harness.suite import CL, DTYPES, FUSED, FUSED_SLACK, Candidate, Options, Su
 from report.tables import Lookup, caption, number, on_device, to_markdown, unique
 from torch import Tensor
 
-from fused_res import choices, plans, reference
-from fused_res.backends import why_not
-from fused_res.ops.conv_bn_act import IMPLEMENTATIONS, Call, run_as
+from fused_res import reference
+from fused_res.dispatch import inference_conv, training_conv
+from fused_res.dispatch.backends import why_not
+from fused_res.dispatch.inference_conv import IMPLEMENTATIONS
+from fused_res.ops.conv_bn_act import Call, run_as
 from fused_res.reference import ConvNorm, Norm, ResBlock
 
 
@@ -125,7 +127,7 @@ class ConvWorkload(Workload):
             why = why or implementation.why_not(call)
             configs = [None] if why or implementation.configs is None else None
             for config in configs or implementation.configs(call):
-                run = partial(run_as, choice=choices.Choice(name, "timed", config))
+                run = partial(run_as, choice=inference_conv.Choice(name, "timed", config))
                 found.append(candidate(name, config, partial(ConvProgram, run, self), why_not=why))
         return [candidate("eager", None, partial(ConvProgram, eager, self)), *found]
 
@@ -144,7 +146,7 @@ class ConvWorkload(Workload):
         return (Kernel(2 * pixels * weights, moved),)
 
     def described(self, candidate: Candidate) -> dict[str, object]:
-        row = choices.row_of(choices.key_of(self.call_of(self.values("meta"))), {})
+        row = inference_conv.row_of(inference_conv.key_of(self.call_of(self.values("meta"))), {})
         return described(row, candidate, "shape", "like")
 
 
@@ -198,10 +200,10 @@ def workloads(gpu: bool, quick: bool) -> list[ConvWorkload]:
 
 
 class TrainingConvProgram(Program):
-    """``choice``: as of ``fused_res.plans``."""
+    """``choice``: as of ``fused_res.dispatch.training_conv``."""
 
     def __init__(self, choice: int, workload: TrainingConvWorkload, v: dict[str, Tensor]) -> None:
-        from fused_res.plan_steps import Steps
+        from fused_res.dispatch.training_conv_candidates import Steps
 
         # statistics and sums may be updated in place
         self.initial, self.v = v, {name: t.clone() for name, t in v.items()}
@@ -221,10 +223,10 @@ class TrainingConvWorkload(Workload):
     """One way, forward or backward; ``eager`` has the passes over memory of Triton's bn_act that
     the fused kernels spare."""
 
-    call: plans.Call | None = None
+    call: training_conv.Call | None = None
 
     def values(self, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
-        from fused_res.plan_steps import values
+        from fused_res.dispatch.training_conv_candidates import values
 
         return values(self.call, device, seed)
 
@@ -234,13 +236,19 @@ class TrainingConvWorkload(Workload):
         convolve = partial(F.conv2d, weight=v["weight"], stride=call.stride, padding=call.padding)
 
         def normalized(a: Tensor) -> Tensor:
-            norm = v["mean"].clone(), v["var"].clone(), v["gamma"], v["beta"], plans.trains(call)
+            norm = (
+                v["mean"].clone(),
+                v["var"].clone(),
+                v["gamma"],
+                v["beta"],
+                training_conv.trains(call),
+            )
             return F.relu(F.batch_norm(a, *norm))
 
         if not call.backward:
             return {"y": normalized(convolve(v["x"]))}
         if "a" in v:
-            parameters = ["gamma", "beta"] if plans.trains(call) else []
+            parameters = ["gamma", "beta"] if training_conv.trains(call) else []
             leaves = [v[name].requires_grad_() for name in ("a", *parameters)]
             z = normalized(v["a"])
             grads = torch.autograd.grad(convolve(z), leaves, v["dy"])
@@ -251,10 +259,10 @@ class TrainingConvWorkload(Workload):
         return {"y": dx + v["masked"] if "masked" in v else dx + v.get("other", 0)}
 
     def candidates(self, device: str, options: Options) -> list[Candidate]:
-        from fused_res.plan_steps import Steps
+        from fused_res.dispatch.training_conv_candidates import Steps
 
         return [
-            candidate(plans.name_of(choice), plans.config_of(choice),
+            candidate(training_conv.name_of(choice), training_conv.config_of(choice),
                       partial(TrainingConvProgram, choice, self))
             for choice in Steps(self.call, self.values(device)).choices()
         ]  # fmt: skip
@@ -270,17 +278,17 @@ class TrainingConvWorkload(Workload):
         size = used + out + torch.Size(call.weight).numel()
         if not call.backward:
             size += 2 * out  # a -> y
-        elif plans.trains(call) is not None:
+        elif training_conv.trains(call) is not None:
             size += 5 * x  # a; g, a -> da, z
         elif call.end:
             size += used
-        return item * size + (x // 8 if call.end == plans.ADD else 0)
+        return item * size + (x // 8 if call.end == training_conv.ADD else 0)
 
     def described(self, candidate: Candidate) -> dict[str, object]:
-        return described(plans.row_of(self.call, {}), candidate, "op", "shape", "like")
+        return described(training_conv.row_of(self.call, {}), candidate, "op", "shape", "like")
 
 
-def _calls(kind: str, x: Tensor, out: int, stride: int) -> list[plans.Call]:
+def _calls(kind: str, x: Tensor, out: int, stride: int) -> list[training_conv.Call]:
     """Of a block in training."""
     block = ResBlock(x.size(1), out, stride, kind=kind, device="meta", dtype=x.dtype)
     convs = [getattr(block, f"conv{i + 1}") for i in range(block.depth)]
@@ -290,7 +298,7 @@ def _calls(kind: str, x: Tensor, out: int, stride: int) -> list[plans.Call]:
         ConvNorm(c.weight, None, c.stride, c.padding, c.dilation, c.groups, norm) for c in convs
     ]
     branch, rest = stages[: block.depth], stages[block.depth :]
-    return plans.calls(plans.block_of(x, branch, *(rest or [None])))
+    return training_conv.calls(training_conv.block_of(x, branch, *(rest or [None])))
 
 
 def training_convs_of(
@@ -298,7 +306,7 @@ def training_convs_of(
 ) -> list[TrainingConvWorkload]:
     """The convolutions of a net's blocks, both ways; ``channels`` of each stage."""
     width = channels[0] // 4 if kind == "bottleneck" else channels[0]
-    found: dict[plans.Call, None] = {}
+    found: dict[training_conv.Call, None] = {}
     for stage, out in enumerate(channels):
         for stride in (2 if stage else 1, 1):  # the first block; all others are alike
             x = torch.empty((batch, width, size, size), dtype=DTYPES[dtype], device="meta",

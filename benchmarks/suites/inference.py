@@ -212,8 +212,8 @@ class InferenceWorkload(Workload):
         if options.gpu:
             found += [best, of("cudnn-fused", suite.COMPILE_SLACK, cudnn_fused, core=True)]
             for name, why in suite.backends(device, self.dtype, "conv_bn_act").items():
-                folds = self.net and name == "cuda" and self.dtype != torch.float32
-                slack = suite.FOLDED_SLACK if folds else suite.FUSED_SLACK
+                folded = self.net and name == "cuda" and self.dtype != torch.float32
+                slack = suite.FOLDED_SLACK if folded else suite.FUSED_SLACK
                 prepare = partial(with_backend, backend=name)
                 found.append(of(FUSED + name, slack, prepare, bound=self.bound(), why_not=why))
             found += map(suite.graphed, list(found))

@@ -121,9 +121,10 @@ BYTES = [
     figure("% of copy", "percent_of_copy", direction=STEP),
 ]
 IN_GRAPHS = over("both in CUDA graphs", "eager-graphed", direction=STEP, graphed=True)
-TITLE = "BatchNorm, add and ReLU in training"
-REPORT = Table(TITLE, INTRO, "tensor", SPEED + BYTES)
-GPU_REPORT = Table(f"{TITLE} on a GPU", INTRO, "tensor", [*SPEED, IN_GRAPHS, *BYTES])
+REPORT = Table("BatchNorm, add and ReLU in training", INTRO, "tensor", SPEED + BYTES)
+GPU_REPORT = Table(
+    "BatchNorm, add and ReLU in training on a GPU", INTRO, "tensor", [*SPEED, IN_GRAPHS, *BYTES]
+)
 
 
 def targets(rows: list[dict]) -> list[tuple[bool, str]]:

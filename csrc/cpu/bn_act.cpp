@@ -4,8 +4,10 @@
 
 #include <cmath>
 
+#include "bn_act.h"
 #include "bn_act_kernels.h"
 #include "isa.h"
+#include "tensors.h"
 
 namespace fused_res {
 namespace {
@@ -177,7 +179,7 @@ struct Forward {
   ForwardNorm<A>& main;
   ForwardNorm<A>* second;  // the residual's, or null
 
-  // all statistics of channel c are known: fold them into the affine of the pass
+  // all statistics of channel c are known: they become the affine of the pass
   void finish(int64_t c, const double* mean, const double* m2) {
     main.finish(c, mean[0], m2[0]);
     if (!second) return;
@@ -295,18 +297,22 @@ struct Backward {
   }
 };
 
+// Of a call whose tensors are dense.
 template <class A>
-BnActForward forward(const Tensor& x, const BatchNorm& bn, const OptTensor& residual,
-                     const BatchNorm* residual_bn, Act act, bool save_mask) {
+BnActForward forward(const BnActForwardCall& call) {
+  const Tensor& x = call.x;
+  const OptTensor& residual = call.residual;
+  const BatchNorm* residual_bn = call.residual_norm ? &*call.residual_norm : nullptr;
+  const Act act = (Act)call.act;
   const Geometry g = geometry_of(x);
   const int64_t channels = g.channels, elements = g.runs * g.inner, count = elements / channels;
-  const bool masked = act != Act::none && save_mask;
+  const bool masked = act != Act::none && call.save_mask;
   Tensor y = uninitialised_like(x);
   Tensor mask = uninitialised(masked ? g.runs : 0, ceil_div(g.inner, 8), ScalarType::Byte);
   Tensor stats = uninitialised(stats_rows(residual_bn), channels,
                                std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
   A* saved = (A*)stats.mutable_data_ptr();
-  ForwardNorm<A> main(bn, channels, count, saved);
+  ForwardNorm<A> main(call.norm, channels, count, saved);
   std::optional<ForwardNorm<A>> second;
   if (residual_bn) second.emplace(*residual_bn, channels, count, saved + 2 * channels);
   const ForwardArgs args{
@@ -353,46 +359,59 @@ std::array<Tensor, 2> reapply(const Tensor& x, const Tensor& stats) {
   return {y, mask};
 }
 
+// Both BatchNorms of a backward pass.
 template <class A>
-BnActBackward backward(const Tensor& dy, const Tensor& x, const BatchNormSaved& bn,
-                       const OptTensor& residual, const BatchNormSaved* residual_bn,
-                       const Tensor& stats, const Tensor& mask, Act act, BnActWanted wanted,
-                       const OptTensor& given, Later* later) {
+struct BackwardNorms {
+  BackwardChannels<A> main;
+  std::optional<BackwardChannels<A>> second;
+
+  BackwardNorms(const BnActBackwardCall& call, int64_t channels, int64_t count)
+      : main(call.norm, channels, count, (const A*)call.stats.const_data_ptr()) {
+    const A* saved = (const A*)call.stats.const_data_ptr() + 2 * channels;
+    if (call.residual_norm) second.emplace(*call.residual_norm, channels, count, saved);
+  }
+
+  BackwardChannels<A>* shortcut() { return second ? &*second : nullptr; }
+};
+
+bool needs_sums(const BnActBackwardCall& call) {
+  const BnActWanted& wanted = call.wanted;
+  return wanted.parameters || (wanted.x && call.norm.training) ||
+         (wanted.residual && call.residual_norm && call.residual_norm->training);
+}
+
+// Of a call whose tensors are dense.
+template <class A>
+BnActBackward backward(const BnActBackwardCall& call, Later* later) {
+  const Tensor& x = call.x;
+  const BnActWanted& wanted = call.wanted;
   const Geometry g = geometry_of(x);
-  const int64_t channels = g.channels, elements = g.runs * g.inner, count = elements / channels;
+  const int64_t channels = g.channels, count = g.runs * g.inner / channels;
   const auto nothing = [&] { return uninitialised(0, x.scalar_type()); };  // outputs never alias
   const Tensor dx = wanted.x ? uninitialised_like(x) : nothing();
   const Tensor dresidual = wanted.residual ? uninitialised_like(x) : nothing();
-  const A* saved = (const A*)stats.const_data_ptr();
-  struct Norms {
-    BackwardChannels<A> main;
-    std::optional<BackwardChannels<A>> second;
-  };
-  const auto norms = std::make_shared<Norms>(Norms{{bn, channels, count, saved}, {}});
-  auto& [main, second] = *norms;
-  if (residual_bn) second.emplace(*residual_bn, channels, count, saved + 2 * channels);
-  const bool deferred = later && g.channels_last;
+  const auto norms = std::make_shared<BackwardNorms<A>>(call, channels, count);
+  BackwardChannels<A>& main = norms->main;
+  BackwardChannels<A>* shortcut = norms->shortcut();
+  const bool deferred = later && g.channels_last, relu = (Act)call.act != Act::none;
   BackwardArgs args{g,
-                    act,
-                    residual_bn != nullptr,
-                    dy.const_data_ptr(),
+                    (Act)call.act,
+                    shortcut != nullptr,
+                    call.dy.const_data_ptr(),
                     x.const_data_ptr(),
-                    residual ? residual->const_data_ptr() : nullptr,
-                    act == Act::none ? nullptr : (const uint8_t*)mask.const_data_ptr(),
+                    call.residual ? call.residual->const_data_ptr() : nullptr,
+                    relu ? (const uint8_t*)call.mask.const_data_ptr() : nullptr,
                     wanted.x ? dx.mutable_data_ptr() : nullptr,
                     wanted.residual ? dresidual.mutable_data_ptr() : nullptr,
                     main.arrays(),
-                    second ? second->arrays() : BackwardNorm{}};
-  const bool sums = wanted.parameters || (wanted.x && bn.training) ||
-                    (wanted.residual && second && residual_bn->training);
-  BackwardChannels<A>* shortcut = second ? &*second : nullptr;
+                    shortcut ? shortcut->arrays() : BackwardNorm{}};
   const BnActKernels& kernels = kernels_for(x.scalar_type());
   Backward<A>{kernels, args, main, shortcut, !deferred}.run(
-      sums, given ? (const double*)given->const_data_ptr() : nullptr);
+      needs_sums(call), call.sums ? (const double*)call.sums->const_data_ptr() : nullptr);
   if (deferred) {
     args.geometry.large = false;  // what reads the gradients does so while they are in a cache
-    *later = [norms, args, &kernels, keep = std::array{dy, x, mask, dx, dresidual}, residual](
-                 int64_t lo, int64_t hi) {
+    *later = [norms, args, &kernels, keep = std::array{call.dy, x, call.mask, dx, dresidual},
+              residual = call.residual](int64_t lo, int64_t hi) {
       kernels.gradients(args, {lo, hi, 0, args.geometry.channels});
     };
   }
@@ -420,64 +439,44 @@ bool are_stats(const Tensor& stats, bool residual_norm, const Tensor& x) {
 
 }  // namespace
 
-BnActForward bn_act_fwd_cpu(const Tensor& x_, const OptTensor& weight, const OptTensor& bias,
-                            const OptTensor& running_mean, const OptTensor& running_var,
-                            bool training, double momentum, double eps, const OptTensor& residual_,
-                            bool residual_norm, const OptTensor& residual_weight,
-                            const OptTensor& residual_bias, const OptTensor& residual_running_mean,
-                            const OptTensor& residual_running_var, bool residual_training,
-                            double residual_momentum, double residual_eps, int64_t act,
-                            bool save_mask) {
-  check_input(x_, act);
-  const Tensor x = dense(x_);
-  const BatchNorm bn{weight, bias, running_mean, running_var, training, momentum, eps};
-  const BatchNorm residual_bn{residual_weight,      residual_bias,     residual_running_mean,
-                              residual_running_var, residual_training, residual_momentum,
-                              residual_eps};
-  check_norm("", bn, x);
-  if (residual_norm) check_norm("residual_", residual_bn, x);
-  check_residual(residual_, residual_norm, x);
+BnActForward bn_act_fwd_cpu(const BnActForwardCall& call) {
+  check_input(call.x, call.act);
+  const Tensor x = dense(call.x);
+  const bool residual_norm = call.residual_norm.has_value();
+  check_norm("", call.norm, x);
+  if (residual_norm) check_norm("residual_", *call.residual_norm, x);
+  check_residual(call.residual, residual_norm, x);
   OptTensor residual;
-  if (residual_) residual = dense_like(*residual_, x);
+  if (call.residual) residual = dense_like(*call.residual, x);
   const auto run = is_double(x) ? forward<double> : forward<float>;
-  return run(x, bn, residual, residual_norm ? &residual_bn : nullptr, (Act)act, save_mask);
+  return run({x, call.norm, residual, call.residual_norm, call.act, call.save_mask});
 }
 
-BnActBackward bn_act_bwd_cpu(const Tensor& dy, const Tensor& x, const OptTensor& weight,
-                             bool training, const OptTensor& residual, bool residual_norm,
-                             const OptTensor& residual_weight, bool residual_training,
-                             const Tensor& stats, const Tensor& mask, int64_t act, bool need_x,
-                             bool need_residual, bool need_parameters, const OptTensor& sums) {
-  return bn_act_bwd_later_cpu(nullptr, dy, x, weight, training, residual, residual_norm,
-                              residual_weight, residual_training, stats, mask, act, need_x,
-                              need_residual, need_parameters, sums);
+BnActBackward bn_act_bwd_cpu(const BnActBackwardCall& call) {
+  return bn_act_bwd_later_cpu(nullptr, call);
 }
 
-BnActBackward bn_act_bwd_later_cpu(Later* later, const Tensor& dy, const Tensor& x_,
-                                   const OptTensor& weight, bool training,
-                                   const OptTensor& residual_, bool residual_norm,
-                                   const OptTensor& residual_weight, bool residual_training,
-                                   const Tensor& stats, const Tensor& mask, int64_t act,
-                                   bool need_x, bool need_residual, bool need_parameters,
-                                   const OptTensor& sums) {
-  check_input(x_, act);
-  const Tensor x = dense(x_);
-  check_like("dy", dy, x);
-  check_channels("", "weight", weight, x);
-  check_channels("residual_", "weight", residual_weight, x);
-  check_residual(residual_, residual_norm, x);
-  check_sums(sums, residual_norm, x);
-  STD_TORCH_CHECK(are_stats(stats, residual_norm, x),
+BnActBackward bn_act_bwd_later_cpu(Later* later, const BnActBackwardCall& call) {
+  check_input(call.x, call.act);
+  const Tensor x = dense(call.x);
+  const bool residual_norm = call.residual_norm.has_value();
+  check_like("dy", call.dy, x);
+  check_channels("", "weight", call.norm.weight, x);
+  if (residual_norm) check_channels("residual_", "weight", call.residual_norm->weight, x);
+  check_residual(call.residual, residual_norm, x);
+  check_sums(call.sums, residual_norm, x);
+  STD_TORCH_CHECK(are_stats(call.stats, residual_norm, x),
                   "stats is not what bn_act_fwd returned for x");
   const Geometry g = geometry_of(x);
-  STD_TORCH_CHECK(act == 0 || mask.numel() == g.runs * ceil_div(g.inner, 8),
+  STD_TORCH_CHECK(call.act == 0 || call.mask.numel() == g.runs * ceil_div(g.inner, 8),
                   "mask is not what bn_act_fwd returned for x");
+  const Tensor dy = dense_like(call.dy, x);
   OptTensor residual;
-  if (residual_) residual = dense_like(*residual_, x);
-  const BatchNormSaved bn{weight, training}, residual_bn{residual_weight, residual_training};
+  if (call.residual) residual = dense_like(*call.residual, x);
   const auto run = is_double(x) ? backward<double> : backward<float>;
-  return run(dense_like(dy, x), x, bn, residual, residual_norm ? &residual_bn : nullptr, stats,
-             mask, (Act)act, {need_x, need_residual, need_parameters}, sums, later);
+  return run({dy, x, call.norm, residual, call.residual_norm, call.stats, call.mask, call.act,
+              call.wanted, call.sums},
+             later);
 }
 
 Tensor bn_act_statistics_cpu(const Tensor& x_) {

@@ -1,7 +1,7 @@
-// What bn_act.cpp (tensors, threads) asks of bn_act_kernels.cpp (arithmetic, one object per
-// instruction set). A tensor is seen as `runs` of `inner` contiguous elements: channels_last has
-// N*H*W runs of C channels, NCHW has N*C runs of H*W elements of one channel. Masks hold one bit
-// per element, each run padded to whole bytes.
+// The interface between bn_act.cpp (tensors, threads) and bn_act_kernels.cpp (arithmetic, one
+// object per instruction set). A tensor is seen as `runs` of `inner` contiguous elements:
+// channels_last has N*H*W runs of C channels, NCHW has N*C runs of H*W elements of one channel.
+// Masks hold one bit per element, each run padded to whole bytes.
 #pragma once
 #include <stdint.h>
 

@@ -1,4 +1,4 @@
-// What the convolutions of a CPU share: memory, and what they ask of their tensors.
+// The part that the convolutions of a CPU share: memory, and checks of their tensors.
 #pragma once
 #include <cstdlib>
 #include <memory>
@@ -43,7 +43,7 @@ class Pooled {
   float* data_;
 };
 
-// Floats from row to row of what is read in columns: a line more than whole lines, because rows
+// Floats from row to row where columns are read: a line more than whole lines, because rows
 // 4 KB apart share a set of the first cache.
 inline int64_t row_stride(int64_t floats) { return ceil_div(floats, 16) * 16 + 16; }
 

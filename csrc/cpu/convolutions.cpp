@@ -6,7 +6,7 @@
 namespace fused_res {
 namespace {
 
-// What a convolution does with the residual; as in fused_res/ops/convolutions.py.
+// The use of the residual; as in fused_res/ops/convolutions.py.
 enum class Residual { none, add, concat, convolve };
 
 // Reads a program number by number.

@@ -16,12 +16,12 @@ const DirectKernels& direct_kernels_of_isa() {
 namespace {
 
 // Gathered rows that stay in a core's second cache while the panels pass; enough of them that a
-// panel pays, a multiple of what the registers hold.
+// panel pays, a multiple of the rows that registers hold.
 constexpr int64_t kRowsBytes = 256 << 10, kLeastRows = 28, kMostRowsOfGroup = 112;
 // Weights up to this stay there too, so few rows at a time will do: all channels of a pixel are
 // then written together, which pays for more where there are many.
 constexpr int64_t kCachedWeights = 512 << 10, kCachedOfWide = 2 << 20;
-// Where there are too few rows for every thread to have its own: what is gathered for all.
+// Rows that are gathered for all threads, where there are too few for each to have its own.
 constexpr int64_t kSharedBytes = 4 << 20;
 // Pixels whose products make one sum of a weight's gradient, and sums added one after the other
 constexpr int64_t kPixelsOfPart = 256, kMostParts = 16;
@@ -125,7 +125,7 @@ Tensor direct_weight_cpu(const std::vector<Tensor>& weights, const std::vector<O
 
 namespace {
 
-// args: the sources and the output's size. u: what pack_direct made
+// args: the sources and the output's size. u: of pack_direct
 Tensor run_direct(DirectArgs args, int64_t images, const float* u, const OptTensor& bias,
                   const OptTensor& residual, int64_t out_channels, bool concat, int64_t act,
                   bool inside) {

@@ -1,5 +1,5 @@
-// A direct convolution on a CPU: what makes its weight (schema: fused_res/ops/direct.py), and the
-// convolution, for convolutions.cpp.
+// A direct convolution on a CPU: packs its weight (schema: fused_res/ops/direct.py), and runs it,
+// for convolutions.cpp.
 #pragma once
 #include "tensors.h"
 

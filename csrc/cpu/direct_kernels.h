@@ -1,6 +1,6 @@
-// What direct.cpp (tensors, threads) asks of direct_kernels.cpp (arithmetic, one object per
-// instruction set). The inputs of an output pixel, in the order of the weight's rows, are one row
-// of v: a tile of rows is gathered into the cache and multiplied there.
+// The interface between direct.cpp (tensors, threads) and direct_kernels.cpp (arithmetic, one
+// object per instruction set). The inputs of an output pixel, in the order of the weight's rows,
+// are one row of v: a tile of rows is gathered into the cache and multiplied there.
 #pragma once
 #include <stdint.h>
 

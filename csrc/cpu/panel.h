@@ -1,10 +1,11 @@
-// The weight of a convolution: as a tensor has it, and how kernels want it.
+// Weights of convolutions: as tensors have them, and in panels, as kernels read them.
 #pragma once
 #include <stdint.h>
 
 #include <utility>
 
-// What is not inlined of code that each instruction set compiles would be one function for all.
+// Each instruction set compiles this header. Of a function that is not inlined the linker keeps one
+// copy for all of them.
 #define FUSED_RES_INLINE inline __attribute__((always_inline))
 
 namespace fused_res {
@@ -25,7 +26,7 @@ struct Filters {
   }
   int64_t depth() const { return size[1] * size[2] * size[3]; }
 
-  // that of the convolution of stride 1 which makes the input's gradient of the output's
+  // The filters of the convolution that computes an input's gradient from the output's, stride 1.
   Filters reversed() const {
     Filters f = *this;
     std::swap(f.size[0], f.size[1]);

@@ -1,7 +1,6 @@
 #include "res_chain.h"
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 
 #include "convolution.h"
@@ -23,12 +22,12 @@ constexpr int64_t kMapsBytes = 384 << 10, kGroupBytes = 256 << 10, kLeastUnits =
 struct Conv {
   int64_t tile, size, channels, out_channels;  // tile 0: direct
   Act act;
-  bool ends;  // its block: adds what that began with
+  bool last;  // of its block: adds the block's input
   Tensor u;
   std::vector<float> bias;
 };
 
-// What is worked on: some images, as one convolution reads and writes them. A unit is a tile of
+// Some images, as one convolution reads and writes them. A unit is a tile of
 // Winograd's, or a pixel.
 struct Maps {
   int64_t images, height, width;
@@ -116,18 +115,18 @@ struct Chain {
   explicit Chain(int64_t channels) : channels(channels) {}
 
   // Images through all convolutions: `part(conv, x, residual, y)` runs one. The blocks' outputs
-  // take turns in two maps, what is within a block in two more.
+  // take turns in two maps, the maps within a block in two more.
   template <class Part>
   void run(const float* x, float* y, float* space, int64_t map, const Part& part) const {
     const float *in = x, *residual = x;
     int64_t block = 0, inner = 0;
     for (size_t i = 0; i < convs.size(); i++) {
       const Conv& c = convs[i];
-      float* out = c.ends ? space + block * map : space + (2 + inner) * map;
+      float* out = c.last ? space + block * map : space + (2 + inner) * map;
       if (i + 1 == convs.size()) out = y;
-      part(c, in, c.ends ? residual : nullptr, out);
+      part(c, in, c.last ? residual : nullptr, out);
       in = out;
-      if (c.ends)
+      if (c.last)
         residual = out, block ^= 1;
       else
         inner ^= 1;
@@ -188,7 +187,7 @@ Tensor packed_chain_cpu(const std::vector<Tensor>& weights, const std::vector<Op
         (tile == 0 && (size == 1 || size == 3)) || ((tile == 2 || tile == 4) && size == 3),
         "tile must be 0, 2 or 4, and size 1 or 3, with Winograd's tiles 3");
     STD_TORCH_CHECK(out_channels > 0 && 0 <= n[3] && n[3] <= 2 && (n[4] == 0 || n[4] == 1),
-                    "channels must be positive, act 0, 1 or 2, ends 0 or 1");
+                    "channels must be positive, act 0, 1 or 2, last 0 or 1");
     STD_TORCH_CHECK(!n[4] || out_channels == channels, "a block must end with the channels of x");
     const int64_t taps = tile ? (tile + 2) * (tile + 2) : size * size;
     const int64_t panels = ceil_div(out_channels, kPanel);
@@ -201,7 +200,7 @@ Tensor packed_chain_cpu(const std::vector<Tensor>& weights, const std::vector<Op
     chain->widest = std::max(chain->widest, out_channels);
     before = out_channels;
   }
-  STD_TORCH_CHECK(chain->convs.back().ends, "the last convolution must end a block");
+  STD_TORCH_CHECK(chain->convs.back().last, "the last convolution must end a block");
   const int64_t size = sizeof(Chain), stride = 1;
   const Tensor made =
       torch::stable::from_blob(chain.get(), {&size, 1}, {&stride, 1},
@@ -230,12 +229,6 @@ Tensor res_chain_cpu(const Tensor& x, const Tensor& packed) {
   else
     chain.run_together(from, to, maps);
   return y;
-}
-
-int64_t team_size(int64_t threads) {
-  std::atomic<int64_t> size{0};
-  Team::run(threads, [&](Team& team, int64_t) { size = team.size(); });
-  return size;
 }
 
 }  // namespace fused_res

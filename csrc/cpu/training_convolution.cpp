@@ -11,13 +11,13 @@ namespace {
 
 // Of a call: packing a weight and merging its gradient must pay.
 constexpr int64_t kLeastPixels = 256, kLeastWork = 4 << 20;  // multiplications
-constexpr int64_t kLeastPixelsOfLarge = 1024;    // of a weight whose gradient is the library's
+constexpr int64_t kLeastPixelsOfLarge = 1024;    // of a weight whose gradient oneDNN computes
 constexpr int64_t kLeastSummed = 2048;           // pixels, for Winograd's gradient of a weight
 constexpr int64_t kMostGradientBytes = 1 << 20;  // of a weight: more do not stay in a core's cache
-// Of fewer channels the library's kernels are as fast or faster: half a panel is 16.
+// Of fewer channels oneDNN is as fast or faster: half a panel is 16.
 constexpr int64_t kLeastChannels = 16, kLeastChannelsOf1x1 = 24;
-// Values of the larger one of a 1x1 convolution's input and output: the library's outputs of such a
-// size are fresh memory. Its kernels are up to 1.3 times as fast as ours, with AVX2 1.7 times.
+// Values of the larger one of a 1x1 convolution's input and output: oneDNN's outputs of such a size
+// are fresh memory. Its kernels are up to 1.3 times as fast as these, with AVX2 1.7 times.
 constexpr int64_t kLeastOf1x1 = 2 << 20, kLeastOf1x1Avx2 = 4 << 20;
 constexpr int64_t kPixelsOfPart = 256, kMostParts = 16;  // of the gradient of a bias
 constexpr int kSizes = 11;                               // of a convolution of a branch
@@ -29,7 +29,7 @@ bool is_small(const int64_t* weight) {
   return numel * (int64_t)sizeof(float) < kMostGradientBytes;
 }
 
-// Measured with AVX-512 and AVX2: 3x3 by Winograd is 1.0 to 2.1 times as fast as the library; by a
+// Measured with AVX-512 and AVX2: 3x3 by Winograd is 1.0 to 2.1 times as fast as oneDNN; by a
 // direct convolution 0.4 to 1.0.
 bool suits(const int64_t* x, const int64_t* weight, const int64_t* stride, const int64_t* padding,
            const int64_t* dilation, int64_t groups) {

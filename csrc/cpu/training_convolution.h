@@ -1,4 +1,5 @@
-// The convolutions of a block in training on a CPU, forward and backward, where ours win.
+// The convolutions of a block in training on a CPU, forward and backward, where native kernels are
+// faster than oneDNN.
 #pragma once
 #include <array>
 
@@ -7,11 +8,12 @@
 
 namespace fused_res {
 
-// Whether ours run a convolution: in float32, channels_last, of stride 1, where its sizes suit.
+// Whether native kernels run a convolution: float32, channels_last, stride 1, and sizes where they
+// are faster.
 bool trains(const Tensor& x, const Tensor& weight, const int64_t* stride, const int64_t* padding,
             const int64_t* dilation, int64_t groups);
 
-// And whether its weight's gradient is ours too
+// Whether they also compute its weight's gradient.
 bool trains_weight(const Tensor& weight);
 
 Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias,
@@ -26,8 +28,8 @@ int64_t training_convolutions(const std::vector<int64_t>& image, const std::vect
 int64_t training_winograd(int64_t limit);
 
 // Gradients of the input, the weight and the bias, where `wanted`; the others are undefined. `add`,
-// like the input, is added to its gradient. later, if any: what makes dy, and maybe `add`, as where
-// trains_by_images says that this pays.
+// of the input's shape, is added to its gradient. `later`, if any, writes dy, and may write `add`:
+// trains_by_images says where that pays.
 std::array<Tensor, 3> training_convolution_backward(const Tensor& dy, const Tensor& x,
                                                     const Tensor& weight, const int64_t* padding,
                                                     const std::array<bool, 3>& wanted,

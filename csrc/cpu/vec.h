@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "elements.h"
+#include "../elements.h"
 
 namespace fused_res::FUSED_RES_ISA {
 

@@ -97,7 +97,7 @@ void check_tile(int64_t tile) { STD_TORCH_CHECK(tile == 2 || tile == 4, "tile mu
 void pack_winograd(const Filters& f, const std::vector<double>& scale, int64_t tile, float* u) {
   const WinogradKernels& kernels = kernels_of(tile);
   const int64_t count = ceil_div(f.size[0], kPanel) * f.size[1];
-  // an element is several times the work of what `parallel` counts
+  // an element is several times the work that `parallel` assumes
   parallel(count, 4 * (tile + 2) * (tile + 2) * count * kPanel,
            [&](int64_t lo, int64_t hi) { kernels.pack(f, scale.data(), u, lo, hi); });
 }
@@ -126,14 +126,14 @@ Winograd winograd_of(const WinogradArgs& args, int64_t tile, int64_t images) {
   return {kernels_of(tile), args, points, panels, images * args.tiles_h * args.tiles_w};
 }
 
-// A convolution of x, and what it makes
+// A convolution of x, and its output
 struct Made {
   std::vector<float> shift;
   Output output;
   Winograd winograd;
 };
 
-// u: what pack_winograd made
+// u: of pack_winograd
 Made make(const Tensor& x, const float* u, const OptTensor& bias, const OptTensor& residual,
           int64_t out_channels, const int64_t* padding, int64_t tile, bool concat, int64_t act,
           bool inside) {

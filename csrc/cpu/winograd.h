@@ -1,5 +1,5 @@
-// Winograd's convolution of 3x3 kernels on a CPU: what makes its weight (schema:
-// fused_res/ops/winograd.py), and the convolution, for convolutions.cpp.
+// Winograd's convolution of 3x3 kernels on a CPU: packs its weight (schema:
+// fused_res/ops/winograd.py), and runs it, for convolutions.cpp.
 #pragma once
 #include "bn_act.h"  // Later
 #include "tensors.h"

@@ -1,6 +1,7 @@
-// What winograd.cpp (tensors, threads) asks of winograd_kernels.cpp (arithmetic, one object per
-// instruction set). Tiles of kTile x kTile outputs need kTile + 2 squared inputs; a tile's
-// transforms are points of as many planes: v[point][tile][channel] and m[point][tile][channel out].
+// The interface between winograd.cpp (tensors, threads) and winograd_kernels.cpp (arithmetic, one
+// object per instruction set). Tiles of kTile x kTile outputs need kTile + 2 squared inputs; a
+// tile's transforms are points of as many planes: v[point][tile][channel] and
+// m[point][tile][channel out].
 #pragma once
 #include <stdint.h>
 

@@ -1,11 +1,13 @@
 // bn_act on a CUDA device: tensors in, tensors out. Nothing here waits for the device, and every
-// launch and allocation can be captured in a CUDA graph. Kernels: bn_act_kernels.cuh.
-#include "../bn_act_checks.h"
-#include "../res_block.h"
+// launch and allocation can be captured in a CUDA graph. Kernels: bn_act_forward.cuh,
+// bn_act_backward.cuh.
+#include "bn_act.h"
 
 #include <atomic>
 
-#include "bn_act_kernels.cuh"
+#include "../bn_act_checks.h"
+#include "bn_act_backward.cuh"
+#include "bn_act_forward.cuh"
 #include "device.h"
 
 namespace fused_res {
@@ -73,121 +75,143 @@ void check_stats(const Tensor& stats, bool residual_norm, const Tensor& x) {
                   "stats is not what bn_act_fwd returned for x");
 }
 
+// elements of a run
+int64_t run_of(const cuda::Shape& shape) {
+  return shape.channels_last ? shape.channels : shape.pixels;
+}
+
+void check_backward(const BnActBackwardCall& call) {
+  const Tensor& x = call.x;
+  const bool residual_norm = call.residual_norm.has_value();
+  check_input(x, call.act);
+  check_like("dy", call.dy, x);
+  check_channels("", "weight", call.norm.weight, x);
+  if (residual_norm) check_channels("residual_", "weight", call.residual_norm->weight, x);
+  check_residual(call.residual, residual_norm, x);
+  check_sums(call.sums, residual_norm, x);
+  check_stats(call.stats, residual_norm, x);
+}
+
+void check_mask(const Tensor& mask, const Tensor& x) {  // x is dense
+  const int64_t run = run_of(shape_of(x));
+  STD_TORCH_CHECK(mask.numel() == x.numel() / run * cuda::ceil_div(run, 8) &&
+                      mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
+                      same_device(mask, x),
+                  "mask is not what bn_act_fwd returned for x");
+}
+
+bool needs_sums(const BnActBackwardCall& call) {
+  const BnActWanted& wanted = call.wanted;
+  return wanted.parameters || (wanted.x && call.norm.training) ||
+         (wanted.residual && call.residual_norm && call.residual_norm->training);
+}
+
+// The gradients that a backward pass writes; those that are not wanted are empty.
+struct Gradients {
+  Tensor dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias;
+
+  // outputs never alias
+  Gradients(const BnActBackwardCall& call, const Tensor& x, const Allocator& device) {
+    const auto nothing = [&] { return device.empty(0, x.scalar_type()); };
+    const auto like_x = [&](bool wanted) { return wanted ? device.empty_like(x) : nothing(); };
+    const auto like_weight = [&](const BatchNormSaved* norm) {
+      const bool wanted = call.wanted.parameters && norm && norm->weight;
+      return wanted ? device.empty(x.size(1), norm->weight->scalar_type()) : nothing();
+    };
+    const BatchNormSaved* second = call.residual_norm ? &*call.residual_norm : nullptr;
+    dx = like_x(call.wanted.x), dresidual = like_x(call.wanted.residual);
+    dweight = like_weight(&call.norm), dbias = like_weight(&call.norm);
+    dresidual_weight = like_weight(second), dresidual_bias = like_weight(second);
+  }
+};
+
+cuda::BackwardNorm backward_norm_of(const BatchNormSaved& bn, const Tensor& dweight,
+                                    const Tensor& dbias) {
+  const auto written = [](const Tensor& t) {
+    return t.numel() ? channels_of(t, true) : cuda::Channels{};
+  };
+  return {channels_of(bn.weight), written(dweight), written(dbias), bn.training};
+}
+
 }  // namespace
 
-BnActForward bn_act_fwd_cuda(const Tensor& x_, const OptTensor& weight, const OptTensor& bias,
-                             const OptTensor& running_mean, const OptTensor& running_var,
-                             bool training, double momentum, double eps, const OptTensor& residual_,
-                             bool residual_norm, const OptTensor& residual_weight,
-                             const OptTensor& residual_bias, const OptTensor& residual_running_mean,
-                             const OptTensor& residual_running_var, bool residual_training,
-                             double residual_momentum, double residual_eps, int64_t act,
-                             bool save_mask) {
-  check_input(x_, act);
-  const BatchNorm bn{weight, bias, running_mean, running_var, training, momentum, eps};
-  const BatchNorm residual_bn{residual_weight,      residual_bias,     residual_running_mean,
-                              residual_running_var, residual_training, residual_momentum,
-                              residual_eps};
-  check_norm("", bn, x_);
-  if (residual_norm) check_norm("residual_", residual_bn, x_);
-  check_residual(residual_, residual_norm, x_);
+BnActForward bn_act_fwd_cuda(const BnActForwardCall& call) {
+  check_input(call.x, call.act);
+  const bool residual_norm = call.residual_norm.has_value();
+  check_norm("", call.norm, call.x);
+  if (residual_norm) check_norm("residual_", *call.residual_norm, call.x);
+  check_residual(call.residual, residual_norm, call.x);
 
-  const Allocator device{x_.get_device_index()};
+  const Allocator device{call.x.get_device_index()};
   torch::stable::accelerator::DeviceGuard guard(device.index);
-  const Tensor x = dense(x_);
+  const Tensor x = dense(call.x);
   OptTensor residual;
-  if (residual_) residual = dense_like(*residual_, x);
+  if (call.residual) residual = dense_like(*call.residual, x);
   const cuda::Shape shape = shape_of(x);
   const cuda::Device resources = resources_of(device.index);
-  const int64_t run = shape.channels_last ? shape.channels : shape.pixels;
-  const bool masked = act != 0 && save_mask;
+  const int64_t run = run_of(shape);
+  const bool masked = call.act != 0 && call.save_mask;
   Tensor y = device.empty_like(x);
   Tensor mask =
       device.empty(masked ? x.numel() / run : 0, cuda::ceil_div(run, 8), ScalarType::Byte);
   Tensor stats = device.empty(stats_rows(residual_norm), shape.channels, ScalarType::Float);
   Tensor scratch = device.empty(cuda::scratch_bytes(shape, resources), ScalarType::Byte);
-  cuda::bn_act_forward({element_of(x),
-                        shape,
-                        (cuda::Act)act,
-                        residual_norm ? cuda::Residual::norm
-                                      : (residual ? cuda::Residual::tensor : cuda::Residual::none),
-                        x.const_data_ptr(),
-                        data(residual),
-                        y.mutable_data_ptr(),
-                        masked ? (uint8_t*)mask.mutable_data_ptr() : nullptr,
-                        (float*)stats.mutable_data_ptr(),
-                        {norm_of(bn), residual_norm ? norm_of(residual_bn) : cuda::ForwardNorm{}},
-                        scratch.mutable_data_ptr(),
-                        plan,
-                        resources},
-                       device.stream());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {y, mask, stats};
-}
-
-BnActBackward bn_act_bwd_cuda(const Tensor& dy_, const Tensor& x_, const OptTensor& weight,
-                              bool training, const OptTensor& residual_, bool residual_norm,
-                              const OptTensor& residual_weight, bool residual_training,
-                              const Tensor& stats, const Tensor& mask, int64_t act, bool need_x,
-                              bool need_residual, bool need_parameters, const OptTensor& sums) {
-  check_input(x_, act);
-  check_like("dy", dy_, x_);
-  check_channels("", "weight", weight, x_);
-  check_channels("residual_", "weight", residual_weight, x_);
-  check_residual(residual_, residual_norm, x_);
-  check_sums(sums, residual_norm, x_);
-  check_stats(stats, residual_norm, x_);
-
-  const Allocator device{x_.get_device_index()};
-  torch::stable::accelerator::DeviceGuard guard(device.index);
-  const Tensor x = dense(x_), dy = dense_like(dy_, x);
-  const cuda::Shape shape = shape_of(x);
-  const cuda::Device resources = resources_of(device.index);
-  const int64_t run = shape.channels_last ? shape.channels : shape.pixels;
-  STD_TORCH_CHECK(act == 0 || (mask.numel() == x.numel() / run * cuda::ceil_div(run, 8) &&
-                               mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
-                               same_device(mask, x)),
-                  "mask is not what bn_act_fwd returned for x");
-  OptTensor residual;  // only its BatchNorm reads it
-  if (residual_norm) residual = dense_like(*residual_, x);
-  const auto nothing = [&] { return device.empty(0, x.scalar_type()); };  // outputs never alias
-  const auto like_x = [&](bool wanted) { return wanted ? device.empty_like(x) : nothing(); };
-  const auto like_weight = [&](const OptTensor& w, bool used) {
-    return w && used && need_parameters ? device.empty(shape.channels, w->scalar_type())
-                                        : nothing();
-  };
-  Tensor dx = like_x(need_x), dresidual = like_x(need_residual);
-  Tensor dweight = like_weight(weight, true), dbias = like_weight(weight, true);
-  Tensor dresidual_weight = like_weight(residual_weight, residual_norm);
-  Tensor dresidual_bias = like_weight(residual_weight, residual_norm);
-  Tensor scratch = device.empty(cuda::scratch_bytes(shape, resources), ScalarType::Byte);
-  const auto written = [](const Tensor& t) {
-    return t.numel() ? channels_of(t, true) : cuda::Channels{};
-  };
-  const bool second_trains = residual_norm && residual_training;
-  cuda::bn_act_backward(
+  cuda::bn_act_forward(
       {element_of(x),
        shape,
-       (cuda::Act)act,
-       residual_norm,
-       dy.const_data_ptr(),
+       (cuda::Act)call.act,
+       residual_norm ? cuda::Residual::norm
+                     : (residual ? cuda::Residual::tensor : cuda::Residual::none),
        x.const_data_ptr(),
        data(residual),
-       act == 0 ? nullptr : (const uint8_t*)mask.const_data_ptr(),
-       need_x ? dx.mutable_data_ptr() : nullptr,
-       need_residual ? dresidual.mutable_data_ptr() : nullptr,
-       (const float*)stats.const_data_ptr(),
-       {{channels_of(weight), written(dweight), written(dbias), training},
-        {channels_of(residual_weight), written(dresidual_weight), written(dresidual_bias),
-         residual_training}},
-       !sums && (need_parameters || (need_x && training) || (need_residual && second_trains)),
-       (const double*)data(sums),
+       y.mutable_data_ptr(),
+       masked ? (uint8_t*)mask.mutable_data_ptr() : nullptr,
+       (float*)stats.mutable_data_ptr(),
+       {norm_of(call.norm), residual_norm ? norm_of(*call.residual_norm) : cuda::ForwardNorm{}},
        scratch.mutable_data_ptr(),
        plan,
        resources},
       device.stream());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {dx, dweight, dbias, dresidual, dresidual_weight, dresidual_bias};
+  return {y, mask, stats};
+}
+
+BnActBackward bn_act_bwd_cuda(const BnActBackwardCall& call) {
+  check_backward(call);
+  const bool residual_norm = call.residual_norm.has_value();
+  const Allocator device{call.x.get_device_index()};
+  torch::stable::accelerator::DeviceGuard guard(device.index);
+  const Tensor x = dense(call.x), dy = dense_like(call.dy, x);
+  if (call.act != 0) check_mask(call.mask, x);
+  const cuda::Shape shape = shape_of(x);
+  const cuda::Device resources = resources_of(device.index);
+  OptTensor residual;  // only its BatchNorm reads it
+  if (residual_norm) residual = dense_like(*call.residual, x);
+  const Gradients g(call, x, device);
+  Tensor scratch = device.empty(cuda::scratch_bytes(shape, resources), ScalarType::Byte);
+  cuda::bn_act_backward(
+      {element_of(x),
+       shape,
+       (cuda::Act)call.act,
+       residual_norm,
+       dy.const_data_ptr(),
+       x.const_data_ptr(),
+       data(residual),
+       call.act == 0 ? nullptr : (const uint8_t*)call.mask.const_data_ptr(),
+       call.wanted.x ? g.dx.mutable_data_ptr() : nullptr,
+       call.wanted.residual ? g.dresidual.mutable_data_ptr() : nullptr,
+       (const float*)call.stats.const_data_ptr(),
+       {backward_norm_of(call.norm, g.dweight, g.dbias),
+        residual_norm ? backward_norm_of(*call.residual_norm, g.dresidual_weight, g.dresidual_bias)
+                      : cuda::BackwardNorm{}},
+       !call.sums && needs_sums(call),
+       (const double*)data(call.sums),
+       scratch.mutable_data_ptr(),
+       plan,
+       resources},
+      device.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {g.dx, g.dweight, g.dbias, g.dresidual, g.dresidual_weight, g.dresidual_bias};
 }
 
 std::array<Tensor, 2> bn_act_reapply_cuda(const Tensor& x_, const Tensor& stats) {
@@ -195,7 +219,7 @@ std::array<Tensor, 2> bn_act_reapply_cuda(const Tensor& x_, const Tensor& stats)
   const Allocator device{x_.get_device_index()};
   const Tensor x = dense(x_);
   const cuda::Shape shape = shape_of(x);
-  const int64_t run = shape.channels_last ? shape.channels : shape.pixels;
+  const int64_t run = run_of(shape);
   Tensor y = device.empty_like(x);
   Tensor mask = device.empty(x.numel() / run, cuda::ceil_div(run, 8), ScalarType::Byte);
   cuda::ForwardArgs args{};
@@ -230,48 +254,6 @@ Tensor bn_act_statistics_cuda(const Tensor& x_) {
   return statistics;
 }
 
-// --- what a block is made of
-
-constexpr int kCounters = 32;
-struct Counters {
-  int64_t* counters[kCounters];
-};
-__global__ void count_kernel(const Counters counters) { ++*counters.counters[threadIdx.x]; }
-
-struct CudaLibrary {
-  struct Guard : torch::stable::accelerator::DeviceGuard {
-    explicit Guard(const Tensor& x) : DeviceGuard(x.get_device_index()) {}
-  };
-  static constexpr auto bn_act_fwd = bn_act_fwd_cuda;
-  struct Later {};
-  static bool waits(const BlockStage&, const Tensor&, const Tensor&) { return false; }
-  template <class... Args>
-  static auto bn_act_bwd_later(Later*, const Args&... args) {
-    return bn_act_bwd_cuda(args...);
-  }
-  static constexpr auto bn_act_reapply = bn_act_reapply_cuda;
-  static Tensor convolve(const BlockStage& s, const Tensor& x) {
-    return s.convolve<CudaLibrary>(x);
-  }
-  static bool adds(const BlockStage&, const Tensor&, const Tensor&, const Tensor&) { return false; }
-  static std::array<Tensor, 3> convolve_backward(const BlockStage& s, const Tensor& dy,
-                                                 const Tensor& x, const std::array<bool, 3>& wanted,
-                                                 const OptTensor&, const Later&) {
-    return s.convolve_backward<CudaLibrary>(dy, x, wanted);
-  }
-  static constexpr auto convolution = aoti_torch_cuda_convolution;
-  static constexpr auto convolution_backward = aoti_torch_cuda_convolution_backward;
-  static void count(const Tensors& tensors) {
-    STD_TORCH_CHECK(tensors.size() <= kCounters, "a block has at most 32 BatchNorms that train");
-    const Allocator device{tensors[0].get_device_index()};
-    Counters counters{};
-    for (size_t i = 0; i < tensors.size(); i++)
-      counters.counters[i] = (int64_t*)tensors[i].mutable_data_ptr();
-    count_kernel<<<1, (unsigned)tensors.size(), 0, device.stream()>>>(counters);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-};
-
 int64_t cuda_plan(int64_t wanted) {
   STD_TORCH_CHECK(-1 <= wanted && wanted <= (int64_t)cuda::Plan::split, "plan must be -1 to 3");
   if (wanted >= 0) plan = (cuda::Plan)wanted;
@@ -279,15 +261,3 @@ int64_t cuda_plan(int64_t wanted) {
 }
 
 }  // namespace fused_res
-
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CUDA, m) {
-  m.impl("bn_act_fwd", TORCH_BOX(&fused_res::bn_act_fwd_cuda));
-  m.impl("bn_act_bwd", TORCH_BOX(&fused_res::bn_act_bwd_cuda));
-  m.impl("bn_act_statistics", TORCH_BOX(&fused_res::bn_act_statistics_cuda));
-  m.impl("res_block_fwd", TORCH_BOX(&fused_res::res_block_fwd<fused_res::CudaLibrary>));
-  m.impl("res_block_bwd", TORCH_BOX(&fused_res::res_block_bwd<fused_res::CudaLibrary>));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) {
-  m.impl("cuda_plan", TORCH_BOX(&fused_res::cuda_plan));
-}

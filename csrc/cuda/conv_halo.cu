@@ -1,5 +1,7 @@
 // conv_halo on a CUDA device: tensors in, tensors out. Nothing here waits for the device, and every
 // launch and allocation can be captured in a CUDA graph. Kernel: conv_halo_kernels.cuh.
+#include "conv_halo.h"
+
 #include "../bn_act_checks.h"
 #include "conv_halo_kernels.cuh"
 #include "device.h"
@@ -7,7 +9,7 @@
 namespace fused_res {
 namespace {
 
-using cuda::End;
+using cuda::Epilogue;
 
 cuda::HaloDevice halo_device(int device) {
   return known(device, [](int device) {
@@ -16,10 +18,10 @@ cuda::HaloDevice halo_device(int device) {
       STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
       return value;
     };
-    // what the code was compiled for, which can be older than the device
+    // the architecture of the compiled code, which can be older than the device
     cudaFuncAttributes kernel;
     STD_CUDA_CHECK(cudaFuncGetAttributes(
-        &kernel, cuda::conv_halo_kernel<cuda::HalfProducts<bf16>, 4, End::affine>));
+        &kernel, cuda::conv_halo_fwd_bwd_kernel<cuda::HalfProducts<bf16>, 4, Epilogue::affine>));
     return cuda::HaloDevice{
         ask(cudaDevAttrMultiProcessorCount),
         kernel.ptxVersion < 80 ? 0 : ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
@@ -42,7 +44,7 @@ void check_map(const char* name, const Tensor& x) {
                   "channels_last");
 }
 
-// Values by channel, and what keeps their copies alive.
+// Values by channel, and the tensors that own their copies.
 struct Given {
   const Tensor& x;
   int64_t channels;
@@ -65,12 +67,12 @@ struct Result {
   std::optional<Tensor> partial;
 };
 
-// A convolution of x by weight, or where `end` is gradient by its transpose, with the taps in
+// A convolution of x by weight, or where `epilogue` is gradient by its transpose, with the taps in
 // reverse.
-Result run(End end, const Tensor& x, const Tensor& weight, bool tf32, const OptTensor& residual,
-           cuda::HaloCall call) {
+Result run(Epilogue epilogue, const Tensor& x, const Tensor& weight, bool tf32,
+           const OptTensor& residual, cuda::HaloCall call) {
   check_map("x", x);
-  const bool back = end == End::gradient;
+  const bool back = epilogue == Epilogue::gradient;
   const int64_t size = weight.dim() == 4 ? weight.size(2) : 0;
   STD_TORCH_CHECK(
       (size == 1 || size == 3) && weight.size(3) == size &&
@@ -89,12 +91,12 @@ Result run(End end, const Tensor& x, const Tensor& weight, bool tf32, const OptT
     check_like("residual", *residual, y);
     call.residual = residual->const_data_ptr();
   }
-  const int rows = cuda::kSumsOf[(int)end];
+  const int rows = cuda::kSumsOf[(int)epilogue];
   Result result{y, {}};
   const cuda::Kind kind = halo_kind(x, tf32);
   const cuda::HaloPlan plan = cuda::plan_halo(
-      kind, {shape[0], (int)shape[2], (int)shape[3], (int)x.size(1), (int)channels, (int)size}, end,
-      residual.has_value(), halo_device(device.index));
+      kind, {shape[0], (int)shape[2], (int)shape[3], (int)x.size(1), (int)channels, (int)size},
+      epilogue, residual.has_value(), halo_device(device.index));
   if (rows) {
     const int64_t sizes[] = {plan.blocks, rows, channels}, steps[] = {rows * channels, channels, 1};
     result.partial = device.empty_strided(3, sizes, steps, ScalarType::Float);
@@ -112,7 +114,7 @@ Result run(End end, const Tensor& x, const Tensor& weight, bool tf32, const OptT
     call.row_stride *= -1, call.column_stride *= -1;
   }
   call.weight = first;
-  cuda::conv_halo(kind, end, plan, call, device.stream());
+  cuda::conv_halo(kind, epilogue, plan, call, device.stream());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return result;
 }
@@ -135,7 +137,7 @@ Tensor conv_halo_cuda(const Tensor& x, const Tensor& weight, const OptTensor& bi
                  given.values("norm_bias", norm_bias),
                  eps};
   call.act = (int)act;
-  return run(End::affine, x, weight, tf32, residual, call).y;
+  return run(Epilogue::affine, x, weight, tf32, residual, call).y;
 }
 
 std::tuple<Tensor, Tensor> conv_halo_statistics_cuda(const Tensor& x, const Tensor& weight,
@@ -143,7 +145,7 @@ std::tuple<Tensor, Tensor> conv_halo_statistics_cuda(const Tensor& x, const Tens
   Given given{x, weight.size(0)};
   cuda::HaloCall call{};
   call.values.bias = given.values("bias", bias);
-  const Result result = run(End::statistics, x, weight, tf32, {}, call);
+  const Result result = run(Epilogue::statistics, x, weight, tf32, {}, call);
   return {result.y, *result.partial};
 }
 
@@ -156,7 +158,7 @@ std::tuple<Tensor, Tensor> conv_halo_gradient_cuda(const Tensor& dy, const Tenso
                   "stats must be of bn_act: float32 of shape (5, ", weight.size(1), ")");
   cuda::HaloCall call{};
   call.stats = (const float*)stats.const_data_ptr();
-  const Result result = run(End::gradient, dy, weight, tf32, a, call);
+  const Result result = run(Epilogue::gradient, dy, weight, tf32, a, call);
   return {result.y, *result.partial};
 }
 
@@ -167,17 +169,7 @@ bool conv_halo_fits(int64_t device, int64_t bytes, int64_t images, int64_t heigh
   const cuda::Kind kind = bytes == 2 ? cuda::Kind::bf16 : cuda::Kind::exact;
   const cuda::HaloConv conv = {images,        (int)height,       (int)width,
                                (int)channels, (int)out_channels, (int)size};
-  return cuda::plan_halo(kind, conv, End::affine, 0, halo_device(device)).fits;
+  return cuda::plan_halo(kind, conv, Epilogue::affine, 0, halo_device(device)).fits;
 }
 
 }  // namespace fused_res
-
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CUDA, m) {
-  m.impl("conv_halo", TORCH_BOX(&fused_res::conv_halo_cuda));
-  m.impl("conv_halo_statistics", TORCH_BOX(&fused_res::conv_halo_statistics_cuda));
-  m.impl("conv_halo_gradient", TORCH_BOX(&fused_res::conv_halo_gradient_cuda));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) {
-  m.impl("conv_halo_fits", TORCH_BOX(&fused_res::conv_halo_fits));
-}

@@ -1,4 +1,4 @@
-// What the CUDA kernels of convolutions share, beside their products (mma.cuh).
+// The part that the CUDA kernels of convolutions share, beside their products (mma.cuh).
 #pragma once
 #include "mma.cuh"
 
@@ -28,7 +28,7 @@ __device__ inline double value_of(const Values& values, int channel) {
   return to_float(load((const T*)values.data + channel));
 }
 
-// What they do to a convolution's sums.
+// y = sums * scale + shift.
 struct Affine {
   float scale, shift;
 };

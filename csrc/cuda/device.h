@@ -1,4 +1,4 @@
-// What the ops ask of a CUDA device, past the dispatcher.
+// A CUDA device's resources, memory and stream, past the dispatcher.
 #pragma once
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,11 +9,11 @@
 #include <map>
 #include <mutex>
 
-#include "../cpu/tensors.h"
+#include "../tensors.h"
 
 namespace fused_res {
 
-// What `query` says of a device, asked once.
+// The answer of `query` about a device, asked once.
 template <class Query>
 auto known(int device, const Query& query) {
   static std::mutex mutex;

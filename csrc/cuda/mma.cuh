@@ -1,6 +1,6 @@
-// Convolutions of maps in shared memory by a warp's products of small matrices: what PTX has had
-// for them since sm_80, in thin wrappers, and the loop over a convolution's taps. In the emulation
-// the wrappers' twins come from tests/cuda_emulation/emulator.h.
+// Convolutions of maps in shared memory by a warp's products of small matrices: thin wrappers of
+// the PTX instructions, which exist since sm_80, and the loop over a convolution's taps. In the
+// emulation the wrappers' twins come from tests/cuda_emulation/emulator.h.
 //
 // A product takes a step of the channels in, 32 bytes of a pixel in any type, of 16 pixels (the
 // rows of a matrix) to 16 channels out. Addresses are bytes from the start of shared memory.
@@ -12,7 +12,7 @@
 #ifndef FUSED_RES_EMULATION
 namespace fused_res::cuda {
 
-// Whether a device of the architecture that is compiled for has what is below.
+// Whether the architecture that is compiled for has these instructions.
 #ifdef __CUDA_ARCH__
 constexpr bool kHasMma = __CUDA_ARCH__ >= 800, kHasClusters = __CUDA_ARCH__ >= 900;
 #else
@@ -38,8 +38,8 @@ __device__ __forceinline__ void load_matrices(const char* row, uint32_t (&words)
                : "memory");
 }
 
-// Starts to copy 16 bytes from global to shared memory. What a thread started since its last
-// end_copies is a group; wait_copies waits for all of its groups but the last kGroups.
+// Starts to copy 16 bytes from global to shared memory. The copies that a thread started since
+// its last end_copies are a group; wait_copies waits for all of its groups but the last kGroups.
 __device__ __forceinline__ void start_copy(char* shared, const char* global) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
@@ -114,7 +114,7 @@ constexpr int kStepBytes = 32;     // of a pixel, that a product takes
 constexpr int kWeightBytes = 512;  // of a product: the step's channels in, by 16 channels out
 constexpr int kColumns = 2;        // tiles of channels out that a warp has
 
-// What a lane has of 16 pixels x 16 channels out: of two mma's of 8 columns.
+// A lane's sums of 16 pixels x 16 channels out: of two mma's of 8 columns.
 struct Sums {
   float v[2][4];
 };

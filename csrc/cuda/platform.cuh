@@ -1,9 +1,9 @@
-// What the CUDA kernels ask of the device, in one place. Compiled by a host compiler with
+// All uses of the device by the CUDA kernels, in one place. Compiled by a host compiler with
 // FUSED_RES_EMULATION, the same names come from tests/cuda_emulation/emulator.h.
 #pragma once
 #include <stdint.h>
 
-#include "../cpu/elements.h"
+#include "../elements.h"
 
 #ifdef FUSED_RES_EMULATION
 #include "emulator.h"
@@ -120,8 +120,7 @@ __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + 
 __host__ __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 }  // namespace fused_res::cuda
 
-// Faults that tests/test_cuda_emulation.py and tests/test_cuda_chain.py plant, to show that their
-// checks catch them.
+// Faults that tests/*/test_cuda_emulated.py plant, to show that their checks catch them.
 namespace fused_res::cuda {
 #ifdef PLANT_MISSING_SYNC
 #define SYNC_BEFORE_REDUCTION()

@@ -1,5 +1,7 @@
 // res_chain on a CUDA device: tensors in, a tensor out. Nothing here waits for the device, and
 // every launch and allocation can be captured in a CUDA graph. Kernels: res_chain_kernels.cuh.
+#include "res_chain.h"
+
 #include "../bn_act_checks.h"
 #include "device.h"
 #include "res_chain_kernels.cuh"
@@ -34,7 +36,7 @@ cuda::ChainDevice resources_of(int device) {
       STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
       return value;
     };
-    // what the code was compiled for, which can be older than the device
+    // the architecture of the compiled code, which can be older than the device
     cudaFuncAttributes kernel;
     STD_CUDA_CHECK(cudaFuncGetAttributes(&kernel, cuda::kNewestKernel));
     if (kernel.ptxVersion < 80) return cuda::ChainDevice{};  // then nothing fits
@@ -52,7 +54,7 @@ cuda::Kind kind_of(const Tensor& x, bool tf32) {
   return tf32 ? cuda::Kind::tf32 : cuda::Kind::exact;
 }
 
-// The convolutions of a call, and what keeps their copies alive.
+// The convolutions of a call, and the tensors that own their copies.
 struct Convs {
   const Tensor& x;
   std::vector<cuda::Conv> convs;
@@ -76,7 +78,7 @@ struct Convs {
     STD_TORCH_CHECK((size == 1 || size == 3) && 0 < out_channels &&
                         out_channels <= cuda::kMostChannels && 0 <= numbers[2] && numbers[2] <= 2 &&
                         (numbers[3] == 0 || numbers[3] == 1),
-                    "size must be 1 or 3, channels 1 to 128, act 0, 1 or 2, ends 0 or 1");
+                    "size must be 1 or 3, channels 1 to 128, act 0, 1 or 2, last 0 or 1");
     STD_TORCH_CHECK(numbers[3] ? out_channels == x.size(1) : numbers[2] == 1,
                     "a block must end with the channels of x, and have ReLUs (act 1) within");
     STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == out_channels &&
@@ -122,7 +124,7 @@ Tensor res_chain_params_cuda(const Tensor& x, const std::vector<Tensor>& weights
   Convs given{x, {}, {}};
   for (size_t i = 0; i < count; i++)
     given.add(weights[i], biases[i], &norms[kNorm * i], eps[i], &program[kNumbers * i]);
-  STD_TORCH_CHECK(given.convs.back().ends, "the last convolution must end a block");
+  STD_TORCH_CHECK(given.convs.back().last, "the last convolution must end a block");
 
   const cuda::Kind kind = kind_of(x, tf32);
   const cuda::ChainShape shape = {x.size(0), (int)x.size(1), (int)x.size(2), (int)x.size(3)};
@@ -150,7 +152,7 @@ bool res_chain_fits(int64_t device, int64_t bytes, int64_t channels, int64_t hei
     fits = takes(n[1]);
     cuda::Conv conv{};
     conv.size = n[0], conv.channels = convs.empty() ? channels : convs.back().out_channels;
-    conv.out_channels = n[1], conv.act = n[2], conv.ends = n[3];
+    conv.out_channels = n[1], conv.act = n[2], conv.last = n[3];
     convs.push_back(conv);
   }
   const cuda::ChainShape shape = {1, (int)channels, (int)height, (int)width};
@@ -160,11 +162,3 @@ bool res_chain_fits(int64_t device, int64_t bytes, int64_t channels, int64_t hei
 }
 
 }  // namespace fused_res
-
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CUDA, m) {
-  m.impl("res_chain_params", TORCH_BOX(&fused_res::res_chain_params_cuda));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) {
-  m.impl("res_chain_fits", TORCH_BOX(&fused_res::res_chain_fits));
-}

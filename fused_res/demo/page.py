@@ -159,7 +159,7 @@ def page(reports: Sequence[Report], figure: bytes, pictures: Tensor, facts: Sequ
         pictures: (N, 3, H, W) to show.
         facts: (name, value) of the versions and settings.
     """
-    parts = [
+    sections = [
         "<h1>fused_res beside plain PyTorch</h1>",
         "<p>Two nets in plain PyTorch, their residual blocks swapped by <code>fuse_</code>, "
         "trained on handwritten digits (32x32 colour) beside the originals.</p>",
@@ -167,7 +167,7 @@ def page(reports: Sequence[Report], figure: bytes, pictures: Tensor, facts: Sequ
         _image(figure, "losses, step times and saved activations of every net"),
     ]
     for report in reports:
-        parts += [
+        sections += [
             f"<h2>{html.escape(report.name)}</h2>",
             f"<p>{html.escape(report.what)} {fused_line(report)}</p>",
             "<h3>Trained side by side</h3>",
@@ -176,13 +176,13 @@ def page(reports: Sequence[Report], figure: bytes, pictures: Tensor, facts: Sequ
             table(AGREEMENT_HEADER, agreement_rows(report)),
         ]
         if report.skipped:
-            parts.append(table(("skipped", "reason"), report.skipped))
-    parts += [
+            sections.append(table(("skipped", "reason"), report.skipped))
+    sections += [
         f'<p class="note">{RESULT_NOTE}</p><p class="note">Agreement. {AGREEMENT_NOTE}</p>',
         "<h2>Versions and settings</h2>",
         table((), facts),
     ]
-    return document("fused_res demo", parts)
+    return document("fused_res demo", sections)
 
 
 def fused_line(report: Report) -> str:

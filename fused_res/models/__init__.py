@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..fuse.swap import fuse_
 from ..nn import FusedResBlock
 from ..reference import ResBlock
-from ..surgery import fuse_
 from .resnet import ResNet
 from .small import (
     BlockNet,

@@ -97,22 +97,14 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if large else nn.Identity()
         channels, self.depth = width, len(counts)
+        options = {"kind": kind, "groups": groups, "dropout": dropout}
         for stage, count in enumerate(counts):
             planes = width * 2**stage
             out = 4 * planes if kind == "bottleneck" else planes
+            options["width"] = planes * width_per_group // 64 * groups
             layer = nn.Sequential()
             for i in range(count):
-                layer.append(
-                    block(
-                        channels,
-                        out,
-                        2 if stage and not i else 1,
-                        kind=kind,
-                        groups=groups,
-                        width=planes * width_per_group // 64 * groups,
-                        dropout=dropout,
-                    )
-                )
+                layer.append(block(channels, out, 2 if stage and not i else 1, **options))
                 channels = out
             setattr(self, f"layer{stage + 1}", layer)
         self.avgpool = nn.AdaptiveAvgPool2d(1)

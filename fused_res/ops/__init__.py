@@ -23,8 +23,6 @@ torch.compiler.config.cache_key_tag = "+".join(filter(None, tags))
 
 library = torch.library.Library("fused_res", "DEF")
 library.define("cpu_isa(int level) -> int")
-library.define("cpu_quota(str root) -> int")
 library.define("empty_cache() -> int")
-library.define("team_size(int threads) -> int")
 library.define("cuda_plan(int plan) -> int")
 library.define("training_winograd(int limit) -> int")

@@ -2,8 +2,8 @@
 
 Forward: statistics (Welford's merge of tiles, Chan et al. 1979), then one pass that normalises,
 adds the residual, applies the ReLU and keeps its sign as one bit an element. Backward: one pass for
-the sums, one for the gradients. ``reference.bn_act`` says what it computes; ``csrc/cpu/bn_act.cpp``
-and ``kernels/bn_act.py`` how.
+the sums, one for the gradients. ``reference.bn_act`` is the specification; ``csrc/cpu/bn_act.cpp``
+and ``kernels/bn_act.py`` are implementations.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import DTYPES, choose, is_auto, say
+from ..dispatch.backends import DTYPES, choose, is_auto, say
 from ..reference import ACTS, Act, Norm
 from . import library
 
@@ -30,8 +30,9 @@ _FWD = (
     "(Tensor y, Tensor mask, Tensor stats)"
 )
 # Gradients that are not needed come back empty. dresidual is only asked for where it is not dy.
-# sums: float64 of (2, C), (4, C) with a residual_norm, to take for x's own: of g, dy where the ReLU
-# let it through, of g * (x - mean), and the same of the residual's BatchNorm.
+# sums: float64 of (2, C), optional, used in place of sums over x: of g, which is dy where the ReLU
+# let it through and else 0, and of g * (x - mean). With a residual_norm it is (4, C): the same two
+# for the residual come last.
 _BWD = (
     "(Tensor dy, Tensor x, Tensor? weight, bool training, Tensor? residual, "
     "bool residual_norm, Tensor? residual_weight, bool residual_training, Tensor stats, "
@@ -42,8 +43,8 @@ _BWD = (
 )
 # Of x alone, float64 of (3, C): mean, sum of squared deviations and number of values.
 _STATISTICS = "(Tensor x) -> Tensor"
-# The libraries of C++ kernels implement the ops for their devices; Triton's have ops of their own,
-# because a device cannot have two implementations of one.
+# The C++ libraries implement the ops for their devices. Triton's kernels need separate ops, because
+# a device cannot have two implementations of an op.
 for _suffix in ("", "_triton"):
     library.define(f"bn_act_fwd{_suffix}{_FWD}")
     library.define(f"bn_act_bwd{_suffix}{_BWD}")
@@ -52,21 +53,21 @@ for _suffix in ("", "_triton"):
 
 @torch.library.impl(library, "bn_act_fwd_triton", "CompositeExplicitAutograd")
 def _(*args):
-    from ..kernels import bn_act as kernels
+    from ..kernels import bn_act_fwd as kernels
 
     x, weight, bias, *running, training, momentum, eps, residual, residual_norm = args[:10]
+    norm = Norm(*running, weight, bias, training, momentum, eps)
     second = Norm(*args[12:14], *args[10:12], *args[14:17]) if residual_norm else None
-    _check(x, Norm(*running, weight, bias, training, momentum, eps), residual, second,
-           ACTS[args[17]])  # fmt: skip
+    _check(x, norm, residual, second, ACTS[args[17]])
     _check_triton(x)
-    return kernels.forward(*args)
+    return kernels.forward(kernels.Call(x, norm, residual, second, *args[17:]))
 
 
 @torch.library.impl(library, "bn_act_bwd_triton", "CompositeExplicitAutograd")
-def _(*args):
-    from ..kernels import bn_act as kernels
+def _(dy, x, weight, training, residual, residual_norm, residual_weight, residual_training, stats,
+      mask, act, need_x, need_residual, need_parameters, sums=None):  # fmt: skip
+    from ..kernels import bn_act_bwd as kernels
 
-    dy, x, weight, _, residual, residual_norm, residual_weight, _, stats, mask, act = args[:11]
     _check_triton(x)
     _check_like("dy", dy, x)
     if residual_norm:
@@ -76,19 +77,24 @@ def _(*args):
         ACTS[act] != "none" and mask.shape != (runs, (length + 7) // 8)
     ):
         raise ValueError("stats and mask must be what bn_act_fwd returned for x")
-    sums = args[14] if len(args) > 14 else None
     wanted = (4 if residual_norm else 2, x.size(1))
     if sums is not None and (sums.shape != wanted or sums.dtype != torch.float64):
         raise ValueError(f"sums must be float64 of shape {wanted}")
     for name, w in (("weight", weight), ("residual_weight", residual_weight)):
         if w is not None and w.shape != x.shape[1:2]:
             raise ValueError(f"{name} must have shape ({x.size(1)},), got {tuple(w.shape)}")
-    return kernels.backward(*args)
+    second = kernels.NormCall(residual_weight, residual_training) if residual_norm else None
+    wanted = kernels.Wanted(need_x, need_residual, need_parameters)
+    norm = kernels.NormCall(weight, training)
+    found = kernels.backward(
+        kernels.Call(dy, x, norm, stats, mask, residual, second, act, wanted, sums)
+    )
+    return tuple(x.new_empty(0) if t is None else t for t in found)
 
 
 @torch.library.impl(library, "bn_act_statistics_triton", "CompositeExplicitAutograd")
 def _(x):
-    from ..kernels import bn_act as kernels
+    from ..kernels import bn_act_fwd as kernels
 
     _check_triton(x)
     return kernels.statistics(x)

@@ -1,11 +1,11 @@
 """Convolution + BatchNorm + residual + ReLU for inference, as one kernel: the op ``conv_bn_act``.
 
-``reference.conv_bn_act`` says what it computes. Where a gradient is wanted the convolution is the
-library's and the rest ``bn_act``. An *implementation* is one way to run a call: ``triton``
-(``kernels/conv_bn_act.py``), ``cudnn``, ``onednn`` (each library's convolution with the rest in its
+``reference.conv_bn_act`` is the specification. Where a gradient is wanted ATen runs the convolution
+and ``bn_act`` the rest. An *implementation* is one way to run a call: ``triton``
+(``kernels/conv_bn_act.py``), ``cudnn``, ``onednn`` (their convolutions with the rest in the
 epilogue), ``conv_halo`` (``csrc/cuda/conv_halo.cu``), ``winograd2`` and ``winograd4``
-(``csrc/cpu/winograd.cpp``). A backend has one or more; ``bn_act`` is the library's convolution and
-that op. ``fused_res.choices`` says which is taken.
+(``csrc/cpu/winograd.cpp``), ``bn_act`` (ATen's convolution, then that op). A backend has one or
+more. ``fused_res.dispatch.inference_conv`` picks one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import choices, env, reference
-from ..backends import DTYPES, asked_for, choose, named, why_not_tensors
+from .. import env, reference
+from ..dispatch import inference_conv
+from ..dispatch.backends import DTYPES, asked_for, choose, named, why_not_tensors
+from ..dispatch.inference_conv import FLOAT32_ALONE, IMPLEMENTATIONS, register
 from ..reference import ACTS, Act, ConvNorm, Norm
 from ..run.weight_cache import packed_weights, scale_and_shift
 from . import conv_halo, direct, library, winograd  # noqa: F401  define the ops that run here
@@ -74,8 +76,8 @@ def out_shape(x: Tensor, conv: ConvNorm) -> tuple[int, int, int, int]:
     )
 
 
-# --- implementations: each makes, of a call of one dtype, what runs calls of its sizes, from x and
-# the residual alone, for as long as nothing changes that its convolutions are made of
+# --- implementations. From a call each prepares a function of x and the residual, for calls of the
+# same dtype and sizes. It is valid while the convolutions' parameters are unchanged.
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -89,11 +91,6 @@ def _folded(conv: ConvNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if shift is None:
         shift = weight.new_zeros(weight.size(0))
     return weight.to(dtype).contiguous(memory_format=torch.channels_last), shift.to(dtype)
-
-
-# BatchNorm is in the weights, which 16 bits round once more: 1.3 times PyTorch's error on average
-# over a net, up to 1.9. (cuDNN's calls take them so, where backend cuda is named.)
-FLOAT32_ALONE = "it is for float32 alone"
 
 
 def _apply_rest(z: Tensor, residual: Tensor | None, concat: bool, act: str) -> Tensor:
@@ -220,7 +217,7 @@ def _direct_why_not(call: Call) -> str | None:
 
 
 def _with_bn_act(call: Call, backend: str | None) -> Tensor:
-    """The library's convolution and ``bn_act``: with gradients."""
+    """ATen's convolution and ``bn_act``: with gradients."""
 
     def bn_act(x, norm, residual=None, residual_norm=None, act="relu"):
         if residual is not None and residual.dtype != x.dtype:  # PyTorch's rules of promotion
@@ -262,7 +259,7 @@ def _conv_halo(call: Call) -> Tensor:
     return torch.ops.fused_res.conv_halo.default(
         nhwc(x), conv.weight.to(x.dtype), conv.bias, mean, var, *affine,
         0.0 if conv.norm is None else conv.norm.eps, residual, ACTS.index(act),
-        choices.allows_tf32(),
+        inference_conv.allows_tf32(),
     )  # fmt: skip
 
 
@@ -302,26 +299,15 @@ def _anew(run: Callable[..., Tensor]) -> Callable[..., Run]:
     return prepare
 
 
-class Implementation(NamedTuple):
-    """``configs``: lists those that ``prepare`` takes with a call; None: it takes none."""
-
-    backend: str
-    prepare: Callable[..., Run]
-    why_not: Callable[[Call], str | None]
-    configs: Callable[[Call], list] | None = None
-
-
-# Of a backend the library first, then ours: a later one is taken where it is clearly faster.
-IMPLEMENTATIONS = {
-    "onednn": Implementation("cpu", _onednn, _onednn_why_not),
-    "direct": Implementation("cpu", _direct, _direct_why_not),
-    "winograd2": Implementation("cpu", partial(_winograd, 2), partial(_winograd_why_not, 2)),
-    "winograd4": Implementation("cpu", partial(_winograd, 4), partial(_winograd_why_not, 4)),
-    "bn_act": Implementation("cpu", _anew(_bn_act), lambda call: None),
-    "cudnn": Implementation("cuda", _anew(_cudnn), _cudnn_why_not),
-    "conv_halo": Implementation("cuda", _anew(_conv_halo), _conv_halo_why_not),
-    "triton": Implementation("triton", _anew(_triton), _triton_why_not, _triton_configs),
-}
+# Of a backend ATen's, cuDNN's or oneDNN's first.
+register("onednn", "cpu", _onednn, _onednn_why_not)
+register("direct", "cpu", _direct, _direct_why_not)
+register("winograd2", "cpu", partial(_winograd, 2), partial(_winograd_why_not, 2))
+register("winograd4", "cpu", partial(_winograd, 4), partial(_winograd_why_not, 4))
+register("bn_act", "cpu", _anew(_bn_act), lambda call: None)
+register("cudnn", "cuda", _anew(_cudnn), _cudnn_why_not)
+register("conv_halo", "cuda", _anew(_conv_halo), _conv_halo_why_not)
+register("triton", "triton", _anew(_triton), _triton_why_not, _triton_configs)
 
 
 # --- the op
@@ -368,10 +354,10 @@ def _(x, parameters, integers, eps, residual, concat, act, backend):
 
 
 def _run(call: Call, backend: str) -> Tensor:
-    return run_as(call, choices.choose(call, backend))
+    return run_as(call, inference_conv.choose(call, backend))
 
 
-def run_as(call: Call, choice: choices.Choice) -> Tensor:
+def run_as(call: Call, choice: inference_conv.Candidate) -> Tensor:
     """A call by an implementation that can run it."""
     if choice.implementation == "eager":
         y = reference.conv_bn_act(*call)
@@ -401,7 +387,7 @@ def fuses_convolutions(x: Tensor, backend: str | None) -> bool:
     if x.is_cpu and name in ("auto", "cpu"):
         return x.dtype == torch.float32  # others run bn_act, for which there is a faster way
     # a graph asks for the op, which finds out; else a GPU that is not measured runs bn_act's ways
-    return name != "auto" or torch.compiler.is_compiling() or choices.knows(x.device)
+    return name != "auto" or torch.compiler.is_compiling() or inference_conv.knows(x.device)
 
 
 def prepared(call: Call, backend: str | None) -> Run | None:
@@ -415,7 +401,7 @@ def prepared(call: Call, backend: str | None) -> Run | None:
     name = asked_for("conv_bn_act", backend, x, call.residual)
     if name == "eager":
         return None
-    implementation = IMPLEMENTATIONS.get(choices.choose(call, name).implementation)
+    implementation = IMPLEMENTATIONS.get(inference_conv.choose(call, name).implementation)
     if implementation is None or implementation.backend != "cpu":
         return None
     return implementation.prepare(call)
@@ -528,7 +514,7 @@ def conv_bn_act(
     """Convolution, BatchNorm by its running statistics, residual add (or concatenation) and ReLU.
 
     One kernel where no gradient is wanted. Where one is (frozen BatchNorm, gradients of the input),
-    and for 16-bit tensors on a CPU, the library's convolution and ``bn_act``.
+    and for 16-bit tensors on a CPU, ATen's convolution and ``bn_act``.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64, NCHW or channels_last.

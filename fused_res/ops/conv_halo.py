@@ -1,4 +1,4 @@
-"""A convolution of few channels in CUDA C++: for ``conv_bn_act``, and with the ends of training.
+"""A convolution of few channels in CUDA C++: for ``conv_bn_act``, and for training.
 
 1x1 or 3x3, of stride 1, to a map of the same size, of up to 64 channels in and out, channels_last.
 Each patch of the map is read once, into shared memory, where the weights are too:
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import STATUS
-from ..choices import allows_tf32
+from ..dispatch.backends import STATUS
+from ..dispatch.inference_conv import allows_tf32
 from ..reference import ConvNorm
 from . import library
 
@@ -71,7 +71,7 @@ def why_not(x: Tensor, conv: ConvNorm) -> str | None:
 
 
 def trains(x: Tensor, conv: ConvNorm) -> bool:
-    """Whether it can run a convolution of x with the ends of training, forward and backward."""
+    """Whether it can run a convolution of x in training, forward and backward."""
     here = x.is_cuda and STATUS["cuda"] is None and x.numel() > 0 and conv.weight.dtype == x.dtype
     if not here or not x.is_contiguous(memory_format=torch.channels_last):
         return False

@@ -1,4 +1,4 @@
-"""Our own convolutions on a CPU, one after the other without a return to Python.
+"""Native convolutions on a CPU, one after the other without a return to Python.
 
 Each is direct (``ops/direct.py``) or Winograd's (``ops/winograd.py``), with BatchNorm in its
 weight and its residual and ReLU in its epilogue. A call of an op between two that read a network's
@@ -58,7 +58,7 @@ def convolution(
     return Convolutions([weight], [bias], list(numbers))
 
 
-def joined(parts: Sequence[Convolutions]) -> Convolutions:
-    """What runs the parts one after the other, all with one residual."""
-    lists = zip(*parts, strict=True)
+def joined(steps: Sequence[Convolutions]) -> Convolutions:
+    """The steps one after the other, all with one residual."""
+    lists = zip(*steps, strict=True)
     return Convolutions(*([one for each in of for one in each] for of in lists))

@@ -1,9 +1,9 @@
 """A whole residual block in one call each way: the op ``res_block``.
 
-Convolutions from the library, or on a CPU our own where they win
-(``csrc/cpu/training_convolution.cpp``), all the rest by ``bn_act``, without the host's work between
-them (several times a small kernel's own).
-``reference.res_block`` says what it computes; ``csrc/res_block.h`` walks the stages.
+Convolutions run in cuDNN or oneDNN, or on a CPU in native kernels where these are faster
+(``csrc/cpu/training_convolution.cpp``). ``bn_act`` is all the rest. One call saves the host's work
+between the kernels, which takes several times as long as a small kernel.
+``reference.res_block`` is the specification; ``csrc/res_block.h`` runs the stages.
 
 For the backward pass are kept the outputs of the convolutions, statistics, and one bit an element
 of y. The activations between the convolutions are computed again when their turn comes, bit by bit
@@ -18,10 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import plans, reference
-from ..backends import choose, is_auto
+from .. import reference
+from ..dispatch import training_conv
+from ..dispatch.backends import choose, is_auto
+from ..dispatch.cpu_rules import whole_block_pays
 from ..reference import ACTS, Act, ConvNorm, Norm, Shortcut
-from . import library
+from . import conv_halo, library
 from .bn_act import bn_act_norms, is_nchw, laid_out
 
 # Of each stage, the shortcut's last. parameters: the convolution's weight and bias, the BatchNorm's
@@ -48,19 +50,13 @@ PARAMETERS, INTEGERS = 4, 8
 IDENTITY, PROJECTION, NOTHING = range(3)
 MOST_STAGES = 20  # bits of needs
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
-# Elements of x up to which one call is worth it on a CPU where the library's convolutions run. One
-# autograd node keeps all that it saved until its backward pass is over, where a node for each stage
-# frees as it goes: one call takes 0.98 to 0.99 of the time up to 2 million elements, and 1.03 at 6
-# million. Where our own run, which are in this op alone, it is two thirds. A GPU's memory is worth
-# more than the pass that one call takes for what it does not keep.
-MOST_ELEMENTS = 2**22
 library.define(f"res_block_fwd{_FWD}")
 library.define(f"res_block_bwd{_BWD}")
 # Triton's, as in bn_act. plan: of each stage what runs its convolution, forward and backward:
 # `Choice` of kernels/res_block.py. The gradient of x is one.
 for _name, _schema in (("res_block_fwd", _FWD), ("res_block_bwd", _BWD)):
     library.define(f"{_name}_triton{_schema.replace(') ->', ', int[] plan) ->')}")
-# Of a branch's convolutions, how many are of sizes for our own. sizes: each one's weight (4),
+# How many of a branch's convolutions have sizes for native kernels. sizes: each one's weight (4),
 # stride, padding and dilation (2 each) and groups.
 library.define("training_convolutions(int[] image, int[] sizes) -> int")
 _forward = torch.ops.fused_res.res_block_fwd.default
@@ -124,8 +120,9 @@ def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, 
         return []
     if counters:
         torch._foreach_add_(counters, 1)
-    choices = [*map(kernels.Choice, plan[::2], plan[1::2])]
-    return kernels.forward(x, *stages, act, save, recompute, choices)
+    candidates = [*map(kernels.Choice, plan[::2], plan[1::2])]
+    block = kernels.Block(x, *stages, act, recompute, candidates, conv_halo)
+    return kernels.forward(block, save)
 
 
 @torch.library.impl(library, "res_block_bwd_triton", "CompositeExplicitAutograd")
@@ -135,9 +132,10 @@ def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, plan)
     count = len(parameters) // PARAMETERS
     call = _Call([None] * 2 * count, [], integers, [0.0] * 2 * count, shortcut, act, recompute,
                  plan)  # fmt: skip
-    choices = [*map(kernels.Choice, plan[::2], plan[1::2])]
-    return kernels.backward(
-        dy, x, *_stages(call, parameters), saved, act, recompute, needs, choices)  # fmt: skip
+    candidates = [*map(kernels.Choice, plan[::2], plan[1::2])]
+    stages = _stages(call, parameters)
+    block = kernels.Block(x, *stages, act, recompute, candidates, conv_halo)
+    return kernels.backward(block, dy, saved, needs)
 
 
 def _takes(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut) -> bool:
@@ -191,7 +189,7 @@ class _Call(NamedTuple):
     shortcut: int
     act: int
     recompute: bool
-    plan: list[int] | None  # None: the library's in C++ decides
+    plan: list[int] | None  # None: the C++ implementation decides
 
 
 def _flatten(branch, shortcut, act, counters, recompute, plan) -> tuple[_Call, list[Tensor | None]]:
@@ -238,7 +236,7 @@ def _run(x, parameters, call, save) -> list[Tensor]:
 
 
 def _in_pytorchs_terms(op, *args):
-    """Runs ``op``; an error inside the library reaches it as text alone (torch 2.13 and newer)."""
+    """Runs ``op``; an error inside ATen reaches it as text alone (torch 2.13 and newer)."""
     try:
         return op(*args)
     except torch.OutOfMemoryError:
@@ -328,7 +326,7 @@ class _DoesNotFit(Exception):
 
 
 def _convolves(x: Tensor, branch: list[ConvNorm]) -> bool:
-    """Whether most of a block's convolutions are our own."""
+    """Whether native kernels run most of a block's convolutions."""
     if (
         x.dim() != 4
         or x.dtype != torch.float32
@@ -366,8 +364,8 @@ def _whole_in(
     name = choose("bn_act", backend, x)
     if name == "eager":
         return None
-    small = recompute is not None or x.numel() <= MOST_ELEMENTS
-    pays = name != "cpu" or (small and not (is_bare and is_auto(backend)))
+    bare = is_bare and is_auto(backend)
+    pays = name != "cpu" or whole_block_pays(x.numel(), recompute is not None, bare)
     return name if pays or _convolves(x, branch) else None
 
 
@@ -445,7 +443,7 @@ def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor
         x, branch, shortcut = _autocast(x, branch, shortcut, dtype)
     plan = None
     if name == "triton":
-        plan = plans.plan(x, branch, shortcut, backend)
+        plan = training_conv.plan(x, branch, shortcut, backend)
     call, parameters = _flatten(branch, shortcut, act, counters, recompute == "last", plan)
     if (
         any(t is None for t in call.running)

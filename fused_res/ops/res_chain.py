@@ -16,30 +16,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import asked_for, why_not
-from ..choices import allows_tf32
+from ..dispatch.backends import asked_for, why_not
+from ..dispatch.cpu_rules import MOST_CHANNELS_OF_CHAIN, chain_pays, expected_tile
+from ..dispatch.inference_conv import IMPLEMENTATIONS, allows_tf32
 from ..reference import ACTS, Act, ConvNorm
 from . import library
-from .conv_bn_act import (
-    IMPLEMENTATIONS,
-    PLAIN,
-    Call,
-    conv_bn_act,
-    out_shape,
-    under_modes,
-)
+from .conv_bn_act import PLAIN, Call, conv_bn_act, out_shape, under_modes
 from .convolutions import nhwc
 
 # What res_chain takes of inputs with so many channels, behind a tensor of bytes. program, of each
 # convolution: Winograd's tile or 0 for a direct one; kernel size, 1 or 3; channels out; act, of
-# reference.ACTS; whether it ends a block: then it adds what the block began with.
+# reference.ACTS; whether it is a block's last: then it adds the block's input.
 library.define(
     "packed_chain(Tensor[] weights, Tensor?[] biases, int[] program, int channels) -> Tensor"
 )
 library.define("res_chain(Tensor x, Tensor chain) -> Tensor")
 # The same in one call, of parameters as they are. norms: mean, variance, weight and bias of each
-# convolution, None without a BatchNorm; program: kernel size, channels out, act, whether it ends a
-# block.
+# convolution, None without a BatchNorm; program: kernel size, channels out, act, whether it is a
+# block's last.
 library.define(
     "res_chain_params(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] norms, float[] eps, "
     "int[] program, bool tf32) -> Tensor"
@@ -81,27 +75,12 @@ class Chain:
         return torch.ops.fused_res.res_chain.default(nhwc(x), self._packed)
 
 
-# A thread reads a weight as fast as it multiplies this many tiles by it.
-TILES_OF_WEIGHT = 5
-# With fewer channels the transforms cost more than tiles of 4 save. With more, each thread reading
-# all of the weights does; and maps of an image that no cache holds gain nothing.
-LEAST_CHANNELS, MOST_CHANNELS, MOST_BYTES = 32, 128, 1 << 20
-
-
 def _implementation(call: Call) -> tuple[str, int]:
-    """What is expected to be the fastest of a convolution, and Winograd's tile or 0."""
-    images, channels, height, width = call.x.shape
-    costs = {}
-    for name, tile in (("direct", 0), ("winograd2", 2), ("winograd4", 4)):
-        if IMPLEMENTATIONS[name].why_not(call) is not None:
-            continue
-        if tile == 4 and min(channels, len(call.conv.weight)) < LEAST_CHANNELS:
-            continue
-        step = tile or 1
-        units = images * -(-height // step) * -(-width // step)
-        points = (tile + 2) ** 2 if tile else call.conv.weight[0, 0].numel()
-        costs[name, tile] = points * (units / torch.get_num_threads() + TILES_OF_WEIGHT)
-    return min(costs, key=costs.__getitem__)
+    """The implementation that is expected to be the fastest in a chain; Winograd's tile or 0."""
+    names = {0: "direct", 2: "winograd2", 4: "winograd4"}
+    able = [tile for tile, name in names.items() if IMPLEMENTATIONS[name].why_not(call) is None]
+    tile = expected_tile(call.x.shape, call.conv.weight.shape, able, in_chain=True)
+    return names[tile], tile
 
 
 def _keeps_size(conv: ConvNorm) -> bool:
@@ -131,7 +110,7 @@ def fits(x: Tensor, block: Link) -> bool:
     if x.is_cuda:
         return _is_identity(block, x.size(1)) and all(_belongs(conv, x) for conv in block.convs)
     widest = max((n for conv in block.convs for n in conv.weight.shape[:2]), default=0)
-    return _is_identity(block, x.size(1)) and 12 * widest * x[0, 0].numel() <= MOST_BYTES
+    return _is_identity(block, x.size(1)) and chain_pays(widest, x[0, 0].numel())
 
 
 def _is_identity(block: Link, channels: int) -> bool:
@@ -144,7 +123,7 @@ def _is_identity(block: Link, channels: int) -> bool:
             return False
         if weight.dim() != 4 or weight.size(1) != channels or not _keeps_size(conv):
             return False
-        if max(weight.shape[:2]) > MOST_CHANNELS:
+        if max(weight.shape[:2]) > MOST_CHANNELS_OF_CHAIN:
             return False
         channels = len(weight)
     return channels == first

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm
 
 from .. import reference
-from ..backends import choose
 from ..collectives import all_gather, all_reduce
+from ..dispatch.backends import choose
 from ..reference import ACTS, Act, Norm
 from .bn_act import _check, _dense_like, _fwd, _op, is_nchw, laid_out, unpack_mask
 

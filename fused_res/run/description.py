@@ -31,14 +31,14 @@ MOST_TOKENS = 10_000
 # Converted to each other they compute the same where fused kernels run them
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _OVERRIDES = "forward", "_conv_forward", "_call_impl"
-_VALUES = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...),
+PLAIN_VALUES = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...),
            type(NotImplemented), torch.Size, torch.dtype, torch.device, torch.layout,
            torch.memory_format)  # fmt: skip
 _CONTAINERS = list, tuple, dict, set, frozenset, deque, OrderedDict, defaultdict
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType,
               types.WrapperDescriptorType, types.GetSetDescriptorType,
               types.MemberDescriptorType)  # fmt: skip
-_BASES_IN_C = {object, types.SimpleNamespace, *_VALUES, *_CONTAINERS}
+_BASES_IN_C = {object, types.SimpleNamespace, *PLAIN_VALUES, *_CONTAINERS}
 _HIDE_STATE = (Tensor, torch.Generator, torch.UntypedStorage, operator.attrgetter,
                operator.methodcaller, type(functools.lru_cache(len)))  # fmt: skip
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
@@ -222,24 +222,24 @@ class Description:
             self.modules.put_absent(number, name)
             if name in own["_modules"]:  # children are compared all
                 return
-            parts = [part for part in ("_parameters", "_buffers") if name in own[part]]
-            if not parts:  # it may come to be one of its class
+            slots = [slot for slot in ("_parameters", "_buffers") if name in own[slot]]
+            if not slots:  # it may come to be one of its class
                 for base in _made(kind_of(module)):
                     self._named(base, vars(base).get, name)
-            for part in parts or ("_parameters", "_buffers"):
+            for part in slots or ("_parameters", "_buffers"):
                 what = is_there(own[part], name)
                 self._add(name, part, what is None, what is MISSING)
                 self.modules.put_inside(number, part, name, what)
 
     def _compare_compiled(self, path: Any, name: str, value: Any) -> None:
-        if isinstance(value, (*_VALUES, *_FUNCTIONS)):
+        if isinstance(value, (*PLAIN_VALUES, *_FUNCTIONS)):
             self.plain.append((path, (name,), value))
         elif isinstance(value, (list, tuple, dict)):
             if _is_plain(value):
                 self.plain.append((path, (name,), _copied(value)))
         elif _has_dict(value) and not isinstance(value, (type, types.ModuleType)):
             for inner in sorted(self._reads.names & vars(value).keys()):
-                if isinstance(vars(value)[inner], _VALUES):
+                if isinstance(vars(value)[inner], PLAIN_VALUES):
                     self.plain.append((path, (name, inner), vars(value)[inner]))
 
     # --- values
@@ -247,7 +247,7 @@ class Description:
     def _value(self, value: Any) -> bool:
         """Describes it; whether it may be kept alive: it cannot lead back to a module."""
         kind = type(value)
-        if kind in _VALUES:
+        if kind in PLAIN_VALUES:
             self._add(kind, repr(value))
         elif isinstance(value, enum.Enum):
             self._add(kind, value.name)
@@ -271,8 +271,8 @@ class Description:
             self._value(value.__self__)
             return False
         elif isinstance(value, (property, staticmethod, classmethod, functools.cached_property)):
-            parts = ("fget", "fset", "__func__", "func")
-            return self._all(kind, [getattr(value, part, None) for part in parts])
+            names = ("fget", "fset", "__func__", "func")
+            return self._all(kind, [getattr(value, name, None) for name in names])
         elif hasattr(kind, "__get__") and not kind.__flags__ & _HEAP_TYPE:
             self._add(kind)  # a descriptor that C made: a field of a named tuple
         elif kind is functools.partial:
@@ -308,7 +308,7 @@ class Description:
             if any(name in vars(base) for base in bases):
                 for base in bases:
                     self._named(base, vars(base).get, name)
-                if isinstance(getattr(kind, name), (*_VALUES, types.FunctionType)):
+                if isinstance(getattr(kind, name), (*PLAIN_VALUES, types.FunctionType)):
                     self.plain.append((kind, (name,), getattr(kind, name)))
         if not _of_pytorch(type(kind).__module__) and type(kind) is not type:
             self._class(type(kind))

@@ -11,13 +11,15 @@ from __future__ import annotations
 import weakref
 from itertools import chain
 from operator import is_
+from typing import Any
 
 from torch import nn
 
-from .description import NORMS, Description, Unknowable, has_hooks
+from .description import NORMS, PLAIN_VALUES, Description, Unknowable, has_hooks
 from .reads import Reads
 
 FORWARD_HOOKS = "_forward_hooks", "_forward_pre_hooks"
+_OF_MODULES = {"_parameters", "_buffers", "_modules"}
 
 
 class Record:
@@ -54,9 +56,13 @@ class Record:
 
 
 class Guard:
-    """A module as it was when this was made, and whether that is as it was recorded."""
+    """A module as it was when this was made, and whether that is as it was recorded.
+
+    kept: for each plan, all that inference keeps while the module stays so.
+    """
 
     def __init__(self, module: nn.Module, record: Record) -> None:
+        self.kept: dict[int, Any] = {}
         # a record may lead back to the module, which is to be freed
         self.record, self.same, self.places = weakref.ref(record), False, None
         try:
@@ -66,12 +72,12 @@ class Guard:
         self.same = found.tokens == record.tokens
         self.places, self._modules = found.places, found.modules
 
-    def still(self, module: nn.Module) -> bool:
+    def passes(self, module: nn.Module) -> bool:
         """Whether nothing was changed since."""
         if self.places is None:
             return False
         try:
-            return self._modules.hold(module) and self.places.hold()
+            return self._modules.passes(module) and self.places.passes()
         except Exception:  # something is no longer there to look into
             return False
 
@@ -82,9 +88,14 @@ _guards: weakref.WeakKeyDictionary[nn.Module, Guard] = weakref.WeakKeyDictionary
 def guard_of(module: nn.Module, record: Record) -> Guard:
     """The guard of a module as it is now."""
     guard = _guards.get(module)
-    if guard is None or guard.record() is not record or not guard.still(module):
+    if guard is None or guard.record() is not record or not guard.passes(module):
         guard = _guards[module] = Guard(module, record)
     return guard
+
+
+def last_guard(module: nn.Module) -> Guard | None:
+    """The guard of a module as it was when it was looked at last."""
+    return _guards.get(module)
 
 
 def _present(module: nn.Module, path: str) -> nn.Module | None:
@@ -96,7 +107,7 @@ def _present(module: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def holds_compiled(module: nn.Module, record: Record) -> bool:
+def passes_compiled(module: nn.Module, record: Record) -> bool:
     """As much of ``guard_of(module, record).same`` as a compiler can make guards of."""
     for path, kind, children in record.children:
         child = _present(module, path)
@@ -113,7 +124,13 @@ def holds_compiled(module: nn.Module, record: Record) -> bool:
     return True
 
 
-class Watch:
+def _is_plain(value: object) -> bool:
+    if type(value) in (tuple, list, set):
+        return all(type(inner) in PLAIN_VALUES for inner in value)
+    return type(value) in PLAIN_VALUES or (isinstance(value, dict) and not value)
+
+
+class ModulesGuard:
     """Modules as they were when this was made: their classes, attributes, children, parameters and
     buffers, and which have hooks that run without gradients.
 
@@ -131,18 +148,26 @@ class Watch:
         # a module that had no parameters or buffers does not look for any
         children = [own["_modules"] for own in self._own]
         tensors = [own[name] for own in self._own for name in ("_parameters", "_buffers")]
-        self._parts = [part for part in children + tensors if part]
+        self._slots = [slot for slot in children + tensors if slot]
         self._empty = [of for of in hooks + children if not of]
         self._names = self._all_names()
         self._found = self._values()
 
     def _values(self) -> list:
-        return list(chain.from_iterable(map(dict.values, self._parts)))
+        return list(chain.from_iterable(map(dict.values, self._slots)))
 
     def _all_names(self) -> list:
-        return list(chain.from_iterable(self._parts))
+        return list(chain.from_iterable(self._slots))
 
-    def holds(self) -> bool:
+    def is_plain(self) -> bool:
+        """Whether no attribute could lead to other modules."""
+        return all(
+            name in _OF_MODULES or _is_plain(value)
+            for own in self._own
+            for name, value in own.items()
+        )
+
+    def passes(self) -> bool:
         try:
             same = self._own == self._attributes  # what is not the same object is compared
         except Exception:  # an attribute is another tensor or array, say

@@ -48,7 +48,7 @@ class Places:
         self._containers |= other._containers
         self._questions |= other._questions
 
-    def hold(self) -> bool:
+    def passes(self) -> bool:
         """Whether there is in each place what was there."""
         if not all([get(name, MISSING) is value for get, name, value in self._kept.values()]):
             return False
@@ -107,7 +107,7 @@ class Modules:
         """These have neither hooks nor a forward of their own."""
         self._looked_at = None if numbers == list(range(1, len(self._ids))) else numbers
 
-    def hold(self, root: nn.Module) -> bool:
+    def passes(self, root: nn.Module) -> bool:
         """Whether the modules, and what was put here of them, are as they were."""
         modules: list[nn.Module | None] = [root]
         names: list[str] = []

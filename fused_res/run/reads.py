@@ -191,9 +191,9 @@ def imported_by(code: CodeType, known: dict) -> Iterator[ModuleType]:
     package = known.get("__package__") or ""
     for name in sorted(_named(code, "IMPORT_NAME")):
         for path in (name, f"{package}.{name}" if name else package):
-            parts = path.split(".")
-            for i in range(1, len(parts) + 1):
-                module = sys.modules.get(".".join(parts[:i]))
+            names = path.split(".")
+            for i in range(1, len(names) + 1):
+                module = sys.modules.get(".".join(names[:i]))
                 if module is not None:
                     yield module
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..backends import STATUS
+from ..dispatch.backends import STATUS
 from ..ops import library
 from ..reference import ConvNorm
 
-library.define("stamp(Tensor[] tensors) -> int")
+library.define("fingerprint(Tensor[] tensors) -> int")
 
 MOST_PER_WEIGHT = 4  # BatchNorms that share a convolution, dtypes under autocast
 
@@ -86,7 +86,7 @@ def fingerprint(tensors: list[Tensor]) -> tuple:
         _count_changes()
     if not tensors:
         return (_changes,)
-    return _changes, torch.ops.fused_res.stamp(tensors), *[t._version for t in tensors]
+    return _changes, torch.ops.fused_res.fingerprint(tensors), *[t._version for t in tensors]
 
 
 def packed_weights(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..cli import CommandError, UsageError, table
-from ..tuned import processor
+from ..dispatch.user_timings import processor
 from ..version import __version__
 from . import checkpoint, data, nets, report, trust
 from . import settings as flags
@@ -121,14 +121,14 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: P
                 log.write(_start(settings, arguments, pictures, place, about))
             if log is not None and state is not None:
                 log.write({"event": "resume", "time": now(), "epoch": state["epoch"]})
-            ends = trainer.run(log)
+            results = trainer.run(log)
     except Interrupted:
         if place.rank == 0:
             message = f"saved in {last}; to go on: {_resuming(settings, out)}"
             print(message, file=sys.stderr)
         return 130
     if place.rank == 0:
-        _finish(out, ends, about)
+        _finish(out, results, about)
     return 0
 
 
@@ -219,11 +219,11 @@ def _start(
     }
 
 
-def _finish(out: Path, ends: list[dict[str, Any]], about: dict[str, Any]) -> None:
+def _finish(out: Path, results: list[dict[str, Any]], about: dict[str, Any]) -> None:
     """The summary, on stdout and as a page."""
     records = report.read_log(out / "log.jsonl")
     rows = []
-    for end in ends:
+    for end in results:
         net = end["net"]
         speeds = [r["images_per_second"] for r in records
                   if r["event"] == "epoch" and r["net"] == net]  # fmt: skip

@@ -160,11 +160,11 @@ def load(path: Path) -> dict[str, Any]:
             ) from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
-    if type(state) is not dict or not one_of([FORMAT]).holds(state.get("format")):
+    if type(state) is not dict or not one_of([FORMAT]).accepts(state.get("format")):
         raise CheckpointError(
             f"{path} is not a checkpoint of fused-res train: key 'format' must be {FORMAT!r}"
         )
-    if not one_of([VERSION]).holds(state.get("version")):
+    if not one_of([VERSION]).accepts(state.get("version")):
         raise CheckpointError(
             f"{path}: key 'version' is {shown(state.get('version'))}, must be {VERSION}"
         )
@@ -232,7 +232,7 @@ def load_weights(model: nn.Module, weights: Any, where: str) -> None:
     for key in (*wanted, *weights):
         if key not in weights or key not in wanted:
             words = "is missing" if key in wanted else "is not in the model"
-            named = key if TENSOR_NAME.holds(key) else shown(key)
+            named = key if TENSOR_NAME.accepts(key) else shown(key)
             raise CheckpointError(f"{where}.{named} {words}")
     for key, t in wanted.items():
         found = weights[key]
@@ -254,13 +254,13 @@ def load_weights(model: nn.Module, weights: Any, where: str) -> None:
     model.load_state_dict(weights)
 
 
-def seed_of(*parts: int) -> int:
+def seed_of(*numbers: int) -> int:
     """A seed for each tuple of numbers, as if by chance."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
 
 
-def seed_everything(*parts: int) -> None:
-    seed = seed_of(*parts)
+def seed_everything(*numbers: int) -> None:
+    seed = seed_of(*numbers)
     torch.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
@@ -305,7 +305,7 @@ def _is_rng_state(state: dict[Any, Any]) -> bool:
         random.Random().setstate(python)
     except (OverflowError, RuntimeError, TypeError, ValueError):
         return False
-    if python[2] is not None and not number(float, -math.inf).holds(python[2]):
+    if python[2] is not None and not number(float, -math.inf).accepts(python[2]):
         return False
     return "numpy" not in state or _is_numpy_state(state["numpy"])
 
@@ -322,5 +322,5 @@ def _is_numpy_state(state: Any) -> bool:
     return (
         type(state) is tuple
         and len(state) == len(rules)
-        and all(rule.holds(value) for rule, value in zip(rules, state, strict=True))
+        and all(rule.accepts(value) for rule, value in zip(rules, state, strict=True))
     )

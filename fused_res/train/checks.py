@@ -19,10 +19,10 @@ class CheckpointError(CommandError):
 
 
 class Rule(NamedTuple):
-    """A value must be ``words``, which ``holds`` tests. It never raises, whatever the value is."""
+    """A value must be ``words``; ``accepts`` tells, and never raises whatever the value is."""
 
     words: str
-    holds: Callable[[Any], bool]
+    accepts: Callable[[Any], bool]
 
     def check(self, value: Any, where: str) -> None:
         """
@@ -33,7 +33,7 @@ class Rule(NamedTuple):
         Raises:
             CheckpointError: the value does not hold.
         """
-        if not self.holds(value):
+        if not self.accepts(value):
             raise CheckpointError(f"{where} must be {self.words}, is {shown(value)}")
 
 
@@ -43,7 +43,7 @@ def number(kind: type, least: float, most: float = math.inf, above: bool = False
     limit = f" and at most {most}" if most < math.inf else ""
     kinds = (int,) if kind is int else (int, float)
 
-    def holds(value: Any) -> bool:
+    def accepts(value: Any) -> bool:
         return (
             type(value) in kinds
             and least <= value <= most
@@ -51,7 +51,7 @@ def number(kind: type, least: float, most: float = math.inf, above: bool = False
             and not (above and value == least)
         )
 
-    return Rule(f"{noun} {'above' if above else 'at least'} {least}{limit}", holds)
+    return Rule(f"{noun} {'above' if above else 'at least'} {least}{limit}", accepts)
 
 
 def one_of(values: Iterable[Any]) -> Rule:
@@ -64,7 +64,7 @@ def one_of(values: Iterable[Any]) -> Rule:
 
 
 def maybe(rule: Rule) -> Rule:
-    return Rule(f"None or {rule.words}", lambda value: value is None or rule.holds(value))
+    return Rule(f"None or {rule.words}", lambda value: value is None or rule.accepts(value))
 
 
 def each(kind: type, rule: Rule, least: int, most: int) -> Rule:
@@ -74,7 +74,7 @@ def each(kind: type, rule: Rule, least: int, most: int) -> Rule:
         lambda value: (
             type(value) is kind
             and least <= len(value) <= most
-            and all(map(rule.holds, value))
+            and all(map(rule.accepts, value))
             and len(set(value)) == len(value)
         ),
     )
@@ -96,12 +96,12 @@ def tensor(
     if least > -math.inf or most < math.inf:
         words += f", values from {least} to {most}"
 
-    def holds(value: Any) -> bool:
+    def accepts(value: Any) -> bool:
         if not is_like(value, dtype, shape) or not value.isfinite().all():
             return False
         return dtype.is_complex or bool(((value >= least) & (value <= most)).all())
 
-    return Rule(f"{words}, all finite", holds)
+    return Rule(f"{words}, all finite", accepts)
 
 
 def is_like(

@@ -95,7 +95,7 @@ def load(
     number = torch.full((len(found.classes),), -1)
     number[[found.classes.index(name) for name in names]] = torch.arange(len(names))
     generator = torch.Generator().manual_seed(seed)
-    parts = []
+    pieces = []
     for part, split in (("training", found.train), ("validation", found.val)):
         labels = number[split.labels]
         kept = (labels >= 0).nonzero().squeeze(1)
@@ -107,11 +107,11 @@ def load(
             count = images if part == "training" else max(images // 4, 1)
             kept = kept[torch.randperm(len(kept), generator=generator)[:count]]
         _check_memory(len(kept), size)
-        parts += [split.read(kept), labels[kept]]
-    digest = hashlib.sha256(repr((found.name, names, [part.shape for part in parts])).encode())
-    for part in parts:
+        pieces += [split.read(kept), labels[kept]]
+    digest = hashlib.sha256(repr((found.name, names, [part.shape for part in pieces])).encode())
+    for part in pieces:
         digest.update(part.numpy())
-    return Data(found.name, names, *parts, digest.hexdigest())
+    return Data(found.name, names, *pieces, digest.hexdigest())
 
 
 def _check_memory(count: int, size: int | None, of_pixel: int = 3) -> None:

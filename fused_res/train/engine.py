@@ -196,7 +196,7 @@ def _progress(settings: Settings, steps: int) -> dict[str, Rule]:
         "lr": rate,
         "_last_lr": Rule(
             f"a list of {rate.words}",
-            lambda value: type(value) is list and len(value) == 1 and rate.holds(value[0]),
+            lambda value: type(value) is list and len(value) == 1 and rate.accepts(value[0]),
         ),
         "last_epoch": number(int, -1, total),
         "_step_count": number(int, 0, total + 2),
@@ -449,9 +449,9 @@ class Trainer:
         n = self.settings.grad_accumulation
         return [batches[i : i + n] for i in range(0, len(batches), n)]
 
-    def _generator(self, *parts: int) -> torch.Generator:
+    def _generator(self, *numbers: int) -> torch.Generator:
         """What is drawn for all processes, and needs no state to continue from."""
-        seed = checkpoint.seed_of(self.settings.seed, self.epoch, *parts)
+        seed = checkpoint.seed_of(self.settings.seed, self.epoch, *numbers)
         return torch.Generator().manual_seed(seed)
 
     def _settle(self, batches: list[Tensor]) -> None:

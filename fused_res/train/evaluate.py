@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     model, name = _model(args, settings, state)
     some = prepare(pictures.val_images[:2], state["mean"], state["std"], None, None)
     nets.check(model, settings.model, some, len(state["classes"]))
-    parts = {
+    splits = {
         "validation": (pictures.val_images, pictures.val_labels),
         "training": (pictures.train_images, pictures.train_labels),
     }
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     with at(args.device) as place:
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         model.to(place.device, memory_format=layout)
-        for part, (images, labels) in parts.items():
+        for part, (images, labels) in splits.items():
             images, labels = images.to(place.device), labels.to(place.device)
             loss, confusion = evaluate(
                 model, images, labels, (state["mean"], state["std"]), len(state["classes"]),
@@ -126,11 +126,11 @@ def _model(
 
 
 def _text(found: dict[str, Any]) -> str:
-    parts = [key for key, value in found.items() if isinstance(value, dict)]
-    rows = [["all", *(f"{found[part]['accuracy']:.2%}" for part in parts)]]
-    for name in found[parts[0]]["classes"]:
-        each = (found[part]["classes"][name] for part in parts)
+    splits = [key for key, value in found.items() if isinstance(value, dict)]
+    rows = [["all", *(f"{found[part]['accuracy']:.2%}" for part in splits)]]
+    for name in found[splits[0]]["classes"]:
+        each = (found[part]["classes"][name] for part in splits)
         rows.append([name, *("-" if right is None else f"{right:.2%}" for right in each)])
-    counts = ", ".join(f"{found[part]['images']} images of {part}" for part in parts)
-    accuracies = table(["class", *parts], rows, "lrr")
+    counts = ", ".join(f"{found[part]['images']} images of {part}" for part in splits)
+    accuracies = table(["class", *splits], rows, "lrr")
     return f"{found['checkpoint']}, {found['net']}: accuracy on {counts}\n{accuracies}"

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..backends import BackendUnavailable
 from ..cli import UsageError
+from ..cli.model import named_model
+from ..dispatch.backends import BackendUnavailable
+from ..fuse.swap import fuse_
 from ..nn.blocks import FusedForward
-from ..surgery import fuse_
-from ..tuning import named_model
 from .checks import CheckpointError, is_like
 from .settings import Settings
 from .trust import is_known

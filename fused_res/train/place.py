@@ -13,8 +13,8 @@ import torch.distributed.nn  # now: imported later, by DDP, it would hold the pr
 from torch import Tensor, nn
 
 from ..cli import UsageError
-from ..nn.blocks import FusedForward, norm_of
-from ..nn.parts import FusedParts
+from ..fuse.modules import norm_of
+from ..nn.blocks import FusedForward, FusedPartialForward
 from ..ops.sync_bn_act import sync_bn_act
 
 
@@ -100,7 +100,7 @@ def synchronize_(wrapped: nn.Module) -> None:
     fused = set()
     for block in wrapped.modules():
         norms = [m for m in block.modules() if type(m) is nn.SyncBatchNorm]
-        whole = not isinstance(block, FusedParts) or block.plan.norms == len(norms)
+        whole = not isinstance(block, FusedPartialForward) or block.plan.norms == len(norms)
         if isinstance(block, FusedForward) and whole:
             fused.update(norms)
     for module in wrapped.modules():

@@ -95,26 +95,26 @@ def page(records: list[dict]) -> str:
         f"Started {start['time']} on {start['device']}.",
         *(f"Resumed {r['time']} after epoch {r['epoch']}." for r in _of("resume", records)),
     ]
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(' '.join(facts))}</p>"]
+    sections = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(' '.join(facts))}</p>"]
     if not all(net.end for net in nets):
-        parts.append("<p><strong>Not finished: still running, or stopped.</strong></p>")
+        sections.append("<p><strong>Not finished: still running, or stopped.</strong></p>")
     header = ["", *(net.label for net in nets), "fused_res is"]
-    parts += ["<h2>Result</h2>", table(header[: 2 * len(nets)], _result_rows(nets))]
+    sections += ["<h2>Result</h2>", table(header[: 2 * len(nets)], _result_rows(nets))]
     if any(net.epochs for net in nets):
-        parts += ["<h2>Curves</h2>", '<div class="figures">', *_curves(nets), "</div>"]
+        sections += ["<h2>Curves</h2>", '<div class="figures">', *_curves(nets), "</div>"]
     ended = [net for net in nets if net.end]
     if ended:
-        parts.append("<h2>Confusion</h2>")
-        parts.append('<p class="note">Rows: the true class; columns: the predicted one.</p>')
-        parts.append('<div class="figures">')
-        parts += [_confusion(net, data["classes"]) for net in ended]
-        parts.append("</div>")
+        sections.append("<h2>Confusion</h2>")
+        sections.append('<p class="note">Rows: the true class; columns: the predicted one.</p>')
+        sections.append('<div class="figures">')
+        sections += [_confusion(net, data["classes"]) for net in ended]
+        sections.append("</div>")
     if "fused" in start["nets"]:
-        parts += ["<h2>Blocks</h2>", _blocks(start["nets"]["fused"])]
+        sections += ["<h2>Blocks</h2>", _blocks(start["nets"]["fused"])]
     for name in ("arguments", "settings", "versions"):
         if start[name]:
-            parts += [f"<h2>{name.capitalize()}</h2>", table((), start[name].items(), "facts")]
-    return document(title, parts, _STYLE)
+            sections += [f"<h2>{name.capitalize()}</h2>", table((), start[name].items(), "facts")]
+    return document(title, sections, _STYLE)
 
 
 def _of(event: str, records: list[dict]) -> list[dict]:
@@ -123,8 +123,8 @@ def _of(event: str, records: list[dict]) -> list[dict]:
 
 def _net(name: str, about: dict, records: list[dict]) -> Net:
     epochs = {r["epoch"]: r for r in _of("epoch", records) if r["net"] == name}
-    ends = [r for r in _of("end", records) if r["net"] == name]
-    return Net(LABELS[name], about, [epochs[k] for k in sorted(epochs)], ends[-1] if ends else None)
+    last = [r for r in _of("end", records) if r["net"] == name]
+    return Net(LABELS[name], about, [epochs[k] for k in sorted(epochs)], last[-1] if last else None)
 
 
 def _result_rows(nets: Sequence[Net]) -> list[list[str]]:
@@ -258,14 +258,14 @@ def _confusion(net: Net, classes: Sequence[str]) -> str:
         (-n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j
     )
     pairs = [(classes[i], classes[j], -n, f"{shares[i][j]:.0%}") for n, i, j in wrong[:PAIRS]]
-    parts = [matrix]
+    sections = [matrix]
     if pairs:
-        parts.append(table(("true", "predicted", "images", "of the class"), pairs, "pairs"))
+        sections.append(table(("true", "predicted", "images", "of the class"), pairs, "pairs"))
     if not few:
         each = [(i, name, f"{shares[i][i]:.0%}") for i, name in enumerate(classes)]
         found = table(("", "class", "right"), each)
-        parts.append(f"<details><summary>All {len(classes)} classes</summary>{found}</details>")
-    return f"<div>{''.join(parts)}</div>"
+        sections.append(f"<details><summary>All {len(classes)} classes</summary>{found}</details>")
+    return f"<div>{''.join(sections)}</div>"
 
 
 def _cells(counts: list[list[int]], shares: list[list[float]], classes: Sequence[str]) -> str:
@@ -273,9 +273,9 @@ def _cells(counts: list[list[int]], shares: list[list[float]], classes: Sequence
     names = [html.escape(name) for name in classes]
     kind = ' class="long"' if max(map(len, classes)) > 3 else ""
     lines = [f"<tr{kind}><th></th>{''.join(f'<th>{name}</th>' for name in names)}</tr>"]
-    for i, (row, parts) in enumerate(zip(counts, shares, strict=True)):
+    for i, (row, of_row) in enumerate(zip(counts, shares, strict=True)):
         line = f"<tr><th>{names[i]}</th>"
-        for j, (n, share) in enumerate(zip(row, parts, strict=True)):
+        for j, (n, share) in enumerate(zip(row, of_row, strict=True)):
             color, alpha = "15 118 110" if i == j else "185 28 28", share**0.5
             text = "#fff" if alpha > 0.6 else "inherit"
             line += f'<td style="background:rgb({color}/{alpha:.2f});color:{text}">{n}</td>'

@@ -33,7 +33,7 @@ def parsed(kind: type, least: float, most: float = float("inf"), above: bool = F
             value = kind(text)
         except ValueError:
             value = None
-        if not rule.holds(value):
+        if not rule.accepts(value):
             raise argparse.ArgumentTypeError(f"{text!r} must be {rule.words}")
         return value
 
@@ -76,8 +76,8 @@ def _real(default: float | None, help: str, *limits: float, **keywords: Any) -> 
     return _flag(default, help, rule, type=parse, metavar="X")
 
 
-def _choice(default: str, help: str, *choices: str, **keywords: Any) -> Any:
-    return _flag(default, help, one_of(choices), choices=choices, **keywords)
+def _choice(default: str, help: str, *values: str, **keywords: Any) -> Any:
+    return _flag(default, help, one_of(values), choices=values, **keywords)
 
 
 def _switch(default: bool, help: str) -> Any:
@@ -92,7 +92,7 @@ def _is_argument(value: Any) -> bool:
     return (
         type(value) is tuple
         and len(value) == 2
-        and IDENTIFIER.holds(value[0])
+        and IDENTIFIER.accepts(value[0])
         and is_plain(value[1])
     )
 

@@ -29,8 +29,8 @@ LARGEST = 2**20
 def untrusted(settings: Settings) -> list[str]:
     """The fields of ``settings``, a checkpoint's, that must be named again."""
     found = [] if is_known(settings.model) else ["model"]
-    ours = ":" not in settings.model  # whose arguments are those of its class, which opens nothing
-    if any(not (_shapes(value) and (ours or key in ARGUMENTS) and not found)
+    of_package = ":" not in settings.model  # fused_res.models take no argument that opens something
+    if any(not (_shapes(value) and (of_package or key in ARGUMENTS) and not found)
            for key, value in settings.model_arg):  # fmt: skip
         found.append("model_arg")
     if settings.data not in (None, "digits"):

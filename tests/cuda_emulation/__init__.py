@@ -20,7 +20,7 @@ ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 PLANS = ("automatic", "whole", "cooperative", "split")
 
 
-# The structures of csrc/cuda/bn_act_kernels.cuh.
+# The structures of csrc/cuda/bn_act_common.cuh.
 class Shape(Structure):
     _fields_ = [
         ("images", c_int64),

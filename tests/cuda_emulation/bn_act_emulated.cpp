@@ -1,6 +1,7 @@
-// csrc/cuda's bn_act on CPU pointers, for tests/test_cuda_emulation.py.
+// csrc/cuda's bn_act on CPU pointers, for tests/bn_act/test_cuda_emulated.py.
 #define FUSED_RES_EMULATION
-#include "../../csrc/cuda/bn_act_kernels.cuh"
+#include "../../csrc/cuda/bn_act_backward.cuh"
+#include "../../csrc/cuda/bn_act_forward.cuh"
 
 #include "emulated.h"
 

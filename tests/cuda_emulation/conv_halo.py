@@ -15,10 +15,10 @@ from fused_res.reference import ACTS, ConvNorm
 from . import Library
 from .res_chain import KINDS, Values
 
-ENDS = ("affine", "statistics", "gradient")
+EPILOGUES = ("affine", "statistics", "gradient")
 
 
-# The structures of csrc/cuda/conv_halo_kernels.cuh.
+# The structures of csrc/cuda/conv_halo_plan.cuh.
 class HaloConv(Structure):
     _fields_ = [
         ("images", c_int64),
@@ -101,7 +101,7 @@ class HaloEmulation(Library):
         """None: it does not fit."""
         n, c, h, w = x.shape
         out, conv = (c_int64 * 8)(), HaloConv(n, h, w, c, channels, size)
-        given = self._kind(x), ENDS.index(end), conv, residual, self.device, out
+        given = self._kind(x), EPILOGUES.index(end), conv, residual, self.device, out
         blocks = self.library.halo_plan(*given)
         return None if blocks < 0 else Plan(blocks, *out)
 
@@ -131,7 +131,7 @@ class HaloEmulation(Library):
             **given,
         )
         conv = HaloConv(n, h, w, c, channels, size)
-        kind = self._kind(x), ENDS.index(end)
+        kind = self._kind(x), EPILOGUES.index(end)
         self._finish(self.library.halo(*kind, conv, self.device, call, self.seed))
         return y, partial
 

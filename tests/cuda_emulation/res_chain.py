@@ -19,7 +19,7 @@ from . import Library, poisoned_like
 KINDS = ("bf16", "fp16", "tf32", "exact")  # of products
 
 
-# The structures of csrc/cuda/res_chain_kernels.cuh.
+# The structures of csrc/cuda/res_chain_plan.cuh.
 class ChainShape(Structure):
     _fields_ = [("images", c_int64), ("channels", c_int), ("height", c_int), ("width", c_int)]
 
@@ -38,7 +38,7 @@ class Conv(Structure):
         ("channels", c_int),
         ("out_channels", c_int),
         ("act", c_int),
-        ("ends", c_bool),
+        ("last", c_bool),
         ("weight", c_void_p),
         ("channels_last", c_bool),
         ("bias", Values),

@@ -1,4 +1,4 @@
-// csrc/cuda's res_chain on CPU pointers, for tests/test_cuda_chain.py.
+// csrc/cuda's res_chain on CPU pointers, for tests/res_chain/test_cuda_emulated.py.
 #define FUSED_RES_EMULATION
 #include "../../csrc/cuda/res_chain_kernels.cuh"
 

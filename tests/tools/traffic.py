@@ -24,11 +24,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from fused_res.kernels import bn_act, res_block, training_convolution
+from fused_res.kernels import bn_act, res_block
 from suites.nets import NETS, sequence
 from torch import Tensor
 from triton_traffic import Traffic
 
+from fused_res.ops import conv_halo
 from fused_res.reference import ACTS, ConvNorm, Norm, ResBlock
 
 CASES = {  # channels in and out, stride, kind, image and batch
@@ -36,26 +37,27 @@ CASES = {  # channels in and out, stride, kind, image and batch
     "basic": (32, 32, 1, "basic", 12, 4),
     "projection": (32, 64, 2, "basic", 16, 4),
 }
-ENDS = ("", " + statistics", " + ReLU + sums", " + add")
+EPILOGUES = ("", " + statistics", " + ReLU + sums", " + add")
 WEIGHTS = "gradient of the weight (cuDNN's)"
 Bytes = dict[str, list[int]]  # read and written
 
 
-def _name(backward: bool, end: int) -> str:
-    return f"{'gradient of the input' if backward else 'convolution'}{ENDS[end]}"
+def _name(backward: bool, epilogue: int) -> str:
+    return f"{'gradient of the input' if backward else 'convolution'}{EPILOGUES[epilogue]}"
 
 
 class Once(Traffic):
     """Counts an address once a launch, in images, filters and masks."""
 
     def __init__(self) -> None:
-        super().__init__(modules=(bn_act, training_convolution))
+        super().__init__()
         self.backward = False
         self._seen: dict[int, list[tuple[int, np.ndarray]]] = {}
 
-    def name_of(self, kernel, constants: dict) -> str:
-        name = kernel.fn.__name__
-        return _name(self.backward, constants["END"]) if name.startswith("train_") else name
+    def name_of(self, kernel, arguments: dict) -> str:
+        if "EPILOGUE" in arguments:
+            return _name(self.backward, arguments["EPILOGUE"])
+        return kernel.fn.__name__
 
     def given(self, tensors: list[Tensor]) -> None:
         super().given(tensors)
@@ -92,10 +94,11 @@ def counted(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None) -> Byt
     needs = (1 << (1 + 3 * len(stages))) - 1
     needs &= ~sum(1 << (2 + 3 * i) for i in range(len(stages)))  # there are no biases
     with torch.no_grad(), mock.patch.object(bn_act, "SMALL_VALUES", 0), Once() as traffic:
-        y, *saved = res_block.forward(x, branch, shortcut, act, True, False, plan)
+        block = res_block.Block(x, branch, shortcut, act, False, plan, conv_halo)
+        y, *saved = res_block.forward(block, True)
         traffic.backward = True
         dy = image(*y.shape)
-        res_block.backward(dy, x, branch, shortcut, saved, act, False, needs, plan)
+        res_block.backward(block, dy, saved, needs)
     names = dict.fromkeys(traffic.launches)
     found = {name: [traffic.read[name], traffic.written[name]] for name in names}
     return {name: moved for name, moved in found.items() if any(moved)}
@@ -128,14 +131,18 @@ def planned(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None, kernel
         shape = convolution(stage, shape)
         sizes.append(shape.numel() * x.element_size())
         if stage is not branch[-1]:
-            add("forward_apply", sizes[-1], sizes[-1] + (0 if kernels else sizes[-1] // mask))
+            add(
+                "_bn_act_fwd_apply_kernel",
+                sizes[-1],
+                sizes[-1] + (0 if kernels else sizes[-1] // mask),
+            )
     y = sizes[-1]
     second = 0 if shortcut is None else y  # the residual, a BatchNorm's too
     if shortcut is not None:
         convolution(shortcut, x.shape)
-    add("forward_apply", 2 * y, y + y // mask)
-    add("backward_sums", 2 * y + y // mask + second, 0)
-    add("backward_dx", 2 * y + y // mask + second, y + second)
+    add("_bn_act_fwd_apply_kernel", 2 * y, y + y // mask)
+    add("_bn_act_bwd_sums_kernel", 2 * y + y // mask + second, 0)
+    add("_bn_act_bwd_gradients_kernel", 2 * y + y // mask + second, y + second)
     for i, stage in reversed([*enumerate(branch)]):
         before, after = sizes[i : i + 2]
         steps = zip(stage.stride, stage.weight.shape[2:], strict=True)
@@ -143,7 +150,7 @@ def planned(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None, kernel
         read = parts * after + stage.weight.nbytes
         if i > 0:
             add(_name(True, 2), read + before + (0 if kernels else before // mask), before)
-            add("backward_reapply", 2 * before, (2 if kernels else 1) * before)
+            add("_bn_act_bwd_reapply_kernel", 2 * before, (2 if kernels else 1) * before)
         elif shortcut is None:
             add(_name(True, 3), read + before + before // mask, before)
         else:

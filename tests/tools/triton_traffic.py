@@ -4,12 +4,11 @@ touched memory outside the tensors it was given."""
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 
 import numpy as np
 import torch
 import triton.language as tl
-from fused_res.kernels import bn_act as kernels
+from fused_res.kernels import launch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _cast = InterpreterBuilder.cast_impl
@@ -42,17 +41,16 @@ class Traffic:
     more (a table of the channels stays in a cache); an address that one load or store touches more
     than once counts once.
 
-    modules: whose launches are watched, by default those of ``kernels``; no others may run.
     """
 
-    def __init__(self, least: int = 0, modules: tuple = ()) -> None:
-        self.least, self.modules = least, modules
+    def __init__(self, least: int = 0) -> None:
+        self.least = least
         self.launches: list[str] = []
         self.read: Counter[str] = Counter()
         self.written: Counter[str] = Counter()
         self._ranges = np.empty((0, 2), dtype=np.int64)
 
-    def name_of(self, kernel, constants: dict) -> str:
+    def name_of(self, kernel, arguments: dict) -> str:
         return kernel.fn.__name__
 
     def given(self, tensors: list[torch.Tensor]) -> None:
@@ -77,7 +75,7 @@ class Traffic:
     def __enter__(self) -> Traffic:
         self._load = InterpreterBuilder.create_masked_load
         self._store = InterpreterBuilder.create_masked_store
-        self._launches = {module: module._launch for module in self.modules or (kernels,)}
+        self._launch = launch.run
 
         def load(builder, pointers, mask, *rest, **options):
             self._count(self.read, pointers, mask)
@@ -87,20 +85,18 @@ class Traffic:
             self._count(self.written, pointers, mask)
             return self._store(builder, pointers, value, mask, *rest)
 
-        def launch(real, kernel, grid, *args, **constants):
-            self.launches.append(self.name_of(kernel, constants))
-            tensors = [getattr(a, "base", a) for a in args]  # of descriptors theirs
+        def run(kernel, *given, **arguments):
+            self.launches.append(self.name_of(kernel, arguments))
+            tensors = [getattr(a, "base", a) for a in arguments.values()]  # of descriptors theirs
             self.given([t for t in tensors if isinstance(t, torch.Tensor)])
-            real(kernel, grid, *args, **constants)
+            self._launch(kernel, *given, **arguments)
 
         InterpreterBuilder.create_masked_load = load
         InterpreterBuilder.create_masked_store = store
-        for module, real in self._launches.items():
-            module._launch = partial(launch, real)
+        launch.run = run
         return self
 
     def __exit__(self, *_) -> None:
         InterpreterBuilder.create_masked_load = self._load
         InterpreterBuilder.create_masked_store = self._store
-        for module, real in self._launches.items():
-            module._launch = real
+        launch.run = self._launch

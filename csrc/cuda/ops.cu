@@ -1,0 +1,23 @@
+// Every op of the CUDA library, one line each. Schemas live beside their meaning in fused_res/ops/.
+#include "bn_act.h"
+#include "conv_halo.h"
+#include "res_block.h"
+#include "res_chain.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CUDA, m) {
+  m.impl("bn_act_fwd", TORCH_BOX(&fused_res::bn_act_fwd<fused_res::bn_act_fwd_cuda>));
+  m.impl("bn_act_bwd", TORCH_BOX(&fused_res::bn_act_bwd<fused_res::bn_act_bwd_cuda>));
+  m.impl("bn_act_statistics", TORCH_BOX(&fused_res::bn_act_statistics_cuda));
+  m.impl("res_block_fwd", TORCH_BOX(&fused_res::res_block_fwd<fused_res::CudaBackend>));
+  m.impl("res_block_bwd", TORCH_BOX(&fused_res::res_block_bwd<fused_res::CudaBackend>));
+  m.impl("res_chain_params", TORCH_BOX(&fused_res::res_chain_params_cuda));
+  m.impl("conv_halo", TORCH_BOX(&fused_res::conv_halo_cuda));
+  m.impl("conv_halo_statistics", TORCH_BOX(&fused_res::conv_halo_statistics_cuda));
+  m.impl("conv_halo_gradient", TORCH_BOX(&fused_res::conv_halo_gradient_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) {
+  m.impl("cuda_plan", TORCH_BOX(&fused_res::cuda_plan));
+  m.impl("res_chain_fits", TORCH_BOX(&fused_res::res_chain_fits));
+  m.impl("conv_halo_fits", TORCH_BOX(&fused_res::conv_halo_fits));
+}

@@ -1,0 +1,1 @@
+"""Which implementation runs, and why: backends, rules, tables of timings."""

@@ -1,0 +1,269 @@
+"""Which implementation of an op runs, and why.
+
+``auto`` takes a fused kernel where one is supported and known to win, else PyTorch's own ops
+(``eager``). A backend named by an argument, by ``with fused_res.backend(name)`` or by
+``FUSED_RES_BACKEND`` (in this order of precedence) raises where it cannot run instead of falling
+back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .. import ops  # noqa: F401  defines the ops that this module calls
+from ..env import BACKENDS, CPU_ISAS, settings
+from . import shipped_timings
+
+_log = logging.getLogger("fused_res")
+if settings.log == "dispatch":
+    _log.addHandler(logging.StreamHandler())
+    _log.setLevel(logging.INFO)
+_logged: set[str] = set()
+MOST_LOGGED = 1000
+
+_HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *_HALVES, torch.float64)
+
+# op -> backend -> dtypes it has kernels for
+SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "bn_act": {
+        "cpu": DTYPES,
+        "cuda": (torch.float32, *_HALVES),
+        "triton": (torch.float32, *_HALVES),
+    },
+    "conv_bn_act": {
+        "cpu": (torch.float32, *_HALVES),
+        "cuda": (torch.float32, *_HALVES),
+        "triton": (torch.float32, *_HALVES),
+    },
+}
+# op -> backend -> dtypes for which `auto` takes it where `measured` does not know the device: where
+# it was measured to beat PyTorch's own ops (benchmarks/results). On a GPU these run until it is
+# measured. The CPU's float64 kernel is plain code, there for checking gradients.
+PREFERRED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "bn_act": {"cpu": (torch.float32, *_HALVES)},
+    "conv_bn_act": {"cpu": (torch.float32, *_HALVES)},
+}
+# Triton's interpreter runs the same kernels on CPU tensors, slowly: for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE_TYPES = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda",),
+    "triton": ("cpu",) if INTERPRETED else ("cuda", "xpu"),
+}
+
+_override: str | None = None
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for by name cannot run here; the message says why."""
+
+
+def _load(name: str) -> str | None:
+    """Loads a library of kernels; returns why it could not be, or None."""
+    path = Path(__file__).parent.parent / f"{name}.abi3.so"
+    if not path.exists():
+        return f"{path.name} was not built (no compiler when fused_res was installed)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+def _cuda_status() -> str | None:
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return _load("_C_cuda")
+
+
+def _triton_status() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if INTERPRETED:
+        return None
+    return None if torch.cuda.is_available() else "no GPU that Triton compiles for"
+
+
+# Why a backend cannot run on this machine at all; None: it can.
+STATUS: dict[str, str | None] = {
+    "cpu": _load("_C"),
+    "cuda": _cuda_status(),
+    "triton": _triton_status(),
+    "eager": None,
+}
+
+
+def cpu_isa(limit: str | None = None) -> str:
+    """Name of the instruction set the CPU kernels use: ``plain``, ``avx2`` or ``avx512``.
+
+    Args:
+        limit: use at most this one from now on (``best``: whatever the processor has).
+
+    Raises:
+        ValueError: ``limit`` is not a known name.
+        BackendUnavailable: the CPU library is not loaded.
+    """
+    if STATUS["cpu"]:
+        raise BackendUnavailable(f"backend 'cpu' is not available: {STATUS['cpu']}")
+    if limit is not None and limit not in CPU_ISAS:
+        raise ValueError(f"limit={limit!r} must be one of: {', '.join(CPU_ISAS)}")
+    level = {None: -1, "best": len(CPU_ISAS)}.get(limit, CPU_ISAS.index(limit or "best") - 1)
+    return CPU_ISAS[1 + torch.ops.fused_res.cpu_isa(level)]
+
+
+if STATUS["cpu"] is None:
+    cpu_isa(settings.cpu_isa)
+    torch.ops.fused_res.training_winograd(settings.winograd)
+
+
+def empty_cache() -> int:
+    """Frees the memory that the CPU kernels keep for what they hold within an op, up to 256 MB of
+    it; returns how many bytes that was. Outputs are PyTorch's own memory, of which none is kept."""
+    return 0 if STATUS["cpu"] else torch.ops.fused_res.empty_cache()
+
+
+def check_name(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of: {', '.join(BACKENDS)}")
+    return backend
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Runs the body with backend ``name``: auto, cpu, cuda, triton or eager. May be nested.
+
+    The choice is global to the process, as PyTorch's own backend flags are, not per thread.
+
+    Raises:
+        ValueError: no backend has this name.
+        BackendUnavailable: it cannot run on this machine; says why.
+    """
+    global _override
+    if STATUS.get(check_name(name)):
+        raise BackendUnavailable(f"backend {name!r} is not available: {STATUS[name]}")
+    before, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def named() -> str:
+    """The backend that is used where none is given with a call; may be ``auto``."""
+    return _override or settings.backend
+
+
+def is_auto(backend: str | None) -> bool:
+    """Whether nobody named one, in the call or outside it."""
+    return (named() if backend is None else backend) == "auto"
+
+
+def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot run ``op`` on such tensors; None where it can."""
+    if backend == "eager":
+        return None
+    if STATUS[backend]:
+        return STATUS[backend]
+    if backend not in SUPPORT[op]:
+        return f"it has no {op} kernel yet"
+    if device_type not in DEVICE_TYPES[backend]:
+        return f"the tensors are on {device_type!r}"
+    if dtype not in SUPPORT[op][backend]:
+        return f"it has no {op} kernel for {dtype}"
+    return None
+
+
+def why_not_tensors(*tensors: torch.Tensor | None) -> str | None:
+    """Why no fused op can take these tensors where it is called from; None where it can."""
+    if torch.compiler.is_compiling():
+        return "the graph is being exported" if torch.compiler.is_exporting() else None
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform (vmap, grad, jvp, ...) is active"
+    if torch.autograd.forward_ad._current_level >= 0 and any(
+        t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None
+        for t in tensors
+    ):
+        return "forward-mode AD is active"
+    if torch.jit.is_tracing():
+        return "the model is being traced"
+    return None
+
+
+def _auto(op: str, x: torch.Tensor) -> tuple[str, str]:
+    """What ``auto`` takes for a tensor, and why."""
+    # a compiler's shapes are symbols, and its own kernels would be the rival
+    if not torch.compiler.is_compiling() and x.dim() == 4 and shipped_timings.knows(x.device, op):
+        able = [b for b in SUPPORT[op] if why_not(op, b, x.device.type, x.dtype) is None]
+        backend, reason, _ = shipped_timings.verdict_on(op, x, tuple(able))
+        if backend is not None:
+            return backend, reason
+    return preferred(op, x)
+
+
+def preferred(op: str, x: torch.Tensor) -> tuple[str, str]:
+    """What ``auto`` takes for a tensor that no measurement is for, and why."""
+    device, dtype = x.device, x.dtype
+    for candidate, dtypes in PREFERRED[op].items():
+        if dtype in dtypes and why_not(op, candidate, device.type, dtype) is None:
+            return candidate, f"preferred for {dtype} on {device.type!r}"
+    return "eager", f"no fused kernel is preferred for {dtype} on {device.type!r}"
+
+
+def say(line: str) -> None:
+    """Logs a line that says what runs, once; not while a graph is compiled."""
+    if torch.compiler.is_compiling() or line in _logged or len(_logged) >= MOST_LOGGED:
+        return
+    _logged.add(line)
+    _log.info(line)
+
+
+def asked_for(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str:
+    """The backend named for a call of ``op``, ``auto`` where it may choose, or ``eager``.
+
+    Raises:
+        ValueError: ``requested`` is not a backend's name.
+        BackendUnavailable: a backend was named and cannot run this.
+    """
+    name = check_name(requested) if requested is not None else named()
+    if name == "eager":
+        return "eager"
+    x = tensors[0]
+    reason = why_not_tensors(*tensors)
+    if name != "auto":
+        reason = reason or why_not(op, name, x.device.type, x.dtype)
+        if reason:
+            raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
+        return name
+    if reason is None:
+        return "auto"
+    say(f"{op} runs in PyTorch's own ops: {reason}")
+    return "eager"
+
+
+def choose(
+    op: str, requested: str | None, *tensors: torch.Tensor | None, by_shape: bool = True
+) -> str:
+    """The backend that runs ``op`` on ``tensors`` (the first one decides device and dtype).
+
+    Args:
+        by_shape: False where processes whose batches differ must choose alike.
+
+    Raises:
+        as ``asked_for``.
+    """
+    name = asked_for(op, requested, *tensors)
+    if name == "auto":
+        name, reason = (_auto if by_shape else preferred)(op, tensors[0])
+        if name == "eager":
+            say(f"{op} runs in PyTorch's own ops: {reason}")
+    return name

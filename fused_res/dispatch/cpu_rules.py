@@ -1,0 +1,135 @@
+"""What ``auto`` runs on a CPU where the user has no timing: rules, made from measurements.
+
+Every threshold has its reason beside it. Milliseconds are from an AMD EPYC with AVX-512 or AVX2, 2
+cores (``benchmarks/results``).
+
+Some decisions need sizes that only C++ knows, and are made there:
+
+- ``csrc/cpu/training_convolution.cpp``: which convolutions of a block in training are native.
+- ``csrc/cpu/direct.cpp``, ``winograd.cpp``, ``res_chain.cpp``: how work is cut up for threads.
+- ``csrc/cpu/bn_act.cpp``: stores past the cache, and huge pages, for large outputs.
+- ``csrc/cpu/cores.cpp``, ``team.h``: the number of threads that share a small map.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import backends
+
+# --- direct or Winograd
+
+# Reading a weight takes as long as multiplying so many tiles by it. Measured: 2 to 6, for 64 to 256
+# channels and maps of 6x6 to 14x14.
+TILES_OF_WEIGHT = 5
+# With fewer channels the transforms of 4x4 tiles cost more than the tiles save.
+LEAST_CHANNELS_OF_TILE_4 = 32
+# A convolution by itself has at least so many tiles. Fewer tiles of 2 do not fill the registers.
+# Fewer tiles of 4 gain less than a tenth (14x14, batch 1, 256 channels), with three times the error.
+LEAST_TILES = {4: 24, 2: 12}
+
+
+def expected_tile(
+    shape: tuple[int, int, int, int], weight: tuple[int, ...], tiles: list[int], in_chain: bool
+) -> int:
+    """The cheapest of Winograd's tile sizes and a direct convolution, by multiplications and reads
+    of the weight.
+
+    Args:
+        shape: (N, C, H, W) of the input; the output has the same height and width.
+        weight: (K, C, R, S).
+        tiles: the sizes that can run, 2 or 4, and 0 for a direct convolution; equals: the first.
+        in_chain: whether the convolution is one of a chain. Each thread reads all weights there;
+            elsewhere the threads share them.
+    """
+    n, channels, height, width = shape
+    out_channels, _, *kernel = weight
+    readers = torch.get_num_threads() if in_chain else 1
+
+    def count(tile: int) -> int:
+        step = tile or 1
+        return n * -(-height // step) * -(-width // step)
+
+    def cost(tile: int) -> float:
+        points = (tile + 2) ** 2 if tile else kernel[0] * kernel[1]
+        return points * (count(tile) / readers + TILES_OF_WEIGHT)
+
+    narrow = min(channels, out_channels) < LEAST_CHANNELS_OF_TILE_4
+    able = [tile for tile in tiles if tile != 4 or not narrow]
+    if not in_chain:
+        able = [tile for tile in able if count(tile) >= LEAST_TILES.get(tile, 0)]
+    return min(able, key=cost)
+
+
+# --- native or oneDNN, for one convolution
+
+# Up to so many multiplications a direct convolution is native: a call of oneDNN costs 30 us more.
+# Its kernels are 2 to 24 % faster with AVX-512; with AVX2 they are 1.2 to 2.3 times as fast, and
+# plain code takes up to 4 times as long.
+MOST_DIRECT, MOST_DIRECT_1X1, MOST_DIRECT_AVX2 = 7e7, 1.2e8, 4e6
+# glibc maps larger outputs afresh in each call, which costs oneDNN more than its kernels gain.
+MAPPED_BYTES = 32 << 20
+
+
+def expected_convolution(key, able: list[str]) -> str:
+    """The implementation of ``conv_bn_act`` that is expected to win.
+
+    Args:
+        key: an ``inference_conv.Key``.
+        able: the names that can run it, oneDNN's first.
+    """
+    n, channels, height, width = key.shape
+    out_channels, _, *kernel = key.weight
+    tiles = [tile for tile in (2, 4) if f"winograd{tile}" in able]
+    if tiles:
+        tile = expected_tile(key.shape, key.weight, [0, *tiles], in_chain=False)
+        if tile:
+            return f"winograd{tile}"
+    if "direct" not in able:
+        return able[0]
+    pixels = n * height * width // (key.stride[0] * key.stride[1])
+    work = pixels * out_channels * channels * kernel[0] * kernel[1]
+    point = kernel == [1, 1]
+    # oneDNN adds a residual in a pass of its own after a 1x1 convolution
+    adds = point and key.residual in ("add", "shortcut")
+    mapped = 4 * pixels * out_channels > MAPPED_BYTES
+    wins = {
+        "avx512": work < (MOST_DIRECT_1X1 if point else MOST_DIRECT) or adds or mapped,
+        "avx2": work < MOST_DIRECT_AVX2 or (point and mapped),
+        "plain": False,
+    }
+    # of many channels PyTorch's NCHW kernels have down to a third of the error of oneDNN's for NHWC
+    return "direct" if wins[backends.cpu_isa()] or not key.channels_last else able[0]
+
+
+# --- chains
+
+# With more channels the threads, each of which reads all weights, wait for memory. Maps that no
+# core's cache holds gain nothing from a chain.
+MOST_CHANNELS_OF_CHAIN, MOST_BYTES_OF_CHAIN = 128, 1 << 20
+
+
+def chain_pays(channels: int, pixels: int) -> bool:
+    """Whether a block with so many channels at most, on maps of so many pixels, is for a chain."""
+    return channels <= MOST_CHANNELS_OF_CHAIN and 12 * channels * pixels <= MOST_BYTES_OF_CHAIN
+
+
+# --- a whole block in one call, in training
+
+# Elements of the input up to which one call pays where oneDNN's convolutions run. It takes 0.98 to
+# 0.99 of the time up to 2 million elements, and 1.03 at 6 million: one autograd node keeps all its
+# saved tensors until its backward pass is over, and a node for each stage frees them one by one.
+# Where native convolutions run, which only this op has, one call takes two thirds of the time.
+MOST_ELEMENTS_OF_BLOCK = 2**22
+
+
+def whole_block_pays(elements: int, recomputes: bool, is_bare: bool) -> bool:
+    """Whether one call pays for a block whose convolutions are oneDNN's.
+
+    Args:
+        elements: of the input.
+        recomputes: whether the last convolution is computed again instead of kept.
+        is_bare: it is one convolution and a BatchNorm that nothing follows: PyTorch's own ops are
+            as fast.
+    """
+    return (recomputes or elements <= MOST_ELEMENTS_OF_BLOCK) and not is_bare

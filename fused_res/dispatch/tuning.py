@@ -1,0 +1,387 @@
+"""``fused_res.tune`` and ``fused-res tune``: times every candidate to run a model's convolutions.
+
+Each distinct call of ``conv_bn_act`` in one forward of the model is timed in every implementation
+that can run it, PyTorch's own ops too. For training, each distinct convolution of its blocks is
+timed both candidates, the library's against our own in Triton. The figures are kept by ``tuned``;
+``choices`` and ``plans`` go by them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.random import fork_rng
+from torch.utils import _pytree as pytree
+
+from ..cli import table
+from ..fuse.swap import fuse_, refuse_wrapped
+from ..nn.blocks import FusedForward
+from ..ops.conv_bn_act import Call, run_as
+from ..serve.calls import example_call
+from . import backends, inference_conv, training_conv, user_timings
+from .inference_conv import IMPLEMENTATIONS, Candidate, Key
+from .shipped_timings import Row
+
+_log = logging.getLogger("fused_res")
+SECONDS = 0.1  # for one implementation of one call
+ROUNDS = 5, 50  # at least and at most
+# Written before every run, so that weights and scratch memory come from memory as in a forward,
+# where other layers ran in between: more than caches hold.
+SCRATCH = {"cpu": 2**26, "cuda": 2**28}
+
+
+class TableNotWritten(OSError):
+    """The measurements hold in this process but could not be saved. ``report``: what was
+    measured."""
+
+    def __init__(self, message: str, report: TuneReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass
+class TuneReport:
+    """What ``tune`` measured. Prints as a table.
+
+    rows: a measurement per distinct call, milliseconds by implementation.
+    chosen: what backend ``auto`` takes for each from now on.
+    paths: the files it was written to, one per device.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    chosen: list[str] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        found = dict.fromkeys(name for row in self.rows for name in row.ms)
+        cells = [
+            [
+                inference_conv.words(row),
+                *(f"{row.ms[name]:.3f}" if name in row.ms else "-" for name in found),
+                chosen,
+                f"{row.ms['eager'] / row.ms[chosen]:.2f}x",
+            ]
+            for row, chosen in zip(self.rows, self.chosen, strict=True)
+        ]
+        header = ["convolution", *(f"{name} ms" for name in found), "chosen", "over eager"]
+        return table(header, cells, "l" + "r" * len(found) + "lr")
+
+
+def _refuse_to_measure() -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError("tune cannot measure inside torch.compile: call it before")
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tune cannot measure while a CUDA graph is captured: call it before")
+
+
+def _calls_of(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], train: bool
+) -> dict[Key, Call] | dict[training_conv.Call, None]:
+    """The distinct calls in a forward of a copy, which shares the parameters."""
+    try:
+        model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    except Exception as error:
+        raise ValueError(
+            f"model must be one that can be copied, got {type(error).__name__}: {error}"
+        ) from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fuse_ found no residual block")
+        report = fuse_(model)
+    if not train:
+        model.eval()
+    elif not model.training:  # else some of it may be frozen
+        model.train()
+    backend, recording = (
+        ("triton", training_conv.recording) if train else ("auto", inference_conv.recording)
+    )
+    inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    gpus = {t.device.index for t in (*inputs, *model.parameters()) if t.is_cuda}
+    with torch.no_grad(), backends.backend(backend), recording() as calls, fork_rng(gpus):
+        try:
+            model(*args, **kwargs)
+        except Exception as error:
+            raise ValueError(
+                f"example must be what model takes, got {', '.join(map(_words, inputs))}, for "
+                f"which it raised {type(error).__name__}: {error}"
+            ) from error
+    if not calls and not any(isinstance(m, FusedForward) for m in model.modules()):
+        raise ValueError(
+            f"model must have a residual block that can be fused, got {type(model).__name__}:\n"
+            f"{report}"
+        )
+    return calls
+
+
+def _words(t: Tensor) -> str:
+    dtype = str(t.dtype).removeprefix("torch.")
+    return f"a tensor of shape {tuple(t.shape)}, {dtype} on {t.device}"
+
+
+def _candidates(call: Call) -> list[Candidate]:
+    """PyTorch's own ops, and each implementation that can run a call in each of its
+    configurations."""
+    candidates = [Candidate("eager", "")]
+    for name, reason in inference_conv.why_not(call, "auto").items():
+        if reason is None:
+            configs = IMPLEMENTATIONS[name].configs
+            found = [None] if configs is None else configs(call)
+            candidates += [Candidate(name, "", config) for config in found]
+    return candidates
+
+
+def _runner(call: Call, candidate: Candidate) -> Callable[[], object]:
+    """What runs a call again and again. Blocks prepare those in channels_last on a CPU once, which
+    takes 25 to 45 us."""
+    if candidate.implementation == "eager" or not call.x.is_cpu or call.x.stride(1) != 1:
+        return partial(run_as, call, candidate)
+    return partial(IMPLEMENTATIONS[candidate.implementation].prepare(call), call.x, call.residual)
+
+
+def _clock(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a run. On a GPU the longer of the host's and the device's: both must be done for
+    every call, and the other can be at the next one."""
+    if device.type != "cuda":
+        time.sleep(1e-4)  # so that the run begins with a whole slice of the scheduler's
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    start = time.perf_counter()
+    run()
+    host = time.perf_counter() - start
+    events[1].record()
+    events[1].synchronize()
+    return max(host, events[0].elapsed_time(events[1]) / 1e3)
+
+
+def _time(call: Call, candidates: list[Candidate], seconds: float) -> list[float | None]:
+    """Milliseconds of each candidate; None where it does not run."""
+    makers = {
+        f"{candidate.implementation} {candidate.config}": partial(_runner, call, candidate)
+        for candidate in candidates
+    }
+    return _time_in_turns(makers, [call.x, call.residual], seconds)
+
+
+def _time_in_turns(
+    makers: dict[str, Callable[[], Callable[[], object]]],
+    inputs: list[Tensor | None],
+    seconds: float,
+) -> list[float | None]:
+    """Milliseconds of what each maker makes, the fastest of runs in turns; None: it does not run.
+
+    Not the median: where other processes wanted the processor, more than half of the runs of 2 ms
+    took longer by a slice of the scheduler's, 7 ms.
+    """
+    device = inputs[0].device
+    scratch = torch.empty(SCRATCH.get(device.type, 2**26), dtype=torch.uint8, device=device)
+
+    def once(run: Callable[[], object]) -> float:
+        scratch.zero_()
+        for t in inputs:  # what ran before has just written these
+            if t is not None:
+                t.mul_(1)
+        return _clock(run, device)
+
+    samples: list[list[float]] = [[] for _ in makers]
+    runs, rounds = [None] * len(makers), [0] * len(makers)
+    for i, (name, make) in enumerate(makers.items()):
+        try:
+            runs[i] = make()
+            runs[i]()  # compiles, and makes what is kept for the next
+            start = time.perf_counter()
+            once(runs[i])
+            spent = time.perf_counter() - start
+        except Exception as error:
+            _log.warning("tune: %s does not run: %s", name, error)
+            continue
+        rounds[i] = max(ROUNDS[0], min(ROUNDS[1], int(seconds / spent)))
+    for turn in range(max(rounds)):
+        for i, run in enumerate(runs):
+            if turn < rounds[i]:
+                samples[i].append(once(run))
+    return [1e3 * min(s) if s else None for s in samples]
+
+
+def _measure(key: Key, call: Call, seconds: float) -> Row | None:
+    """None: there is only one candidate to run it."""
+    generator = torch.Generator(key.device).manual_seed(0)
+
+    def filled(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        return torch.empty_like(t, device=key.device).normal_(generator=generator)
+
+    call = call._replace(x=filled(call.x), residual=filled(call.residual))
+    candidates = _candidates(call)
+    if len(candidates) == 1:
+        return None
+    with contextlib.ExitStack() as stack:
+        if call.conv.weight.dtype != key.dtype:
+            stack.enter_context(torch.autocast(key.device.type, key.dtype))
+        if key.device.type == "cuda":
+            stack.enter_context(torch.cuda.device(key.device))  # events are of the current one
+        times = _time(call, candidates, seconds)
+    names = [candidate.implementation for candidate in candidates]
+    ms, config = _fastest(names, [candidate.config for candidate in candidates], times)
+    return inference_conv.row_of(key, ms, config) if len(ms) > 1 and "eager" in ms else None
+
+
+def _fastest(names, configs, times) -> tuple[dict[str, float], dict | None]:
+    """Milliseconds of each implementation in its fastest configuration, and which that is."""
+    ms, fields = {}, None
+    for name, config, t in zip(names, configs, times, strict=True):
+        if t is not None and t < ms.get(name, float("inf")):
+            ms[name] = float(f"{t:.4g}")
+            fields = fields if config is None else config._asdict()
+    return ms, fields
+
+
+def why_not_training(x: Tensor) -> str | None:
+    """Why there is nothing to choose in training; None where there is."""
+    if x.is_cpu and "cpu" not in backends.DEVICE_TYPES["triton"]:
+        return "on a CPU fixed rules say which convolutions of training are our own"
+    reason = backends.why_not("bn_act", "triton", x.device.type, x.dtype)
+    return reason and f"training runs in the library's convolutions without Triton: {reason}"
+
+
+def _measure_training(call: training_conv.Call, _, seconds: float) -> Row | None:
+    """As ``_measure``, a convolution of a block in training, one candidate."""
+    from .training_conv_candidates import Steps, values
+
+    v = values(call, call.device)
+    steps = Steps(call, v)
+    found = steps.candidates()
+    names, configs = [*map(training_conv.name_of, found)], [*map(training_conv.config_of, found)]
+    makers = {
+        f"{training_conv.OP} {name} {config}": partial(partial, steps.run, choice)
+        for choice, name, config in zip(found, names, configs, strict=True)
+    }
+    with contextlib.ExitStack() as stack:
+        if call.device.type == "cuda":
+            stack.enter_context(torch.cuda.device(call.device))
+        inputs = [v.get(name) for name in ("x", "a", "dy", "other", "masked")]
+        times = _time_in_turns(makers, [t for t in inputs if t is not None], seconds)
+    ms, config = _fastest(names, configs, times)
+    return training_conv.row_of(call, ms, config) if len(ms) > 1 and "eager" in ms else None
+
+
+@torch.no_grad()
+def tune(
+    model: nn.Module,
+    example: Tensor | tuple[Tensor | None, ...] | Mapping[str, Any],
+    *,
+    seconds: float | None = None,
+    train: bool = False,
+) -> TuneReport:
+    """Measures how each convolution of ``model`` runs fastest in inference on this device.
+
+    Runs a copy of the model on ``example`` once and times, for each distinct shape, PyTorch's own
+    ops and every kernel that can take their place. From then on backend ``auto`` takes, in this
+    process and (read from a file in ``FUSED_RES_CACHE``) in later ones, for the very shape, dtype,
+    layout and number of threads, what was fastest. Other shapes are not touched. Tuning again
+    measures again.
+
+    Residual blocks are tuned, and of what ``optimize_for_inference`` returned all that it fused.
+    The model is not changed: not its mode, parameters, buffers or hooks.
+
+    With ``train`` it is for training: of the convolutions in the blocks that Triton can run, each
+    distinct one is timed forward and backward, the library's with the passes over memory that ours
+    saves (``eager``) and ours in each configuration (``triton``). The copy is in training mode,
+    where the model is not with what it keeps frozen. Where ``auto`` runs a block on Triton, it goes
+    by these figures. Parameters, gradients, running statistics and random number generators are as
+    before.
+
+    Args:
+        model: any module, fused or not; not wrapped, compiled or scripted.
+        example: what it will be called with, a tensor, a tuple of tensors or a dict of keyword
+            inputs, in the layout (channels_last, say) and under the autocast it will have.
+        seconds: for each implementation of each shape; default: 0.1, and at least five runs. A
+            ResNet-50 at batch 1 takes under half a minute on a CPU.
+        train: for training.
+
+    Returns:
+        TuneReport: milliseconds by shape and implementation, what is taken, where it was written.
+            Empty where there is one candidate for everything: 16-bit tensors on a CPU, training
+            there and without Triton.
+
+    Raises:
+        TypeError: ``model`` is not a module, ``example`` not tensors.
+        ValueError: ``model`` cannot be copied, cannot run ``example``, has no block that can be
+            fused, or is wrapped, compiled or scripted; ``seconds`` is negative.
+        RuntimeError: called inside ``torch.compile`` or while a CUDA graph is captured.
+        TableNotWritten: the file cannot be written (an OSError). What was measured holds in this
+            process all the same, and is its ``report``.
+    """
+    _refuse_to_measure()
+    refuse_wrapped(model, "tune")
+    args, kwargs = _example(example)
+    seconds = SECONDS if seconds is None else seconds
+    if not seconds >= 0:
+        raise ValueError(f"seconds={seconds!r} must be at least 0")
+    report = TuneReport()
+    first = next((t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
+    reason = why_not_training(first) if train and first is not None else None
+    if reason is not None:
+        _log.info("tune: nothing to choose: %s", reason)
+        return report
+    calls = _calls_of(model, args, kwargs, train)
+    measure = _measure_training if train else _measure
+    by_device: dict[torch.device, list[Row]] = {}
+    for i, (key, call) in enumerate(calls.items(), 1):
+        row = measure(key, call, seconds)
+        if row is None:
+            continue
+        report.rows.append(row)
+        report.chosen.append(taken := inference_conv.taken(row))
+        by_device.setdefault(key.device, []).append(row)
+        _log.info("tune: %d of %d: %s: %s", i, len(calls), inference_conv.words(row), taken)
+    _write(by_device, report)
+    return report
+
+
+def _example(
+    example: Tensor | tuple[Tensor | None, ...] | Mapping[str, Any],
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments and keyword arguments of a call."""
+    if isinstance(example, Mapping):
+        return example_call(example)
+    args = (example,) if isinstance(example, Tensor) else example
+    if not isinstance(args, (tuple, list)) or not all(
+        t is None or isinstance(t, Tensor) for t in args
+    ):
+        raise TypeError(f"example must be a tensor or a tuple of tensors, got {example!r:.100}")
+    return tuple(args), {}
+
+
+def _write(by_device: dict[torch.device, list[Row]], report: TuneReport) -> None:
+    """Keeps the rows in this process, then in files.
+
+    Raises:
+        TableNotWritten: a file cannot be written.
+    """
+    for device, rows in by_device.items():
+        user_timings.keep(device, rows)
+    inference_conv.forget()
+    for device, rows in by_device.items():
+        try:
+            report.paths.append(user_timings.write(device, rows))
+        except OSError as error:
+            path = user_timings.path_of(user_timings.made_by(device))
+            raise TableNotWritten(
+                f"tune could not write {path} ({error}): its choices hold in this process only; "
+                f"FUSED_RES_CACHE must name a folder that can be written",
+                report,
+            ) from error

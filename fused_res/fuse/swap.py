@@ -1,0 +1,331 @@
+"""``fuse_`` swaps the forward of the residual blocks a model has, in place; ``unfuse_`` swaps it
+back."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from ..nn.blocks import FusedForward, FusedPartialForward, with_signature_of
+from ..nn.sequential import FusedSequential, unchain
+from ..ops.res_block import check_recompute
+from ..run.chain import has_chain
+from ..run.description import kind_of
+from ..run.guards import guard_of
+from ..run.partial import methods
+from .match import plan_of
+from .modules import is_norm
+from .plan import BlockPlan, PartialPlan, Unplanned
+from .trace import Unfusable, Untraceable, in_words
+
+
+@dataclass
+class FuseReport:
+    """The result of ``fuse_``. Prints as a table.
+
+    fused: names of the blocks that run fused.
+    partly: (name, reason) of blocks of which only segments run fused.
+    skipped: (name, reason) of blocks that stay as they are.
+    advice: sentences on what would make the model faster.
+    """
+
+    fused: list[str] = field(default_factory=list)
+    partly: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rows = [(name, "fused", "") for name in self.fused]
+        rows += [(name, "partly", reason) for name, reason in self.partly]
+        rows += [(name, "skipped", reason) for name, reason in self.skipped]
+        shown = [
+            ("block", "result", "reason"),
+            *((n or "(the model)", r, why) for n, r, why in rows),
+        ]
+        width = max(len(name) for name, _, _ in shown)
+        lines = [f"{name:<{width}}  {result:<7}  {why}".rstrip() for name, result, why in shown]
+        counts = [(self.fused, "fused"), (self.partly, "partly"), (self.skipped, "skipped")]
+        total = ", ".join(f"{len(of)} {what}" for of, what in counts if of or what != "partly")
+        return "\n".join([*lines, total, *self.advice])
+
+
+_classes: WeakValueDictionary[tuple, type[nn.Module]] = WeakValueDictionary()
+
+
+def fused_class(
+    original: type[nn.Module], plan: BlockPlan | PartialPlan | Unplanned, recompute: str | None
+) -> type[nn.Module]:
+    """The class of a fused block: ``original`` with its forward replaced by ``plan``."""
+    key = original, plan, recompute
+    if plan.record is not None and plan.record.leads_back:
+        return _fused_class(*key)  # which a cache would keep alive
+    try:
+        found = _classes.get(key)
+    except TypeError:  # a forward may have constants without a hash
+        return _fused_class(*key)
+    if found is None:
+        found = _classes[key] = _fused_class(*key)
+    return found
+
+
+def _fused_class(
+    original: type[nn.Module], plan: BlockPlan | PartialPlan | Unplanned, recompute: str | None
+) -> type[nn.Module]:
+    mixin = FusedPartialForward if isinstance(plan, PartialPlan) else FusedForward
+    body = {
+        "plan": plan,
+        "recompute": recompute,
+        "original": original,
+        "forward": with_signature_of(mixin.forward, original.forward),
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": _reduce_ex,
+        "__setstate__": _set_state,
+    }
+    if isinstance(plan, PartialPlan):
+        body |= methods(plan)
+    return type(f"Fused{original.__name__}", (mixin, original), body)
+
+
+def _rebuild(
+    original: type[nn.Module], plan: BlockPlan | PartialPlan | Unplanned, recompute: str | None
+) -> nn.Module:
+    cls = fused_class(original, plan, recompute)
+    return cls.__new__(cls)
+
+
+def _reduce_ex(self, protocol):
+    # the class is made at run time, so copies and pickles name what it is made from
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    made_from = type(self).original, type(self).plan, type(self).recompute
+    return _rebuild, made_from, state
+
+
+def _set_state(self, state):
+    cls = type(self)
+    cls.original.__setstate__(self, state)
+    if isinstance(cls.plan, Unplanned):
+        self.__class__ = made = cls.original
+        with contextlib.suppress(Unfusable):
+            plan = plan_of(self, cls.plan.opaque)
+            made = made if plan is None else fused_class(made, plan, cls.recompute)
+        served = "model_class" in cls.__dict__
+        self.__class__ = cls.serving(made) if served else made
+
+
+def refuse_wrapped(model: nn.Module, caller: str = "fuse_") -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        where = f"its child {name!r}" if name else "it"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"model must not be scripted, but {where} is a {kind}: {caller} it before"
+            )
+        if kind == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"model must not be compiled, but {where} is a {kind}: {caller} it before "
+                f"torch.compile"
+            )
+        if kind in ("DistributedDataParallel", "DataParallel") or kind.startswith(
+            "FullyShardedDataParallel"
+        ):
+            raise ValueError(
+                f"model must not be wrapped, but {where} is a {kind}: call {caller}(model) first "
+                f"and wrap the result, or {caller}(model.module)"
+            )
+
+
+ATTRIBUTES = ("plan", "backend", "recompute", "original", "_usual", "_quiet")  # a fused block's
+CHANNELS_LAST = (
+    "advice: the weights are in NCHW order; model.to(memory_format=torch.channels_last) and inputs "
+    "in it are faster"
+)
+
+
+def _why_no_subclass(block: nn.Module) -> str | None:
+    """A fused block's class is a subclass with attributes of its own."""
+    if isinstance(block, fx.GraphModule):  # which writes its forward onto its class
+        return "a torch.fx graph: fuse_ before it is traced"
+    fused = isinstance(block, FusedForward)
+    own = [] if fused else [attribute for attribute in ATTRIBUTES if hasattr(block, attribute)]
+    return f"it has an attribute {own[0]!r} of its own" if own else None
+
+
+def _is_channels_last(model: nn.Module) -> bool:
+    """Whether its convolutions are, of those that can tell."""
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    telling = [w for w in weights if w.size(1) > 1 and w[0, 0].numel() > 1]
+    return all(w.is_contiguous(memory_format=torch.channels_last) for w in telling)
+
+
+def fuse_(
+    model: nn.Module,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    strict: bool = False,
+    dry_run: bool = False,
+    recompute: str | None = None,
+) -> FuseReport:
+    """Makes every residual block of ``model`` that can be fused run fused kernels, in place.
+
+    A block is recognised by the dataflow of its forward, whatever its class and attributes are
+    called. Where it has more in it than one operation computes (squeeze-and-excitation, drop path,
+    pre-activation, ...), the convolutions, norms, ReLUs and adds that follow each other run fused.
+    Only its class changes (to a subclass); name, children, attributes, Parameter objects,
+    state_dict keys and hooks stay as they are. An ``nn.Sequential`` in which blocks with identity
+    shortcuts follow each other becomes a subclass too, which runs them in one call for inference.
+    Calling it again changes nothing; ``unfuse_`` reverses it.
+
+    Args:
+        model: any module, not wrapped, compiled or scripted.
+        filter_fn: called with (block, name); only blocks it returns True for are fused.
+        strict: raise, and change nothing, if a block is skipped for another reason than the filter.
+        dry_run: only report.
+        recompute: ``last``: in training, the backward pass of a block, or of a part, computes its
+            last convolution again instead of keeping its output (half of what a bottleneck keeps).
+
+    Returns:
+        FuseReport: names of the blocks fused, of those fused in part, and of those that were not,
+            with the reason.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``model`` or a part of it is wrapped (DDP, FSDP), compiled or scripted;
+            ``strict`` and a block was skipped; or ``recompute`` is something else.
+
+    Warns:
+        UserWarning: no block was fused (and none was fused before).
+    """
+    refuse_wrapped(model)
+    check_recompute(recompute)
+    search = _Search(filter_fn, recompute)
+    search.visit(model, "")
+    report = search.report
+    if strict and report.skipped:
+        raise ValueError(f"strict=True, but blocks were skipped; nothing was changed:\n{report}")
+    report.skipped += search.filtered
+    if search.classes and not _is_channels_last(model):
+        report.advice.append(CHANNELS_LAST)
+    if not dry_run:
+        _put_classes(search.classes)
+        for module in model.modules():
+            if type(module) is nn.Sequential and has_chain(module):
+                module.__class__ = FusedSequential
+    if not search.classes and not search.found_fused:
+        warnings.warn(f"fuse_ found no residual block to fuse\n{report}", stacklevel=2)
+    return report
+
+
+class _Search:
+    """Looks for residual blocks in a model, inside out.
+
+    classes: the class that each block is to get.
+    filtered: (name, reason) of blocks that the filter leaves out.
+    found_fused: whether a block was fused before.
+    """
+
+    def __init__(
+        self, filter_fn: Callable[[nn.Module, str], bool] | None, recompute: str | None
+    ) -> None:
+        self.report = FuseReport()
+        self.classes: list[tuple[nn.Module, type[nn.Module]]] = []
+        self.filtered: list[tuple[str, str]] = []
+        self.found_fused = False
+        self._filter, self._recompute = filter_fn, recompute
+        self._opaque: dict[str, bool] = {}  # name of a skipped block -> whether it may be none
+        self._seen: set[int] = set()
+
+    def visit(self, module: nn.Module, name: str) -> bool:
+        """Whether a residual block was found in ``module``."""
+        if id(module) in self._seen:
+            return False
+        self._seen.add(id(module))
+        if isinstance(module, FusedForward) and (
+            "original" not in type(module).__dict__ or guard_of(module, module.plan.record).same
+        ):
+            self.found_fused = True
+            return True
+        inside = [
+            self.visit(part, f"{name}.{key}" if name else key)
+            for key, part in module.named_children()
+        ]
+        forward = type(module).forward
+        if any(inside) or not inside or forward in (nn.Sequential.forward, nn.Module.forward):
+            return any(inside)
+        if isinstance(module, nn.Conv2d) or parametrize.is_parametrized(module):
+            return False  # one layer, whatever its weight is made of
+        if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
+            return False
+        return self._is_block(module, name)
+
+    def _is_block(self, module: nn.Module, name: str) -> bool:
+        """Whether it is a residual block that can be fused; notes it, or the reason."""
+        prefix = f"{name}." if name else ""
+        inner = {n: n[len(prefix) :] for n in self._opaque if n.startswith(prefix)}
+        try:
+            with torch.inference_mode(False):  # whose tensors torch.fx cannot trace
+                plan = plan_of(module, inner.values())
+        except Unfusable as reason:
+            self.report.skipped.append((name, str(reason)))
+            normless = not any(map(is_norm, module.modules()))
+            self._opaque[name] = normless or isinstance(reason, Untraceable)
+            return False  # its parent may be a block in which something else can be fused
+        if plan is None:
+            return False
+        reason, cls = _why_no_subclass(module), None
+        if reason is None:
+            try:
+                cls = fused_class(kind_of(module), plan, self._recompute)
+            except Exception as error:  # of its __init_subclass__ or metaclass
+                reason = f"its class cannot have a subclass: {in_words(error)}"
+        if reason is not None:
+            self.report.skipped.append((name, reason))
+            return False
+        if self._filter is not None and not self._filter(module, name):
+            self.filtered.append((name, "left out by filter_fn"))
+            return True
+        self.report.skipped = [
+            row for row in self.report.skipped if not (row[0] in inner and self._opaque[row[0]])
+        ]
+        if isinstance(plan, PartialPlan):
+            norms = sum(isinstance(m, _BatchNorm) for m in module.modules())
+            self.report.partly.append((name, f"{plan.norms} of {norms} norms; {plan.reason}"))
+        else:
+            self.report.fused.append(name)
+        self.classes.append((module, cls))
+        return True
+
+
+def _put_classes(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+    """All of them, or none."""
+    before = [(module, type(module)) for module, _ in classes]
+    try:
+        for module, cls in classes:
+            module.__class__ = cls
+    except BaseException:
+        for module, cls in before:
+            module.__class__ = cls
+        raise
+
+
+def unfuse_(model: nn.Module) -> list[str]:
+    """Gives every block that ``fuse_`` changed its own class back, in place; returns their
+    names."""
+    names = []
+    for name, module in model.named_modules():
+        original = type(module).__dict__.get("original")
+        if isinstance(module, FusedForward) and original is not None:
+            module.__class__ = original
+            names.append(name)
+        elif type(module) is FusedSequential:
+            unchain(module)
+    return names

@@ -1,0 +1,70 @@
+"""Residual blocks one after the other in an ``nn.Sequential``, as one call for inference.
+
+``fuse_`` makes a ``FusedSequential`` of an ``nn.Sequential`` that has such blocks. It keeps its
+children, keys and hooks. A child with a hook, in training, or of another kind is called as before;
+the blocks in front of it and behind it are calls of their own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..dispatch.backends import named
+from ..ops.conv_bn_act import PLAIN, under_modes
+from ..ops.res_chain import is_for
+from ..run.chain import run_container
+from ..run.kept import keep, size_of
+from .blocks import plain_twin
+
+
+def _asks_for_cuda(block: nn.Module) -> bool:
+    return (getattr(block, "backend", None) or named()) == "cuda"
+
+
+class FusedSequential(nn.Sequential):
+    """``nn.Sequential`` whose residual blocks run in one call where no gradient is wanted, on a CPU
+    in float32; on a CUDA device where its backend is named."""
+
+    def forward(self, input):
+        if type(input) not in PLAIN or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(input)
+        if under_modes(input) or _has_any_global_hook() or not is_for(input):
+            return super().forward(input)
+        if input.is_cuda and not any(map(_asks_for_cuda, self)):
+            return super().forward(input)
+        size, sizes = size_of(input), self.__dict__.setdefault("_kept", {})
+        kept = sizes.get(size)
+        if kept is None or not kept.passes():
+            for other, old in tuple(sizes.items()):  # which keep alive what was replaced
+                if not old.passes():
+                    sizes.pop(other, None)
+            y, kept = run_container(self, input)
+            if kept is not None:
+                keep(sizes, size, kept)
+            return y
+        x = input
+        for step in kept.steps:
+            x = step(x)
+        return x
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return plain_twin(self)
+
+    def _apply(self, fn, recurse=True):
+        self.__dict__.pop("_kept", None)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode=True):
+        self.__dict__.pop("_kept", None)
+        return super().train(mode)
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+
+def unchain(container: FusedSequential) -> None:
+    """Makes it a plain ``nn.Sequential`` again."""
+    container.__dict__.pop("_kept", None)
+    container.__class__ = nn.Sequential

@@ -1,0 +1,206 @@
+"""A plan on tensors for inference: one op for each convolution, kept for inputs of a size."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..fuse.modules import child, conv_norm_of, tensors_of, uses_batch
+from ..fuse.plan import BlockPlan, Stage
+from ..ops.conv_bn_act import (
+    Call,
+    Run,
+    conv_bn_act,
+    fuses_convolutions,
+    out_shape,
+    prepared,
+    under_modes,
+)
+from ..ops.convolutions import Convolutions, joined
+from ..reference import ConvNorm
+from .guards import Guard, ModulesGuard, last_guard
+from .kept import Kept, keep, size_of
+from .places import Places
+from .training import add_shortcut
+from .weight_cache import fingerprint
+
+
+class _OfPlan(NamedTuple):
+    """All that a guard keeps for a plan, by the size of its input.
+
+    branch: the plan's, kept alive so that its address stays its own. (The plan itself may lead back
+    to the block, which the guard would keep alive then.)
+    """
+
+    branch: tuple[Stage, ...]
+    sizes: dict[tuple, Kept]
+
+
+def _keeps(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether steps can be kept for such a call."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and x.is_cpu
+        and not under_modes(x)
+        and (residual is None or (isinstance(residual, Tensor) and not under_modes(residual)))
+    )
+
+
+def kept_for(
+    block: nn.Module, plan: BlockPlan, x: Tensor, residual: Tensor | None = None
+) -> Kept | None:
+    """The steps that run a call, from an earlier one; None where there are none, or not any more.
+
+    The block's guard has passed just now.
+    """
+    if torch.is_grad_enabled() or not _keeps(x, residual):
+        return None
+    guard = last_guard(block)
+    of_plan = None if guard is None else guard.kept.get(id(plan.branch))
+    if of_plan is None:
+        return None
+    kept = of_plan.sizes.get((*size_of(x, residual), block.backend))
+    if kept is None or kept.passes():
+        return kept
+    of_plan.sizes.clear()  # they keep alive what was replaced
+    return None
+
+
+def run_kept(kept: Kept, x: Tensor, residual: Tensor | None) -> Tensor:
+    *inner, last = kept.steps
+    for step in inner:
+        x = step(x, None)
+    return last(x, residual)
+
+
+def convolutions_of(
+    block: nn.Module, plan: BlockPlan, x: Tensor, residual: Tensor | None
+) -> list[ConvNorm] | None:
+    """The plan's convolutions as ``conv_bn_act`` takes them, the shortcut's last; None where the
+    call is not for inference."""
+    if x.dim() != 4 or plan.branch[-1].conv is None:
+        return None
+    if residual is not None and not isinstance(residual, Tensor):
+        return None
+    if residual is not None and residual.dtype != x.dtype:
+        return None
+    norms = [None if s.norm is None else child(block, s.norm) for s in plan.stages]
+    if any(bn is not None and uses_batch(bn) for bn in norms):
+        return None
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (residual is not None and residual.requires_grad)
+        or any(p.requires_grad for p in block.parameters())
+    ):
+        return None
+    if not fuses_convolutions(x, block.backend):
+        return None
+    convs = []
+    for stage, bn in zip(plan.stages, norms, strict=True):
+        if stage.conv is None:  # a shortcut that only pools
+            continue
+        conv = conv_norm_of(child(block, stage.conv), bn)
+        if conv is None:
+            return None
+        convs.append(conv)
+    return convs
+
+
+class _Source(NamedTuple):
+    """All that steps are made from, as it is before they are made."""
+
+    guard: Guard
+    modules: ModulesGuard
+    tensors: list[Tensor]
+    fingerprint: tuple
+
+
+def _source_of(block: nn.Module, plan: BlockPlan) -> _Source | None:
+    """None where something could change unseen, or could lead back to the block and keep it
+    alive."""
+    guard = last_guard(block)
+    if guard is None or any(stage.before for stage in plan.stages):
+        return None
+    modules, tensors = [], []
+    for stage in plan.stages:
+        conv = None if stage.conv is None else child(block, stage.conv)
+        bn = None if stage.norm is None else child(block, stage.norm)
+        found = tensors_of(conv, bn)
+        if found is None:
+            return None
+        tensors += found
+        modules += [m for m in (conv, bn) if m is not None]
+    modules = [inner for m in modules for inner in m.modules()]
+    watched = ModulesGuard(modules)
+    return _Source(guard, watched, tensors, fingerprint(tensors)) if watched.is_plain() else None
+
+
+def run(
+    block: nn.Module, plan: BlockPlan, convs: list[ConvNorm], x: Tensor, residual: Tensor | None
+) -> Tensor:
+    """The plan by its convolutions, of ``convolutions_of``; keeps the steps where it can."""
+    source = _source_of(block, plan) if _keeps(x, residual) else None
+    size = None if source is None else (*size_of(x, residual), block.backend)
+    steps: list[Run] = []
+
+    def call(*arguments) -> Tensor:
+        made = Call(*arguments)
+        step = None if source is None else prepared(made, block.backend)
+        if step is None:
+            return conv_bn_act(*made, block.backend)
+        steps.append(step)
+        return step(made.x, made.residual)
+
+    *inner, last = plan.branch
+    out, residual = x, x if residual is None else residual
+    for stage, conv in zip(inner, convs, strict=False):
+        for name in stage.before:
+            out = child(block, name)(out)
+        out = call(out, conv, None, None, False, "relu" if stage.relu else "none")
+    for name in last.before:
+        out = child(block, name)(out)
+    for name in () if plan.shortcut is None else plan.shortcut.before:
+        residual = child(block, name)(residual)
+    conv, *shortcut = convs[len(inner) :]
+    concat = plan.skip == "concat"
+    if plan.skip == "none":
+        residual = None
+    elif not concat:
+        shape = out_shape(residual, shortcut[0]) if shortcut else residual.shape
+        if shape != out_shape(out, conv):
+            return _broadcast(block, plan, out, residual, conv, *shortcut)
+    y = call(out, conv, residual, *(shortcut or [None]), concat, plan.act)
+    if source is not None and len(steps) == len(plan.branch):
+        _keep(block, plan, source, size, steps)
+    return y
+
+
+def _broadcast(
+    block: nn.Module,
+    plan: BlockPlan,
+    x: Tensor,
+    residual: Tensor,
+    conv: ConvNorm,
+    shortcut: ConvNorm | None = None,
+) -> Tensor:
+    """The last convolution and an add of tensors that have two shapes."""
+    act = "relu" if plan.branch[-1].relu else "none"
+    y = conv_bn_act(x, conv, act=act, backend=block.backend)
+    if shortcut is not None:
+        residual = conv_bn_act(residual, shortcut, act="none", backend=block.backend)
+    return add_shortcut(plan, y, residual)
+
+
+def _keep(
+    block: nn.Module, plan: BlockPlan, source: _Source, size: tuple, steps: list[Run]
+) -> None:
+    if all(isinstance(step, Convolutions) for step in steps):
+        steps = [joined(steps)]
+    kept = Kept(steps, source.modules, Places(), source.tensors, source.fingerprint)
+    if last_guard(block) is not source.guard or not kept.passes():
+        return  # another thread has written to the weights meanwhile
+    of_plan = source.guard.kept.setdefault(id(plan.branch), _OfPlan(plan.branch, {}))
+    keep(of_plan.sizes, size, kept)

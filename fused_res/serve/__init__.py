@@ -1,0 +1,1 @@
+"""``optimize_for_inference``: a model made to serve."""

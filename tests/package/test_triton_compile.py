@@ -1,0 +1,119 @@
+"""Every Triton configuration, compiled for GPUs that need not be there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB a block may have
+# Bytes of stack. Of what Triton 3.6 makes of three kernels, ptxas (12.8 as 12.9) spills two to four
+# registers to fit one more block on a multiprocessor; none of what 3.9 makes of them.
+STACK = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 16
+ELEMENTWISE = ("_bn_act_fwd_apply_kernel", "_bn_act_bwd_gradients_kernel")
+
+
+def python(code: str) -> str:
+    """Runs code beside the report, in a process where Triton compiles instead of interpreting."""
+    run = subprocess.run(
+        [sys.executable, "-c", f"import json\nimport kernels_report as report\n{code}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), *sys.path])},
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def rows():
+    code = (
+        "if __name__ == '__main__':\n"
+        "    print(json.dumps([dict(kernel=c.kernel, tile=c.tile, dtype=c.dtype, layout=c.layout,\n"
+        "                           residual=c.residual, target=target, **r._asdict())\n"
+        "                      for c, target, r in report.report(report.SECTIONS[1:])]))"
+    )
+    return json.loads(python(code))
+
+
+def test_every_kernel_compiles_for_every_target_without_spills(rows):
+    assert {row["target"] for row in rows} == set(SHARED)
+    bn_act = {
+        f"_bn_act_{way}_{what}_kernel"
+        for way, whats in {
+            "fwd": ("statistics", "moments", "merge", "apply", "small"),
+            "bwd": ("sums", "merge", "gradients", "reapply", "small"),
+        }.items()
+        for what in whats
+    }
+    convs = {
+        f"_{op}_{kind}_kernel"
+        for op in ("conv_bn_act_fwd", "training_convolution_fwd_bwd")
+        for kind in ("descriptor", "pointer")
+    }
+    assert {row["kernel"] for row in rows} == bn_act | convs
+    for row in rows:
+        limit = 512 if row["target"] == "gfx942" else 255
+        assert row["stack"] <= STACK and row["registers"] <= limit, row
+        assert row["spills"] == 0 or row["stack"] > 0, row
+        assert row["shared"] <= 1024 * SHARED[row["target"]], row
+
+
+def test_tensors_are_moved_16_bytes_at_a_time(rows):
+    """Where runs are whole vectors: all but the mask's loads and stores are that wide."""
+    for row in rows:
+        if row["kernel"] in ELEMENTWISE and row["layout"] == "channels_last":
+            for kind in ("loads", "stores"):
+                wide = row[f"wide_{kind}"]
+                assert wide > 0 and row[kind] - wide <= 4, row
+
+
+def test_convolutions_run_on_tensor_cores(rows):
+    """From shared memory that TMA fills where there is such a thing; float32 that is not to be
+    rounded only where they take it."""
+    for row in rows:
+        if row["kernel"].endswith("_descriptor_kernel"):
+            assert row["wgmma"] > 0 and row["tma"] > 0 and row["mma"] == 0, row
+        elif row["kernel"].endswith("_pointer_kernel"):
+            exact = row["dtype"] == "fp32" and row["tile"].endswith("2 stages")
+            assert (row["mma"] > 0) != (exact and row["target"] == "sm_80"), row
+
+
+def test_programs_fit_a_multiprocessor_as_configurations_say():
+    """Of an H100: 65536 registers and 228 KB of shared memory, of which a program's first is the
+    system's."""
+    code = (
+        "for config in report.conv_tiles.CONFIGS:\n"
+        "    if config.kind == 'descriptor' and config.programs > 1:\n"
+        "        c = report.record_conv(config, report.torch.bfloat16, 'tensor')\n"
+        "        r = report.compile_for(c, 'sm_90')\n"
+        "        registers = 32 * config.warps * ((r.registers + 7) // 8 * 8)\n"
+        "        print(config.programs * registers <= 65536,\n"
+        "              config.programs * (r.shared + 1024) <= 228 * 1024)"
+    )
+    assert set(python(code).split()) == {"True"}
+
+
+def test_calls_with_parts_left_out_compile():
+    code = (
+        "found = report.record_bare()\n"
+        "assert len({c.kernel for c in found}) >= 6\n"
+        "print(len([report.compile_for(c, 'sm_90') for c in found]))"
+    )
+    assert int(python(code)) >= 8
+
+
+def test_a_planted_spill_is_seen():
+    code = (
+        "from fused_res.kernels import bn_act as kernels\n"
+        "kernels.CONFIGS['bwd_sums'] = kernels.Config(16384, 4, 4)\n"
+        "name = '_bn_act_bwd_sums_kernel'\n"
+        "c = next(c for c in report.configurations() if c.kernel == name)\n"
+        "print(report.compile_for(c, 'sm_90').spills)"
+    )
+    assert int(python(code)) > 0
