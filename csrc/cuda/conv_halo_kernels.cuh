@@ -258,23 +258,21 @@ __device__ __forceinline__ void find_pixels(const HaloArgs& a, const char* memor
 template <Epilogue kEpilogue>
 constexpr int kTableRows = kEpilogue == Epilogue::gradient ? 4 : 2;
 
-// Turns the sums v of a lane's four channels of a pixel into y.
+// The t-th of a lane's four channels of a pixel, from its sum v.
 template <Epilogue kEpilogue>
-__device__ __forceinline__ void apply_epilogue(int act, float (&v)[4], const float (&other)[4],
-                                               const float (&table)[kTableRows<kEpilogue>][4]) {
-#pragma unroll
-  for (int t = 0; t < 4; t++) {
-    if constexpr (kEpilogue == Epilogue::gradient) {
-      const bool stopped = (other[t] - table[1][t]) * table[2][t] + table[3][t] <= 0;
-      if (stopped) v[t] = 0;  // NaN passes
-    } else {
-      v[t] = fmaf(v[t], table[0][t], table[1][t]);
-    }
+__device__ __forceinline__ float epilogue_of(int act, float v, float other, int t,
+                                             const float (&table)[kTableRows<kEpilogue>][4]) {
+  if constexpr (kEpilogue == Epilogue::gradient) {
+    const bool stopped = (other - table[1][t]) * table[2][t] + table[3][t] <= 0;
+    return stopped ? 0 : v;  // NaN passes
+  } else {
+    v = fmaf(v, table[0][t], table[1][t]);
     if constexpr (kEpilogue == Epilogue::affine) {
-      if (act == 2) v[t] = relu(v[t]);
-      v[t] += other[t];
-      if (act == 1) v[t] = relu(v[t]);
+      if (act == 2) v = relu(v);
+      v += other;
+      if (act == 1) v = relu(v);
     }
+    return v;
   }
 }
 
@@ -328,8 +326,9 @@ __device__ __forceinline__ void finish_column(const HaloArgs& a, const char* mem
       float v[4], other[4] = {};
       if (reads) unpack<T>(others[i][p], other);
 #pragma unroll
-      for (int t = 0; t < 4; t++) v[t] = sums[i][j].v[t / 2][2 * p + t % 2];
-      apply_epilogue<kEpilogue>(a.act, v, other, table);
+      for (int t = 0; t < 4; t++)
+        v[t] =
+            epilogue_of<kEpilogue>(a.act, sums[i][j].v[t / 2][2 * p + t % 2], other[t], t, table);
       const FourOf<T> words = pack<T>(v);
       if constexpr (kEpilogue != Epilogue::affine) {
         unpack<T>(words, v);

@@ -3,7 +3,6 @@
 #include "device.h"
 
 namespace fused_res {
-namespace {
 
 constexpr int kCounters = 32;
 struct Counters {
@@ -12,8 +11,6 @@ struct Counters {
 __global__ void res_block_fwd_count_kernel(const Counters counters) {
   ++*counters.counters[threadIdx.x];
 }
-
-}  // namespace
 
 void CudaBackend::count(const Tensors& tensors) {
   STD_TORCH_CHECK(tensors.size() <= kCounters, "a block has at most 32 BatchNorms that train");

@@ -12,8 +12,8 @@ int64_t size_of_call() { return sizeof(HaloCall); }
 
 // blocks, or -1 where it does not fit; then stages, rows, bytes of shared memory, images, rows and
 // columns of a tile, how many there are, and pixels of a patch
-int64_t halo_plan(int kind, int epilogue, const HaloConv* conv, bool residual, const HaloDevice* device,
-                  int64_t* out) {
+int64_t halo_plan(int kind, int epilogue, const HaloConv* conv, bool residual,
+                  const HaloDevice* device, int64_t* out) {
   const HaloPlan plan = plan_halo((Kind)kind, *conv, (Epilogue)epilogue, residual, *device);
   const HaloArgs& a = plan.args;
   out[0] = a.stages, out[1] = plan.rows, out[2] = plan.shared_bytes, out[3] = a.group;
