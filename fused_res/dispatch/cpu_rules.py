@@ -25,7 +25,7 @@ TILES_OF_WEIGHT = 5
 # With fewer channels the transforms of 4x4 tiles cost more than the tiles save.
 LEAST_CHANNELS_OF_TILE_4 = 32
 # A convolution by itself has at least so many tiles. Fewer tiles of 2 do not fill the registers.
-# Fewer tiles of 4 gain less than a tenth (14x14, batch 1, 256 channels), with three times the error.
+# Fewer tiles of 4 gain under a tenth (14x14, batch 1, 256 channels), with three times the error.
 LEAST_TILES = {4: 24, 2: 12}
 
 

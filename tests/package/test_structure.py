@@ -155,7 +155,8 @@ def test_things_have_one_name(path):
 def test_contributing_says_where_things_are():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     section = text.partition("## Where things are")[2].partition("\n## ")[0]
-    paths = {word.rstrip("/") for word in re.findall(r"`([\w/.<>]+(?:/|\.(?:py|cpp|cuh?|h)))`", section)}
+    words = re.findall(r"`([\w/.<>]+(?:/|\.(?:py|cpp|cuh?|h)))`", section)
+    paths = {word.rstrip("/") for word in words}
     there = {path.name for path in ROOT.glob("*/**/*")}
     assert len(paths) > 40
     for path in paths:
