@@ -44,9 +44,9 @@ def report(suites: dict[str, list[dict]]) -> list[str]:
 
 
 def where(rows: list[dict]) -> str:
-    """Device, versions and dates of the rows; their commits are in docs/performance.md."""
+    """Device, versions, commits and dates of the rows."""
     device, versions = rows[0]["device"], rows[0]["versions"]
     named = [f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino")]
-    dates = " and ".join(unique(row["date"][:10] for row in rows))
+    runs = " and ".join(unique(f"commit {row['commit']}, {row['date'][:10]}" for row in rows))
     isa = f"{device['isa']}, {device['cores']} cores, {device['threads']} threads"
-    return f"*{device['name']} ({isa}), {', '.join(named)}, {dates}.*"
+    return f"*{device['name']} ({isa}), {', '.join(named)}, {runs}.*"
