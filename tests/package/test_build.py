@@ -8,8 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import model_libraries  # noqa: F401  torchvision, before the README imports it
 import pytest
-import zoo  # noqa: F401  torchvision, before the README imports it
 
 import fused_res
 from fused_res import env
