@@ -1,5 +1,6 @@
 # Every target works from a fresh clone: it makes a virtual environment in .venv and installs into it.
-#   make run    the demo        make test     all tests     make bench   CPU benchmarks
+#   make run    the demo        make test     the tests     make bench   CPU benchmarks
+#   make test-slow   what the sweeps among the tests leave out of make test
 #   make lint   style checks    make wheel    dist/*.whl    make sanitize  ASan + UBSan
 #   make docs   the documentation, as a site in build/site
 #   make kernels-report   what the compilers make of the GPU kernels
@@ -12,7 +13,7 @@ TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 
-.PHONY: run test lint bench wheel sanitize docs coverage kernels-report gpu clean
+.PHONY: run test test-slow lint bench wheel sanitize docs coverage kernels-report gpu clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +39,9 @@ run: $(VENV)/.installed
 # A process for each core: most tests are small, or one compiler's work.
 test: $(VENV)/.tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n auto --dist loadfile
+
+test-slow: $(VENV)/.tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m slow -n auto --dist loadfile
 
 lint: $(VENV)/.tests
 	$(PY) -m ruff check .

@@ -127,7 +127,7 @@ class ConvWorkload(Workload):
             why = why or implementation.why_not(call)
             configs = [None] if why or implementation.configs is None else None
             for config in configs or implementation.configs(call):
-                run = partial(run_as, choice=inference_conv.Choice(name, "timed", config))
+                run = partial(run_as, choice=inference_conv.Candidate(name, "timed", config))
                 found.append(candidate(name, config, partial(ConvProgram, run, self), why_not=why))
         return [candidate("eager", None, partial(ConvProgram, eager, self)), *found]
 

@@ -2,6 +2,7 @@
 rule, bit by bit under shuffled thread orders, within bounds, and the bytes they move. And faults
 planted in them, which these checks must catch."""
 
+import functools
 import os
 import shutil
 
@@ -22,6 +23,7 @@ from bn_act_cases import (
 from cuda_emulation import ELEMENTS, PLANS, Device, Emulation, EmulationError, Shape, at_offset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweeps import sweep
 
 from fused_res import Norm, reference
 from fused_res.ops.bn_act import unpack_mask
@@ -62,22 +64,26 @@ def run(emulation, case, plan="automatic", offset=0, seed=0):
     return [y, g.dx, dresidual, *g[2:], *running]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    arguments=grid(),
-    plan=st.sampled_from(PLANS),
-    offset=st.sampled_from([0, 0, 1, 4]),
-    whole_eights=st.booleans(),
-)
-def test_error_is_within_the_rule(emulation, arguments, plan, offset, whole_eights):
-    (n, c, h, w), *rest = arguments
-    if whole_eights:  # what the kernels read 16 bytes at a time
-        c, w, offset = -(-c // 8) * 8, 8, 0
-        n = n if n * h * w >= 32 else 32
-    assert_rule(
-        draws_of_grid(((n, c, h, w), *rest)),
-        lambda case: run(emulation, case, plan, offset, seed=n),
+@pytest.mark.parametrize("examples", sweep([25, 100], quick=[25]))
+def test_error_is_within_the_rule(emulation, examples):
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    @given(
+        arguments=grid(),
+        plan=st.sampled_from(PLANS),
+        offset=st.sampled_from([0, 0, 1, 4]),
+        whole_eights=st.booleans(),
     )
+    def check(arguments, plan, offset, whole_eights):
+        (n, c, h, w), *rest = arguments
+        if whole_eights:  # what the kernels read 16 bytes at a time
+            c, w, offset = -(-c // 8) * 8, 8, 0
+            n = n if n * h * w >= 32 else 32
+        assert_rule(
+            draws_of_grid(((n, c, h, w), *rest)),
+            lambda case: run(emulation, case, plan, offset, seed=n),
+        )
+
+    check()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -408,6 +414,7 @@ def test_addresses_past_two_billion(emulation):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
+    @functools.cache
     def build(fault):
         return Emulation(tmp_path_factory.mktemp(fault), COMPILER, (f"-DPLANT_{fault}",))
 
@@ -437,7 +444,7 @@ def test_a_wrong_mask_bit_is_caught(planted):
             check_mask(broken, (3, 16, 8, 8), layout, "relu")
 
 
-@pytest.mark.parametrize("access", ["load", "store"])
+@pytest.mark.parametrize("access", sweep(["load", "store"], quick=["store"]))
 def test_an_access_out_of_bounds_is_caught(planted, access):
     broken = planted(f"{access.upper()}_OUT_OF_BOUNDS")
     for layout in LAYOUTS:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from agreement import randomise
 from model_libraries import timm, torchvision
+from sweeps import sweep
 from torch.func import functional_call
 
 import fused_res
@@ -58,7 +59,7 @@ def steps(model, call, batches):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["steps", "dynamic batch"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sweep(MODELS, quick=["timm, in parts"]))
 def test_trains_in_one_graph(name, dynamic):
     model = fused(name)
     eager = copy.deepcopy(model)

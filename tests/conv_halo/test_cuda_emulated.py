@@ -16,6 +16,7 @@ from cuda_emulation.conv_halo import FEW, LARGE, SMALL, HaloEmulation, device
 from cuda_emulation.res_chain import KINDS as PRODUCTS
 from errors import rule
 from res_chain_cases import image, stage
+from sweeps import sweep
 
 from fused_res import reference
 from fused_res.dispatch.inference_conv import IMPLEMENTATIONS
@@ -299,10 +300,10 @@ def test_input_gradients(emulation, c, products):
 # --- faults, planted
 
 
-@pytest.mark.parametrize(
-    "fault",
-    ["MISSING_CHUNK_SYNC", "MISSING_WAIT", "WRONG_TAP", "WRONG_FRAGMENT", "EVEN_PITCH"],
-)
+FAULTS = ["MISSING_CHUNK_SYNC", "MISSING_WAIT", "WRONG_TAP", "WRONG_FRAGMENT", "EVEN_PITCH"]
+
+
+@pytest.mark.parametrize("fault", sweep(FAULTS, quick=["MISSING_CHUNK_SYNC", "WRONG_TAP"]))
 def test_a_fault_is_caught(tmp_path, fault):
     broken = HaloEmulation(tmp_path, COMPILER, (f"-DPLANT_{fault}",))
     call = draw("bf16", (3, 32, 20, 24), 32)

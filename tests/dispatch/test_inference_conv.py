@@ -122,7 +122,8 @@ def test_what_tune_finds_is_written_and_followed(said, cache):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
-    "name", ["eager", *(name for name, i in op.IMPLEMENTATIONS.items() if i.backend == "cpu")]
+    "name",
+    ["eager", *(name for name, i in inference_conv.IMPLEMENTATIONS.items() if i.backend == "cpu")],
 )
 def test_the_fastest_runs_and_is_right(said, name, layout):
     model = net().to(memory_format=layout)
@@ -370,10 +371,12 @@ def test_configurations(monkeypatch, said):
         ran.append(config)
         return lambda x, residual: reference.conv_bn_act(*call)
 
-    mine = op.Implementation("cpu", prepare, lambda call: None, lambda call: [*map(Config, tiles)])
-    for name in op.IMPLEMENTATIONS.keys() - {"onednn"}:
-        monkeypatch.delitem(op.IMPLEMENTATIONS, name)
-    monkeypatch.setitem(op.IMPLEMENTATIONS, "mine", mine)
+    mine = inference_conv.Implementation(
+        "cpu", prepare, lambda call: None, lambda call: [*map(Config, tiles)]
+    )
+    for name in inference_conv.IMPLEMENTATIONS.keys() - {"onednn"}:
+        monkeypatch.delitem(inference_conv.IMPLEMENTATIONS, name)
+    monkeypatch.setitem(inference_conv.IMPLEMENTATIONS, "mine", mine)
     monkeypatch.setattr(
         tuning,
         "_time",
@@ -565,10 +568,10 @@ def test_what_does_not_run_is_left_out(monkeypatch, caplog):
     def fail_later(call):
         return lambda x, residual: fail(call)
 
-    for name in op.IMPLEMENTATIONS.keys() - {"onednn"}:
+    for name in inference_conv.IMPLEMENTATIONS.keys() - {"onednn"}:
         prepare = fail if name == "direct" else fail_later
-        broken = op.IMPLEMENTATIONS[name]._replace(prepare=prepare)
-        monkeypatch.setitem(op.IMPLEMENTATIONS, name, broken)
+        broken = inference_conv.IMPLEMENTATIONS[name]._replace(prepare=prepare)
+        monkeypatch.setitem(inference_conv.IMPLEMENTATIONS, name, broken)
     report = fused_res.tune(net(), torch.randn(SHAPE))
     assert [set(row.ms) for row in report.rows] == [{"eager", "onednn"}] * CALLS
     assert "winograd4 None does not run: no such instruction" in caplog.text
@@ -577,8 +580,8 @@ def test_what_does_not_run_is_left_out(monkeypatch, caplog):
 def test_runs_are_in_turns_and_the_fastest_counts(monkeypatch):
     """At least and at most so many rounds."""
     monkeypatch.setattr(tuning, "ROUNDS", (2, 4))
-    for name in op.IMPLEMENTATIONS.keys() - {"onednn"}:
-        monkeypatch.delitem(op.IMPLEMENTATIONS, name)
+    for name in inference_conv.IMPLEMENTATIONS.keys() - {"onednn"}:
+        monkeypatch.delitem(inference_conv.IMPLEMENTATIONS, name)
     ran = []
 
     def clock(run, device):

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from sweeps import sweep
 from torch import nn
 
 import fused_res
@@ -200,7 +201,9 @@ def few_classes():
 pytestmark = pytest.mark.filterwarnings("ignore:fuse_ found no residual block")
 
 
-@pytest.mark.parametrize(("depth", "last_norm", "layout", "relus"), DEPTHS)
+@pytest.mark.parametrize(
+    ("depth", "last_norm", "layout", "relus"), sweep(DEPTHS, quick=DEPTHS[::2], unpack=True)
+)
 def test_every_skip(depth, last_norm, layout, relus, one_thread, few_classes):
     specs = list(itertools.product(SKIPS, relus, relus))
     count, wrong = compare(specs, depth, last_norm, layout)

@@ -30,6 +30,7 @@ from blocks import (
     variant,
 )
 from model_libraries import timm, torchvision, transformers
+from sweeps import sweep
 from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -202,7 +203,10 @@ NETS = {  # (net, blocks fused)
 }
 
 
-@pytest.mark.parametrize("name", NETS)
+LARGE = ("torchvision resnet18", "timm resnet26d", "timm resnetblur18", "transformers bottleneck")
+
+
+@pytest.mark.parametrize("name", sweep(NETS, quick=NETS.keys() - LARGE))
 def test_net_within_the_rule(name):
     """A training step and an eval step of the whole net, fp32 against fp64."""
     make, fused = NETS[name]

@@ -41,18 +41,27 @@ def build_wheel(folder, **environ):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
+    return build_wheel(tmp_path_factory.mktemp("wheel"), FUSED_RES_BUILD_CUDA="0")
+
+
+@pytest.fixture(scope="module")
+def built_with_cuda(tmp_path_factory):
     # one architecture: `make wheel` builds them all
-    environ = {"FUSED_RES_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"} if NVCC else {}
-    return build_wheel(tmp_path_factory.mktemp("wheel"), **environ)
+    environ = {"FUSED_RES_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    return build_wheel(tmp_path_factory.mktemp("cuda"), **environ)
+
+
+def check_contents(wheel, *libraries):
+    assert "-cp310-abi3-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {*libraries} == {name for name in names if name.endswith(".so")}
+    assert "fused_res/kernels/__init__.py" in names
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fused_res"}
 
 
 def test_wheel_serves_every_python_and_holds_only_the_package(built):
-    wheel, _, _ = built
-    assert "-cp310-abi3-" in wheel.name
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "fused_res/_C.abi3.so" in names and "fused_res/kernels/__init__.py" in names
-    tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"fused_res"}
+    check_contents(built[0], "fused_res/_C.abi3.so")
 
 
 def test_vector_code_cannot_replace_baseline_code(built):
@@ -111,9 +120,11 @@ print("fine")
     assert run.stdout.strip() == "fine", run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-def test_cuda_library_builds_against_a_cpu_torch(built, tmp_path):
-    wheel, _, _ = built
+def test_cuda_library_builds_against_a_cpu_torch(built_with_cuda, tmp_path):
+    wheel, _, _ = built_with_cuda
+    check_contents(wheel, "fused_res/_C.abi3.so", "fused_res/_C_cuda.abi3.so")
     zipfile.ZipFile(wheel).extract("fused_res/_C_cuda.abi3.so", tmp_path)
     path = str(tmp_path / "fused_res/_C_cuda.abi3.so")
     needed = subprocess.check_output(["readelf", "-d", path], text=True)

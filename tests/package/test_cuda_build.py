@@ -2,11 +2,10 @@
 the width of their accesses to memory."""
 
 import re
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
+from sweeps import sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 with pytest.MonkeyPatch.context() as patch:
@@ -55,23 +54,19 @@ def limit(kernel: Kernel) -> int:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Kernels by architecture, of those that this nvcc knows: as the library has them that was
-    built of these sources, else compiled."""
-    known = [name for name in ARCHITECTURES if not cuda_resources.missing([name])]
-    folder = tmp_path_factory.mktemp("cuda")
-    built = cuda_resources.built_kernels(folder) if known else {}
-    if built.keys() >= set(known):
-        return built
-    compile_for = partial(cuda_resources.compile_kernels, folder=folder)
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(known, pool.map(compile_for, known), strict=True))
+def built(tmp_path_factory):
+    """Kernels by architecture, of the library that was built of these sources."""
+    return cuda_resources.built_kernels(tmp_path_factory.mktemp("built"))
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def kernels(request, compiled):
+@pytest.fixture(scope="module", params=sweep(ARCHITECTURES, quick=["sm_90a"]))
+def kernels(request, tmp_path_factory):
+    """All of an architecture: as the library has them that is built, else compiled."""
     needs(request.param)
-    return compiled[request.param]
+    built = request.getfixturevalue("built")
+    if request.param not in built:
+        return cuda_resources.compile_kernels(request.param, tmp_path_factory.mktemp("compiled"))
+    return built[request.param]
 
 
 def test_every_kernel_is_there_once(kernels):

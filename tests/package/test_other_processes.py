@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from sweeps import sweep
 
 import fused_res
 from fused_res import env
@@ -294,13 +295,17 @@ OTHER = "def helper(x):\n    return x * 0"
 
 @pytest.mark.parametrize(
     ("name", "extra", "kind"),
-    [
-        ("whole", "", "served"),
-        ("local", "", "block"),
-        ("helper", "", "class"),
-        ("helper", OTHER, "block"),
-        ("helper", OTHER, "served"),
-    ],
+    sweep(
+        [
+            ("whole", "", "served"),
+            ("local", "", "block"),
+            ("helper", "", "class"),
+            ("helper", OTHER, "block"),
+            ("helper", OTHER, "served"),
+        ],
+        quick=[("whole", "", "served"), ("helper", OTHER, "block")],
+        unpack=True,
+    ),
 )
 def test_classes_of_main_in_another_process(name, extra, kind, tmp_path):
     file = str(tmp_path / "sent")

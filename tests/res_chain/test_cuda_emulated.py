@@ -12,6 +12,7 @@ from cuda_emulation.res_chain import CLUSTERS, LARGE, SMALL, ChainDevice, ChainE
 from cuda_emulation.res_chain import KINDS as PRODUCTS
 from errors import rule
 from res_chain_cases import KINDS, blocks_of, by_blocks, double, image, stage
+from sweeps import sweep
 
 from fused_res import BackendUnavailable, reference
 from fused_res.ops.res_chain import Link, parameters, res_chain
@@ -259,9 +260,10 @@ def test_not_finite_values_go_where_they_go_in_pytorch(emulation, products):
 # --- faults, planted
 
 
-@pytest.mark.parametrize(
-    "fault", ["MISSING_CHUNK_SYNC", "MISSING_WAIT", "WRONG_TAP", "WRONG_FRAGMENT", "EVEN_PITCH"]
-)
+FAULTS = ["MISSING_CHUNK_SYNC", "MISSING_WAIT", "WRONG_TAP", "WRONG_FRAGMENT", "EVEN_PITCH"]
+
+
+@pytest.mark.parametrize("fault", sweep(FAULTS, quick=["MISSING_WAIT", "WRONG_FRAGMENT"]))
 def test_a_fault_is_caught(tmp_path, fault):
     broken = ChainEmulation(tmp_path, COMPILER, (f"-DPLANT_{fault}",))
     x, blocks = draw("bf16", (1, 32, 8, 8), "basic")

@@ -347,7 +347,7 @@ def test_many_sizes_are_not_kept():
     model, served = pair(Flat)
     for rows in range(3, 40):
         same(served, model, X[:, :, :1].repeat(1, 1, rows, 1))
-    assert len(served._serving.prepared._kept) < 20
+    assert len(served._serving.prepared._sizes) < 20
 
 
 @FREEZE
