@@ -1,10 +1,10 @@
 """Fused conv + BatchNorm + ReLU + residual blocks for PyTorch.
 
     import fused_res
-    print(fused_res.fuse_(model))        # swap the residual blocks of a model you have
+    print(fused_res.fuse_(model))        # fuses the residual blocks of a model, in place
     block = fused_res.FusedResBlock(64, 128, stride=2)
 
-``fused_res.reference`` is the same in plain PyTorch; ``fused_res.ops`` holds the ops by themselves.
+``fused_res.reference`` computes the same in plain PyTorch. ``fused_res.ops`` has the single ops.
 """
 
 from . import models, ops, reference

@@ -1,4 +1,4 @@
-"""What processes exchange, in differentiable form; gradients are of the sum of their losses."""
+"""Differentiable collectives. The gradients are those of the sum of all processes' losses."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_reduce(t: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over the processes of ``group``."""
+    """The sum of ``t`` over the processes of ``group``; it has the shape of ``t``."""
     return _AllReduce.apply(t, group)
 
 
 def all_gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(processes, *t.shape), in the order of their ranks."""
+    """``t`` of every process of ``group``, in the order of ranks: (processes, *t.shape)."""
     return _AllGather.apply(t, group)

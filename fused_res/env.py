@@ -1,18 +1,18 @@
-"""Every environment variable fused_res reads at run time, in one place.
+"""Every environment variable that fused_res reads at run time.
 
 ======================  ==========================  =============================================
 variable                values (first is default)   meaning
 ======================  ==========================  =============================================
-FUSED_RES_BACKEND       auto cpu cuda triton eager  what runs; ``eager`` is the kill switch
-FUSED_RES_CACHE         ~/.cache/fused_res          folder of what ``fused_res.tune`` finds
-FUSED_RES_CPU_ISA       best plain avx2 avx512      at most this instruction set in the CPU library
-FUSED_RES_LOG           off dispatch                ``dispatch``: say on stderr what ran and why
+FUSED_RES_BACKEND       auto cpu cuda triton eager  backend; ``eager`` turns all kernels off
+FUSED_RES_CACHE         ~/.cache/fused_res          folder of the timings of ``fused_res.tune``
+FUSED_RES_CPU_ISA       best plain avx2 avx512      highest instruction set of the CPU kernels
+FUSED_RES_LOG           off dispatch                ``dispatch``: log what ran and why to stderr
 FUSED_RES_WINOGRAD      4 2 0                       largest Winograd tile on a CPU (training: 2)
 ======================  ==========================  =============================================
 
-They are read once, when ``fused_res`` is imported. ``XDG_CACHE_HOME``, where it is an absolute
-path, stands for ``~/.cache``. Where there is no home directory either, nothing is kept in files.
-Build-time variables are in ``setup.py``.
+They are read once, when ``fused_res`` is imported. If ``XDG_CACHE_HOME`` is an absolute path, it
+replaces ``~/.cache``. Without a home directory no file is written. Variables of the build are in
+``setup.py``.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def _cache(environ: Mapping[str, str]) -> str | None:
     given = environ.get("FUSED_RES_CACHE")
     if given:
         folder = os.path.expanduser(given)
-        return None if folder.startswith("~") else folder  # nobody's home
+        return None if folder.startswith("~") else folder  # an unknown user's home
     caches = environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(caches):  # its specification: is to be ignored
+    if not os.path.isabs(caches):  # the XDG specification ignores these
         home = os.path.expanduser("~") if os.environ.get("HOME") != "" else ""
         caches = os.path.join(home, ".cache")
     return os.path.join(caches, "fused_res") if os.path.isabs(caches) else None
@@ -53,7 +53,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
     """The settings in ``environ``.
 
     Raises:
-        ValueError: a variable holds something else than its documented values.
+        ValueError: the value of a variable is not documented.
     """
 
     def one_of(name: str, values: tuple[str, ...]) -> str:

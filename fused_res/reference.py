@@ -1,7 +1,7 @@
-"""Plain PyTorch: what every fused op and block must compute. The specification and the fallback.
+"""The specification of every fused op and block, in plain PyTorch.
 
-Nothing here knows of kernels. Tests and benchmarks compare with it, and a fused op that cannot
-serve a call (a transform, a dtype, a device) runs it.
+Tests and benchmarks compare the fused ops with these functions. A fused op that cannot serve a call
+(a transform, a dtype, a device) runs them instead. Nothing here knows of kernels.
 """
 
 from __future__ import annotations
@@ -25,8 +25,19 @@ KINDS, SKIPS, RELUS = map(get_args, (Kind, Skip, ReluPlacement))
 
 
 class Norm(NamedTuple):
-    """The arguments of one ``F.batch_norm``: four tensors of shape (C,) or None, and three
-    scalars."""
+    """The arguments of one ``F.batch_norm``.
+
+    running_mean, running_var: (C,), or None in training.
+    weight, bias: (C,), or None for 1 and 0.
+    training: whether to normalise by the batch, and to update the running statistics in place.
+    momentum: the share of the batch in the new running statistics.
+    eps: added to the variance.
+
+    Example:
+        >>> norm = Norm(torch.zeros(64), torch.ones(64), training=True)
+        >>> torch.nn.functional.batch_norm(torch.randn(8, 64, 32, 32), *norm).shape
+        torch.Size([8, 64, 32, 32])
+    """
 
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
@@ -45,15 +56,27 @@ def bn_act(
     act: Act = "relu",
     batch_norm: Callable[..., Tensor] = F.batch_norm,
 ) -> Tensor:
-    """BatchNorm (Ioffe and Szegedy, 2015), + residual, ReLU, as PyTorch's own ops.
+    """BatchNorm (Ioffe and Szegedy, 2015), the add of a residual and ReLU, in PyTorch's own ops.
 
     Args:
-        x: (N, C, H, W).
-        norm: the BatchNorm of ``x``.
-        residual: (N, C, H, W), added to the result; optional.
-        residual_norm: a BatchNorm of ``residual``'s own (the projection shortcut); optional.
+        x: (N, C, H, W), of any floating-point dtype.
+        norm: the BatchNorm of ``x``. In training its running statistics are updated in place.
+        residual: (N, C, H, W), added to the normalised ``x``; optional.
+        residual_norm: the BatchNorm of ``residual`` (in a projection shortcut); optional.
         act: ``relu`` after the add, ``relu_before_add``, or ``none``.
-        batch_norm: what to run in its place.
+        batch_norm: a function to run in place of ``F.batch_norm``.
+
+    Returns:
+        Tensor: (N, C, H, W), of the dtype of ``x``.
+
+    Raises:
+        ValueError: ``norm.training`` with a single value per channel.
+        RuntimeError: the shapes or dtypes do not fit together.
+
+    Example:
+        >>> x = torch.randn(8, 64, 32, 32)
+        >>> bn_act(x, Norm(training=True), residual=x).shape
+        torch.Size([8, 64, 32, 32])
     """
     y = batch_norm(x, *norm)
     if residual is not None and residual_norm is not None:
@@ -70,8 +93,18 @@ def _over_channels(v: Tensor) -> Tensor:
 
 
 def moments(x: Tensor) -> Tensor:
-    """Mean, sum of squared deviations and number of values of each channel, float64 of (3, C); of
-    an empty ``x`` zeros."""
+    """Mean, sum of squared deviations and number of values of each channel.
+
+    Args:
+        x: (N, C, H, W), of any floating-point dtype.
+
+    Returns:
+        Tensor: (3, C), float64; zeros for an empty ``x``.
+
+    Example:
+        >>> moments(torch.ones(2, 1, 3, 3)).flatten().tolist()
+        [1.0, 0.0, 18.0]
+    """
     x, dims, count = x.double(), (0, 2, 3), x.numel() // x.size(1)
     mean = x.sum(dims) / max(count, 1)
     m2 = (x - _over_channels(mean)).square().sum(dims)
@@ -79,8 +112,20 @@ def moments(x: Tensor) -> Tensor:
 
 
 def merged(partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``moments`` of several parts, (parts, ..., 3, C), merged, each (..., C), in a fixed
-    order (Chan, Golub and LeVeque, 1983)."""
+    """Merges the ``moments`` of several batches, in a fixed order (Chan, Golub and LeVeque, 1983).
+
+    Args:
+        partial: (batches, ..., 3, C), float64.
+
+    Returns:
+        tuple: mean, sum of squared deviations and number of values, each (..., C), float64.
+
+    Example:
+        >>> x = torch.randn(8, 64, 32, 32)
+        >>> mean, m2, count = merged(torch.stack([moments(x[:2]), moments(x[2:])]))
+        >>> torch.allclose(m2 / count, x.double().var((0, 2, 3), correction=0))
+        True
+    """
     means, m2s, counts = partial.unbind(-2)
     count = counts.sum(0)
     mean = (means * (counts / count)).sum(0)
@@ -89,7 +134,18 @@ def merged(partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def update_running_statistics(norm: Norm, mean: Tensor, m2: Tensor, count: Tensor) -> None:
-    """As ``F.batch_norm`` does in training, by what ``merged`` gives."""
+    """Updates the running statistics of ``norm`` in place, as ``F.batch_norm`` does in training.
+
+    Args:
+        norm: nothing is done if it has no running statistics.
+        mean, m2, count: the results of ``merged``, each (C,), float64.
+
+    Example:
+        >>> norm = Norm(torch.zeros(1), torch.ones(1), momentum=0.5)
+        >>> update_running_statistics(norm, *merged(moments(torch.ones(2, 1, 3, 3))[None]))
+        >>> norm.running_mean, norm.running_var
+        (tensor([0.5000]), tensor([0.5000]))
+    """
     if norm.running_mean is None:
         return
     for running, new in ((norm.running_mean, mean), (norm.running_var, m2 / (count - 1))):
@@ -108,9 +164,26 @@ def sync_batch_norm(
     *,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """What ``nn.SyncBatchNorm`` computes in training: ``F.batch_norm`` by the statistics of all
-    processes of ``group``. One all_gather, and one all_reduce in backward."""
-    dtype, x = x.dtype, x.double()  # once: each way back would round its gradient
+    """BatchNorm by the statistics of all processes of a group, as ``nn.SyncBatchNorm`` in training.
+
+    The forward pass has one all_gather, the backward pass one all_reduce.
+
+    Args:
+        x: (N, C, H, W), the batch of this process, of any floating-point dtype.
+        running_mean, running_var, weight, bias, momentum, eps: as in ``Norm``.
+        training: ignored; the statistics are always those of the batches.
+        group: the processes.
+
+    Returns:
+        Tensor: (N, C, H, W), of the dtype of ``x``.
+
+    Example:
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> x = torch.randn(8, 64, 32, 32)
+        >>> sync_batch_norm(x, None, None, group=dist.group.WORLD).shape
+        torch.Size([8, 64, 32, 32])
+    """
+    dtype, x = x.dtype, x.double()  # once: the backward of each conversion rounds the gradient
     mean, m2, count = merged(all_gather(moments(x), group))
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     update_running_statistics(norm, mean, m2, count)
@@ -122,8 +195,17 @@ def sync_batch_norm(
 
 
 class ConvNorm(NamedTuple):
-    """The arguments of one ``F.conv2d`` beside its input, sizes as pairs, and a BatchNorm of its
-    output, if there is one."""
+    """The arguments of one ``F.conv2d`` without its input, and the BatchNorm of its output.
+
+    weight: (K, C / groups, R, S).
+    bias: (K,), or None.
+    stride, padding, dilation: pairs, vertical and horizontal.
+    norm: K channels; None: no BatchNorm.
+
+    Example:
+        >>> weight = torch.randn(128, 64, 3, 3)
+        >>> conv = ConvNorm(weight, None, (1, 1), (1, 1), (1, 1), 1, Norm(training=True))
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -134,7 +216,7 @@ class ConvNorm(NamedTuple):
     norm: Norm | None
 
 
-# What is added to a branch: a stage from its input; None: the input; False: nothing.
+# A stage that the input goes through; None: the input is added itself; False: nothing is added.
 Shortcut = ConvNorm | Literal[False] | None
 
 
@@ -147,17 +229,31 @@ def conv_bn_act(
     act: Act = "relu",
     bn_act: Callable[..., Tensor] = bn_act,
 ) -> Tensor:
-    """Convolution, BatchNorm, + residual, ReLU, as PyTorch's own ops.
+    """Convolution, BatchNorm, the add of a residual and ReLU, in PyTorch's own ops.
 
     Args:
-        x: (N, C, H, W).
-        conv: the convolution and its BatchNorm, which may be None; makes (N, K, P, Q).
+        x: (N, C, H, W), of any floating-point dtype.
+        conv: the convolution, from ``x`` to (N, K, P, Q), and its BatchNorm, if it has one.
         residual: (N, K, P, Q) to add; optional.
-        shortcut: a convolution and BatchNorm of ``residual``, then of any size that makes
-            (N, K, P, Q), which is added in its place (the projection shortcut); optional.
+        shortcut: a convolution and BatchNorm that ``residual`` goes through before it is added (a
+            projection shortcut); then ``residual`` has any size that gives (N, K, P, Q). Optional.
         concat: put ``residual``, (N, any, P, Q), before the channels instead of adding it.
         act: ``relu`` after the add or concatenation, ``relu_before_add``, or ``none``.
-        bn_act: what to run in its place.
+        bn_act: a function to run in place of ``reference.bn_act``.
+
+    Returns:
+        Tensor: (N, K, P, Q), of the dtype of ``x``; with ``concat`` the channels of ``residual``
+            more.
+
+    Raises:
+        ValueError: a BatchNorm in training gets a single value per channel.
+        RuntimeError: the shapes or dtypes do not fit together.
+
+    Example:
+        >>> x, weight = torch.randn(8, 64, 32, 32), torch.randn(64, 64, 3, 3)
+        >>> conv = ConvNorm(weight, None, (1, 1), (1, 1), (1, 1), 1, Norm(training=True))
+        >>> conv_bn_act(x, conv, residual=x).shape
+        torch.Size([8, 64, 32, 32])
     """
     y = F.conv2d(x, *conv[:-1])
     norm, second = conv.norm, None
@@ -183,14 +279,28 @@ def res_block(
     act: Act = "relu",
     bn_act: Callable[..., Tensor] = bn_act,
 ) -> Tensor:
-    """A residual block (He et al., 2016) as PyTorch's own ops.
+    """A residual block (He et al., 2016, https://arxiv.org/abs/1512.03385), in PyTorch's own ops.
 
     Args:
-        x: (N, C, H, W).
-        branch: stages; a ReLU follows each but the last.
-        shortcut: a stage from ``x`` to what is added; None: ``x`` itself; False: nothing is added.
+        x: (N, C, H, W), of any floating-point dtype.
+        branch: convolutions with a BatchNorm each; a ReLU follows each but the last.
+        shortcut: the convolution and BatchNorm of a projection shortcut. None: ``x`` itself is
+            added. False: nothing is added.
         act: ``relu`` after the add, ``relu_before_add``, or ``none``.
-        bn_act: what to run in its place.
+        bn_act: a function to run in place of ``reference.bn_act``.
+
+    Returns:
+        Tensor: (N, K, P, Q), the size of the branch's output, of the dtype of ``x``.
+
+    Raises:
+        ValueError: a BatchNorm in training gets a single value per channel.
+        RuntimeError: the shapes or dtypes do not fit together.
+
+    Example:
+        >>> x, weight = torch.randn(8, 64, 32, 32), torch.randn(64, 64, 3, 3)
+        >>> stage = ConvNorm(weight, None, (1, 1), (1, 1), (1, 1), 1, Norm(training=True))
+        >>> res_block(x, [stage, stage]).shape
+        torch.Size([8, 64, 32, 32])
     """
 
     def convolve(stage: ConvNorm, x: Tensor) -> Tensor:
@@ -215,14 +325,28 @@ def batch_norm_bwd(
     eps: float,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one BatchNorm from ``g``, its output's: (dx, dweight, dbias).
-
-    Written in differentiable ops, so that a second derivative can be taken through it: in training
-    the statistics are computed again from ``x``; otherwise ``mean`` and ``invstd``, (C,), are used.
+    """Gradients of one BatchNorm, in differentiable ops: a second derivative can be taken.
 
     Args:
-        group: in training, the processes whose statistics these are; dweight and dbias are of this
-            one's own values.
+        g: (N, C, H, W), the gradient of the output.
+        x: (N, C, H, W), the input.
+        weight: (C,), or None for 1.
+        mean, invstd: (C,), the statistics. They are used only if ``training`` is False; in training
+            they are computed again from ``x``. Their dtype is the dtype of the arithmetic.
+        training: whether the norm used the statistics of its batch.
+        eps: added to the variance.
+        group: in training, the processes that share their statistics. ``dweight`` and ``dbias`` are
+            sums over the values of this process alone.
+
+    Returns:
+        tuple: dx, like ``x``; dweight and dbias, (C,), of the dtype of ``weight``, or of ``x``
+            without one.
+
+    Example:
+        >>> x, mean, invstd = torch.randn(8, 64, 32, 32), torch.zeros(64), torch.ones(64)
+        >>> dx, dweight, dbias = batch_norm_bwd(torch.ones_like(x), x, None, mean, invstd, True, 0)
+        >>> dbias[0]
+        tensor(8192.)
     """
     dtype = x.dtype
     g, x = g.to(mean.dtype), x.to(mean.dtype)
@@ -250,7 +374,7 @@ def batch_norm_bwd(
 def _completed(
     in_channels, out_channels, stride, kind, skip, groups, dilation, width, relu, dropout
 ) -> tuple[Skip, ReluPlacement, int]:
-    """``skip``, ``relu`` and ``width`` of a ``ResBlock``, or their defaults.
+    """``skip``, ``relu`` and ``width`` of a ``ResBlock``, with defaults in place of None.
 
     Raises:
         ValueError: an argument is out of range or two do not fit together.
@@ -287,7 +411,7 @@ def _completed(
 def _convolutions(
     kind: Kind, in_channels: int, width: int, out_channels: int, stride: int
 ) -> list[tuple[int, int, int, int]]:
-    """Channels in, channels out, kernel size and stride of each."""
+    """Channels in, channels out, kernel size and stride of each convolution of the branch."""
     if kind == "bottleneck":
         return [(in_channels, width, 1, 1), (width, width, 3, stride), (width, out_channels, 1, 1)]
     if kind == "single":
@@ -296,15 +420,15 @@ def _convolutions(
 
 
 class ResBlock(nn.Module):
-    """A residual block in plain PyTorch, of any kind ``fused_res.FusedResBlock`` has.
+    """A residual block in plain PyTorch: the specification of ``fused_res.FusedResBlock``.
 
-    Basic and bottleneck blocks are those of He et al., 2016 (https://arxiv.org/abs/1512.03385), the
-    stride in the 3x3 convolution, children named as in torchvision:
+    Basic and bottleneck blocks are those of He et al., 2016 (https://arxiv.org/abs/1512.03385). The
+    3x3 convolution has the stride. Children are named as in torchvision:
     ``conv1 bn1 conv2 bn2 [conv3 bn3] [downsample.0 downsample.1]``.
 
     Args:
         in_channels: channels of the input, (N, in_channels, H, W).
-        out_channels: channels the branch ends with. The output has as many, and with
+        out_channels: channels of the branch's output. The block's output has as many, and with
             ``skip="concat"`` ``in_channels`` more.
         stride: of the branch's (first) 3x3 convolution, and of the projection.
         kind: ``basic`` (two 3x3), ``bottleneck`` (1x1, 3x3, 1x1), ``single`` (one 3x3) or ``plain``
@@ -315,7 +439,7 @@ class ResBlock(nn.Module):
         groups: of the 3x3 convolutions.
         dilation: of the 3x3 convolutions, padded so that the size stays.
         width: channels inside the branch. Default: ``out_channels``; a quarter in a bottleneck.
-        bias: whether the convolutions have a bias. Default: only in plain blocks.
+        bias: whether the convolutions have a bias. Default: in plain blocks alone.
         relu: ``after`` the add, ``before`` it (on the branch), or ``none``. Default: before the add
             in a single block, none with ``skip="concat"``, else after.
         dropout: probability of ``nn.Dropout`` on the last convolution's input
@@ -325,7 +449,7 @@ class ResBlock(nn.Module):
 
     Shape:
         (N, in_channels, H, W) -> (N, out_channels [+ in_channels], H / stride, W / stride), sizes
-        rounded up
+        rounded up.
 
     Raises:
         ValueError: an argument is out of range or two do not fit together; the message names them.

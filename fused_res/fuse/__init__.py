@@ -1,1 +1,1 @@
-"""Finding residual blocks in a model and changing them: tracing, matching, plans, swapping."""
+"""Finds the residual blocks of a model and fuses them: tracing, matching, plans, swapping."""

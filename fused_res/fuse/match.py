@@ -1,6 +1,7 @@
-"""Recognises residual blocks by their dataflow: a ``torch.fx`` trace of the block's own forward.
+"""Recognises residual blocks by the dataflow in a ``torch.fx`` trace of their own forward.
 
-What counts is what flows where (convolution, BatchNorm, ReLU, add), not class or attribute names.
+Operations and their operands decide (convolution, BatchNorm, ReLU, add), not class or attribute
+names.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ def _check_child(nodes: Nodes, node: fx.Node, known: bool, base: str) -> str:
 
 
 def _chain(nodes: Nodes, node: fx.Node, x: fx.Node) -> list[fx.Node]:
-    """The nodes from the input ``x`` to ``node``, which must follow each other with no side
-    exits."""
+    """The nodes from the input ``x`` to ``node``. Each must be the only user of the one before."""
     chain = []
     while node is not x:
         if node.op == "placeholder":
@@ -51,7 +51,7 @@ def _chain(nodes: Nodes, node: fx.Node, x: fx.Node) -> list[fx.Node]:
 
 
 def _stages(nodes: Nodes, chain: list[fx.Node], opaque: bool) -> list[Stage]:
-    """A chain as stages. ``opaque``: any child without children may stand before a convolution."""
+    """A chain as stages. ``opaque``: any traced child may stand before a convolution."""
     stages: list[Stage] = []
     before: list[str] = []
     for node in chain:
@@ -82,14 +82,16 @@ def _stages(nodes: Nodes, chain: list[fx.Node], opaque: bool) -> list[Stage]:
 
 
 def _before_convs(nodes: Nodes, chain: list[fx.Node]) -> list[fx.Node]:
-    """What comes before the first convolution of a chain: its result may be the input itself."""
+    """The nodes before the first convolution of a chain; their result may be the input itself."""
     convs = (i for i, n in enumerate(chain) if isinstance(nodes.module(n), nn.Conv2d))
     return chain[: next(convs, len(chain))]
 
 
 def _refuse_writes(nodes: Nodes, end: fx.Node, chains: list[list[fx.Node]]) -> None:
-    """Branch and shortcut, which run in an order of their own, may not write into the input that
-    both read. ``end`` joins the ``chains``: in place, it writes into the first of them."""
+    """Refuses a branch or shortcut that may write into the input: both read it, in any order.
+
+    ``end`` joins the ``chains``. If it works in place, it writes into the first of them.
+    """
     early = [_before_convs(nodes, chain) for chain in chains]
     for node in (*early[0], *early[1]):
         if getattr(nodes.module(node), "inplace", False):
@@ -99,7 +101,7 @@ def _refuse_writes(nodes: Nodes, end: fx.Node, chains: list[list[fx.Node]]) -> N
 
 
 def _refuse_others(nodes: Nodes, known: set[fx.Node]) -> None:
-    """What is not ``known`` is not run: it may have no effect but its result, which is not used."""
+    """Refuses a node that is not ``known`` and has an effect: the plan does not run it."""
     for node in nodes.graph.nodes:
         if node not in known and (node.op == "call_module" or nodes.writes(node)):
             raise Unfusable(f"{nodes.describe(node)} is run beside branch and shortcut")
@@ -153,9 +155,9 @@ def _parse(nodes: Nodes) -> BlockPlan:
     if branch[-1].relu and relu:
         if skip == "add":
             raise Unfusable("a ReLU both before and after the add")
-        branch[-1] = branch[-1]._replace(relu=False)  # the one after does what it does
+        branch[-1] = branch[-1]._replace(relu=False)  # the second ReLU does the work of both
     if not any(stage.norm for stage in branch):
-        raise Unfusable("it has no normalisation, which is what is fused")
+        raise Unfusable("it has no normalisation to fuse")
     end_of_shortcut = shortcut[0] if shortcut else None
     frozen = has_frozen(nodes.block)
     return BlockPlan(tuple(branch), end_of_shortcut, skip, relu, frozen, into)
@@ -165,10 +167,10 @@ def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | Parti
     """The plan of a residual block, or of its segments that can be fused; None where the module is
     no residual block.
 
-    The block's forward is traced twice, in training and in eval mode. The block is not changed.
+    The forward is traced twice, in training and in eval mode. The block is not changed.
 
     Args:
-        opaque: names of children that are not looked into.
+        opaque: names of children that are traced as one call.
 
     Raises:
         Untraceable: it may be a residual block, but a trace cannot show it.
@@ -178,12 +180,12 @@ def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | Parti
         training = trace(block, True, Tracer(opaque))
         in_eval = trace(block, False, Tracer(opaque), known=training.reads)
         reads = training.reads | in_eval.reads
-        if not training.reads.covers(in_eval.reads):  # neither mode may write to them
+        if not training.reads.covers(in_eval.reads):  # no mode may change a read of the other
             in_eval = trace(block, False, Tracer(opaque), known=reads)
     except Unfusable:
         raise
     except Exception as error:
-        _refuse_hooks(block)  # a weight_norm of the old kind cannot even be copied
+        _refuse_hooks(block)  # modules with the old weight_norm cannot be copied
         if sum(isinstance(m, nn.Conv2d) for m in block.modules()) < 2:
             return None
         raise Untraceable(f"torch.fx cannot trace it: {in_words(error)}") from error

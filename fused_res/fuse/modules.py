@@ -1,4 +1,5 @@
-"""Facts about convolutions and BatchNorms as modules: which kernels know, and their parameters."""
+"""Facts about convolution and BatchNorm modules: which of them kernels can run, and with which
+arguments."""
 
 from __future__ import annotations
 
@@ -24,17 +25,17 @@ def _known_as(module: nn.Module | None) -> tuple[str, str]:
 
 
 def is_norm_act(module: nn.Module | None) -> bool:
-    """Whether it is timm's BatchNorm, which calls its children ``drop`` and ``act`` afterwards."""
+    """Whether it is timm's BatchNorm, which also calls its children ``drop`` and ``act``."""
     return _known_as(module) in _WITH_ACT
 
 
 def is_frozen(module: nn.Module | None) -> bool:
-    """Whether it is a BatchNorm of constants: all four of its tensors are buffers."""
+    """Whether it is a frozen BatchNorm: its four tensors are buffers and constant."""
     return _known_as(module) in _FROZEN
 
 
 def is_norm(module: nn.Module | None) -> bool:
-    """Whether it is a BatchNorm that we know."""
+    """Whether it is a BatchNorm that a plan may contain."""
     return type(module) in NORMS or is_norm_act(module) or is_frozen(module)
 
 
@@ -57,7 +58,7 @@ def child(module: nn.Module, path: str) -> nn.Module:
 
 
 def group_of(bn: nn.Module) -> dist.ProcessGroup | None:
-    """The processes that share their statistics in ``bn.forward``; None: it is a BatchNorm2d's."""
+    """The processes that share their statistics in ``bn.forward``; None: this process alone."""
     if type(bn) is not nn.SyncBatchNorm or not bn.training:
         return None
     if not (dist.is_available() and dist.is_initialized()):
@@ -67,7 +68,7 @@ def group_of(bn: nn.Module) -> dist.ProcessGroup | None:
 
 
 def norm_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> Norm:
-    """What ``bn.forward`` would pass to ``F.batch_norm``; counts the batch as it would."""
+    """The arguments that ``bn.forward`` gives to ``F.batch_norm``. Counts the batch as it does."""
     if is_frozen(bn):
         return Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
     momentum = 0.0 if bn.momentum is None else bn.momentum
@@ -94,7 +95,7 @@ def norm_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> Norm:
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """A size as ``F.conv2d`` takes it: a number, or one or two of them."""
+    """A size of ``F.conv2d`` as a pair; it may be a number, or a sequence of one or two."""
     first, *rest = (size,) if isinstance(size, int) else size
     return (first, *rest) if rest else (first, first)
 
@@ -104,7 +105,8 @@ def _overridden(conv: nn.Module) -> bool:
 
 
 def conv_norm_of(conv: nn.Module, bn: nn.Module | None) -> ConvNorm | None:
-    """A convolution and what follows it as ``conv_bn_act`` takes them; None where it does not."""
+    """A convolution and its BatchNorm as an argument of ``conv_bn_act``; None where that cannot run
+    them."""
     if (
         type(conv) is not nn.Conv2d
         or conv.padding_mode != "zeros"
@@ -119,8 +121,8 @@ def conv_norm_of(conv: nn.Module, bn: nn.Module | None) -> ConvNorm | None:
 
 
 def tensors_of(conv: nn.Module | None, bn: nn.Module | None) -> list[Tensor] | None:
-    """The tensors that a convolution and a BatchNorm compute with; None where one could change
-    unseen: an attribute that is no parameter or buffer, an inference tensor."""
+    """The tensors that a convolution and a BatchNorm compute with. None where a change could stay
+    unseen: one is no parameter or buffer, or is an inference tensor."""
     tensors: list[Tensor | None] = []
     try:
         if conv is not None:
@@ -136,12 +138,11 @@ def tensors_of(conv: nn.Module | None, bn: nn.Module | None) -> list[Tensor] | N
 
 
 def is_for_kernels(x: object) -> bool:
-    """Whether it is a tensor with strides; of other layouts (MKL-DNN's, sparse ones) PyTorch's own
-    ops may be capable."""
+    """Whether it is a strided tensor. PyTorch's own ops run other layouts (sparse, MKL-DNN)."""
     return isinstance(x, Tensor) and x.layout is torch.strided
 
 
 def is_exported() -> bool:
-    """Whether a graph for elsewhere is being made (torch.export, ONNX, TorchScript): it gets the
-    modules' own ops."""
+    """Whether the model is being exported (torch.export, ONNX, TorchScript). An exported graph gets
+    the modules' own ops."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()

@@ -1,5 +1,5 @@
-"""Partial fusion: finds the segments that can be fused in a block that is not one plan, and writes
-its forward anew around them."""
+"""Partial fusion: finds the segments of a block that can be fused, and writes a new forward that
+calls them. It is for blocks that are not one ``BlockPlan``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ IN_PLACE_ADDS = (operator.iadd, "add_")
 class _Segment(NamedTuple):
     """Nodes that become one call: {convolution, norm, ReLU,} [convolution,] norm [, add] [, ReLU].
 
-    x, residual: the inputs. shortcut: the nodes of ``residual``'s own convolution and norm.
-    before: convolutions and norms of earlier stages. into: as in a ``BlockPlan``.
+    x, residual: the inputs.
+    shortcut: the nodes of the convolution and norm that ``residual`` goes through.
+    before: convolutions and norms of earlier stages.
+    into: as in a ``BlockPlan``.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -57,7 +59,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _calls(nodes: Nodes, node: fx.Node, known: bool) -> bool:
-    """Whether it is a call, of one tensor, of a module that is ``known`` and used once."""
+    """Whether it calls a module with one tensor; the module is ``known`` and called once."""
     return (
         known
         and len(node.args) == 1
@@ -68,11 +70,11 @@ def _calls(nodes: Nodes, node: fx.Node, known: bool) -> bool:
 
 
 def _movable(nodes: Nodes, segment: _Segment) -> bool:
-    """Whether all of it can run where its last node does: nothing is overwritten in between."""
+    """Whether the segment can run at its last node: no node in between overwrites its tensors."""
     order = list(nodes.graph.nodes)
     first, last = (of(order.index(n) for n in segment.nodes) for of in (min, max))
     between = [n for n in order[first:last] if n not in segment.nodes]
-    # what reads the norms' statistics does so at its own time
+    # a read of the norms' statistics must keep its place
     owners = {n.target.rpartition(".")[0] for n in nodes.graph.find_nodes(op="get_attr")}
     if between and any(n.op == "call_module" and n.target in owners for n in segment.nodes):
         return False
@@ -80,7 +82,7 @@ def _movable(nodes: Nodes, segment: _Segment) -> bool:
 
 
 def _is_own(nodes: Nodes, node: fx.Node) -> bool:
-    """Whether its result, where it is used once, is a tensor that nothing else has."""
+    """Whether no other node can see the result of a node that has one user."""
     module = nodes.module(node)
     if type(module) in (nn.Conv2d, nn.Linear) or is_norm(module):
         return True
@@ -90,7 +92,7 @@ def _is_own(nodes: Nodes, node: fx.Node) -> bool:
 
 
 def _into_its_own(nodes: Nodes, node: fx.Node) -> bool:
-    """Whether what it writes into is such a tensor."""
+    """Whether a node writes only into a tensor that no other node can see."""
     (into,) = node.args[:1] or (None,)
     own = isinstance(into, fx.Node) and _only_user(into) is node and _is_own(nodes, into)
     return own and nodes.writes_first(node)
@@ -109,13 +111,13 @@ def _around_norm(nodes: Nodes, norm: fx.Node) -> _Segment:
 
 
 def _with_add(nodes: Nodes, add: fx.Node, by_last: dict[fx.Node, _Segment]) -> _Segment | None:
-    """The segment that ends with this add, made from the segments that end with its operands."""
+    """The segment whose last op is this add, from the segments of its operands."""
     operands = nodes.operands_of_add(add)
     if operands is None or operands[0] is operands[1]:
         return None
     found = [by_last.get(o) if _only_user(o) is add else None for o in operands]
     if add.target in IN_PLACE_ADDS and not _into_its_own(nodes, add):
-        return None  # what it is written into may be seen elsewhere
+        return None  # other nodes may see the tensor that it writes into
     found = [None if one is None or one.residual is not None else one for one in found]
     candidates = []
     sides = (*found, operands[1], "branch"), (*found[::-1], operands[0], "shortcut")
@@ -129,7 +131,7 @@ def _with_add(nodes: Nodes, add: fx.Node, by_last: dict[fx.Node, _Segment]) -> _
             shortcut = other.conv, other.norm
             candidates.append(segment._replace(nodes=both, residual=other.x, shortcut=shortcut))
         candidates.append(segment)
-    # the branch is the side that does more; then the shortcut's norm in the same pass
+    # the branch is the side with the larger kernel; then prefer one pass for both norms
     candidates.sort(key=lambda p: (_work(nodes, p), p.shortcut is not None), reverse=True)
     for segment in candidates:
         after = _only_user(add)
@@ -159,13 +161,13 @@ def _find(nodes: Nodes) -> list[_Segment]:
             inside = set(longer.nodes)
             by_last = {last: p for last, p in by_last.items() if not set(p.nodes) <= inside}
             by_last[longer.nodes[-1]] = longer
-    for segment in list(by_last.values()):  # from the first to the last
+    for segment in list(by_last.values()):  # in the order of the graph
         _join(nodes, segment, by_last)
     return list(by_last.values())
 
 
 def _join(nodes: Nodes, segment: _Segment, by_last: dict[fx.Node, _Segment]) -> None:
-    """Joins a segment to the one whose ReLU is the input of its convolution."""
+    """Joins a segment that begins with a convolution to the one before it that ends with a ReLU."""
     before = by_last.get(segment.x)
     if before is None or segment.conv is None or before.conv is None or before.residual is not None:
         return
@@ -190,8 +192,8 @@ def _is_on(block: nn.Module, path: str) -> bool:
 
 
 def _program(nodes: Nodes, prefix: str) -> Program | None:
-    """The graph, which is changed, as a program; None where it has no segment to fuse, or cannot be
-    written as source."""
+    """The graph as a program; None where it has no segment to fuse, or cannot be written as source.
+    The graph is changed."""
     segments = _find(nodes)
     graph = nodes.graph
     fused: dict[fx.Node, fx.Node] = {}
@@ -207,7 +209,7 @@ def _program(nodes: Nodes, prefix: str) -> Program | None:
             graph.erase_node(node)
     attributes = [n.target for n in graph.find_nodes(op="get_attr")]
     if not segments or not all(_is_on(nodes.block, path) for path in attributes):
-        return None  # fx keeps tensors that the forward makes in its copy of the block
+        return None  # fx keeps constants of the forward in its own copy of the block
     code = graph.python_code("self")
     found = compile(code.src, "", "exec")
     (body,) = (c for c in found.co_consts if hasattr(c, "co_names"))
@@ -222,8 +224,8 @@ def partial_plan(
     """The partial plan of a block; None where nothing can be fused.
 
     Args:
-        nodes: of its graph, which is changed.
-        quiet: the nodes, or the plan of the whole, without the children ``quieted``.
+        nodes: the nodes of its graph. The graph is changed.
+        quiet: the nodes without the children ``quieted``, or the plan of the whole block then.
         reason: why the whole block is not one plan.
     """
     inputs = [n for n in nodes.graph.nodes if n.op == "placeholder"]

@@ -11,8 +11,8 @@ from ..run.guards import Record
 
 
 class Stage(NamedTuple):
-    """Children called in turn, by dotted name: ``before`` (dropout, pooling), a convolution, a
-    norm."""
+    """Children that are called in this order: ``before`` (dropout, pooling), a convolution, a norm.
+    They are given by dotted name."""
 
     conv: str | None
     norm: str | None
@@ -23,14 +23,14 @@ class Stage(NamedTuple):
 class BlockPlan(NamedTuple):
     """A residual block, or a segment of one, in normal form.
 
-    branch: the stages before the add. ``relu`` of the last stage: a ReLU comes before the add.
+    branch: the stages before the add. If the last one has ``relu``, a ReLU comes before the add.
     shortcut: the stage of a projection; None: the input itself is added.
     skip: ``add``, ``concat`` of (input, branch), or ``none``.
     relu: whether a ReLU follows the add.
-    frozen: whether a norm has constants for statistics; such norms promote inputs of other dtypes.
-    into: the operand that an in-place add writes into, ``branch`` or ``shortcut``; its dtype and
-        shape stay.
-    record: all that the block's forward read when the plan was made; None for a segment.
+    frozen: whether a norm is frozen; such norms promote inputs of other dtypes.
+    into: the operand that an in-place add writes into, ``branch`` or ``shortcut``. The result keeps
+        its dtype and shape.
+    record: everything that the block's forward read when the plan was made; None for a segment.
     """
 
     branch: tuple[Stage, ...]
@@ -43,7 +43,7 @@ class BlockPlan(NamedTuple):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The branch's, then the shortcut's."""
+        """The stages of the branch, then that of the shortcut."""
         return self.branch if self.shortcut is None else (*self.branch, self.shortcut)
 
     @property
@@ -64,8 +64,8 @@ class BlockPlan(NamedTuple):
 
 
 class Unplanned(NamedTuple):
-    """Stands for a plan in a pickle. The code may have changed when the pickle is read, so the
-    forward is traced anew then. Until then the block runs its own forward."""
+    """Replaces a plan in a pickle. The code may have changed when the pickle is read, so the
+    forward is traced again then. Until then the block runs its own forward."""
 
     opaque: frozenset[str]
     record = None
@@ -89,10 +89,11 @@ class Program(NamedTuple):
 class PartialPlan(NamedTuple):
     """The fused segments of a block that is not one ``BlockPlan``.
 
-    usual: the program that it runs.
-    quiet: the program, or plan, while the children ``quieted`` are in eval mode; None: ``usual``.
+    usual: the program that the block runs.
+    quiet: the program or plan for when the children ``quieted`` are in eval mode; None: ``usual``.
     quieted: children that return their input in eval mode (dropout, drop path), by dotted name.
-    inputs: the number of tensors that its forward takes first; other calls run its own forward.
+    inputs: the number of leading arguments that must be tensors. Other calls run the block's own
+        forward.
     reason: why the whole block is not one plan.
     frozen, record: as in a ``BlockPlan``.
     """
@@ -118,5 +119,5 @@ class PartialPlan(NamedTuple):
 
 
 def runs_plan(module: nn.Module) -> bool:
-    """Whether a call of a module runs its ``BlockPlan``; a subclass may have another forward."""
+    """Whether the forward of a module runs a ``BlockPlan``. A subclass may have another forward."""
     return getattr(type(module).forward, "runs_plan", False)

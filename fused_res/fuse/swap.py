@@ -1,5 +1,4 @@
-"""``fuse_`` swaps the forward of the residual blocks a model has, in place; ``unfuse_`` swaps it
-back."""
+"""``fuse_`` replaces the forward of a model's residual blocks in place, ``unfuse_`` restores it."""
 
 from __future__ import annotations
 
@@ -32,9 +31,14 @@ class FuseReport:
     """The result of ``fuse_``. Prints as a table.
 
     fused: names of the blocks that run fused.
-    partly: (name, reason) of blocks of which only segments run fused.
-    skipped: (name, reason) of blocks that stay as they are.
-    advice: sentences on what would make the model faster.
+    partly: (name, reason) of blocks that have only segments fused.
+    skipped: (name, reason) of blocks that are not changed.
+    advice: sentences that say how to make the model faster.
+
+    Example:
+        >>> net = torch.nn.Sequential(fused_res.reference.ResBlock(64, 64))
+        >>> fused_res.fuse_(net).fused
+        ['0']
     """
 
     fused: list[str] = field(default_factory=list)
@@ -66,7 +70,7 @@ def fused_class(
     """The class of a fused block: ``original`` with its forward replaced by ``plan``."""
     key = original, plan, recompute
     if plan.record is not None and plan.record.leads_back:
-        return _fused_class(*key)  # which a cache would keep alive
+        return _fused_class(*key)  # a cache would keep the module alive
     try:
         found = _classes.get(key)
     except TypeError:  # a forward may have constants without a hash
@@ -103,7 +107,7 @@ def _rebuild(
 
 
 def _reduce_ex(self, protocol):
-    # the class is made at run time, so copies and pickles name what it is made from
+    # the class is made at run time, so copies and pickles name its sources
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
     made_from = type(self).original, type(self).plan, type(self).recompute
     return _rebuild, made_from, state
@@ -129,11 +133,12 @@ def refuse_wrapped(model: nn.Module, caller: str = "fuse_") -> None:
         where = f"its child {name!r}" if name else "it"
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
-                f"model must not be scripted, but {where} is a {kind}: {caller} it before"
+                f"model must not be scripted, but {where} is a {kind}: call {caller} before "
+                f"torch.jit.script"
             )
         if kind == "OptimizedModule" or module._compiled_call_impl is not None:
             raise ValueError(
-                f"model must not be compiled, but {where} is a {kind}: {caller} it before "
+                f"model must not be compiled, but {where} is a {kind}: call {caller} before "
                 f"torch.compile"
             )
         if kind in ("DistributedDataParallel", "DataParallel") or kind.startswith(
@@ -153,8 +158,8 @@ CHANNELS_LAST = (
 
 
 def _why_no_subclass(block: nn.Module) -> str | None:
-    """A fused block's class is a subclass with attributes of its own."""
-    if isinstance(block, fx.GraphModule):  # which writes its forward onto its class
+    """Why a block's class cannot have a fused subclass, or None."""
+    if isinstance(block, fx.GraphModule):  # it writes its forward onto its class
         return "a torch.fx graph: fuse_ before it is traced"
     fused = isinstance(block, FusedForward)
     own = [] if fused else [attribute for attribute in ATTRIBUTES if hasattr(block, attribute)]
@@ -162,7 +167,7 @@ def _why_no_subclass(block: nn.Module) -> str | None:
 
 
 def _is_channels_last(model: nn.Module) -> bool:
-    """Whether its convolutions are, of those that can tell."""
+    """Whether the weights are channels_last; those that are in both layouts do not count."""
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     telling = [w for w in weights if w.size(1) > 1 and w[0, 0].numel() > 1]
     return all(w.is_contiguous(memory_format=torch.channels_last) for w in telling)
@@ -177,33 +182,43 @@ def fuse_(
 ) -> FuseReport:
     """Makes every residual block of ``model`` that can be fused run fused kernels, in place.
 
-    A block is recognised by the dataflow of its forward, whatever its class and attributes are
-    called. Where it has more in it than one operation computes (squeeze-and-excitation, drop path,
-    pre-activation, ...), the convolutions, norms, ReLUs and adds that follow each other run fused.
-    Only its class changes (to a subclass); name, children, attributes, Parameter objects,
-    state_dict keys and hooks stay as they are. An ``nn.Sequential`` in which blocks with identity
-    shortcuts follow each other becomes a subclass too, which runs them in one call for inference.
-    Calling it again changes nothing; ``unfuse_`` reverses it.
+    A block is recognised by the dataflow of its forward, not by the names of its class and
+    attributes. Some blocks have more in them than one op computes (squeeze-and-excitation, drop
+    path, pre-activation, ...). In these, segments of consecutive convolutions, norms, ReLUs and
+    adds run fused.
+
+    Only a block's class changes, to a subclass. Name, children, attributes, Parameter objects,
+    state_dict keys and hooks stay. An ``nn.Sequential`` that has consecutive blocks with identity
+    shortcuts gets a subclass too, which runs these blocks in one call for inference. Another call
+    of ``fuse_`` changes nothing. ``unfuse_`` reverses it.
 
     Args:
-        model: any module, not wrapped, compiled or scripted.
-        filter_fn: called with (block, name); only blocks it returns True for are fused.
+        model: any module that is not wrapped, compiled or scripted.
+        filter_fn: called with (block, name). Only blocks for which it returns True are fused.
         strict: raise, and change nothing, if a block is skipped for another reason than the filter.
-        dry_run: only report.
-        recompute: ``last``: in training, the backward pass of a block, or of a part, computes its
-            last convolution again instead of keeping its output (half of what a bottleneck keeps).
+        dry_run: make the report, and change nothing.
+        recompute: ``last``: in training, the backward pass of a block or segment computes its last
+            convolution again, and the forward pass does not keep the output of that convolution
+            (half of the memory that a bottleneck keeps). None: the output is kept.
 
     Returns:
-        FuseReport: names of the blocks fused, of those fused in part, and of those that were not,
-            with the reason.
+        FuseReport: names of the fused blocks, of the partly fused ones and of the skipped ones,
+            with reasons.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``model`` or a part of it is wrapped (DDP, FSDP), compiled or scripted;
-            ``strict`` and a block was skipped; or ``recompute`` is something else.
+        ValueError: ``model`` or a module in it is wrapped (DDP, FSDP), compiled or scripted;
+            ``strict`` and a block was skipped; or ``recompute`` has another value.
 
     Warns:
-        UserWarning: no block was fused (and none was fused before).
+        UserWarning: no block was fused, now or before.
+
+    Example:
+        >>> net = torch.nn.Sequential(fused_res.reference.ResBlock(64, 64))
+        >>> print(fused_res.fuse_(net.to(memory_format=torch.channels_last)))
+        block  result   reason
+        0      fused
+        1 fused, 0 skipped
     """
     refuse_wrapped(model)
     check_recompute(recompute)
@@ -226,9 +241,9 @@ def fuse_(
 
 
 class _Search:
-    """Looks for residual blocks in a model, inside out.
+    """Looks for residual blocks in a model, children before their parents.
 
-    classes: the class that each block is to get.
+    classes: the blocks to change, and their new classes.
     filtered: (name, reason) of blocks that the filter leaves out.
     found_fused: whether a block was fused before.
     """
@@ -241,7 +256,7 @@ class _Search:
         self.filtered: list[tuple[str, str]] = []
         self.found_fused = False
         self._filter, self._recompute = filter_fn, recompute
-        self._opaque: dict[str, bool] = {}  # name of a skipped block -> whether it may be none
+        self._opaque: dict[str, bool] = {}  # name of a skipped block -> whether it may be no block
         self._seen: set[int] = set()
 
     def visit(self, module: nn.Module, name: str) -> bool:
@@ -255,30 +270,30 @@ class _Search:
             self.found_fused = True
             return True
         inside = [
-            self.visit(part, f"{name}.{key}" if name else key)
-            for key, part in module.named_children()
+            self.visit(inner, f"{name}.{key}" if name else key)
+            for key, inner in module.named_children()
         ]
         forward = type(module).forward
         if any(inside) or not inside or forward in (nn.Sequential.forward, nn.Module.forward):
             return any(inside)
         if isinstance(module, nn.Conv2d) or parametrize.is_parametrized(module):
-            return False  # one layer, whatever its weight is made of
+            return False  # a single layer, its weight computed from others
         if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
             return False
         return self._is_block(module, name)
 
     def _is_block(self, module: nn.Module, name: str) -> bool:
-        """Whether it is a residual block that can be fused; notes it, or the reason."""
+        """Whether it is a residual block that can be fused. Reports it, or why it is none."""
         prefix = f"{name}." if name else ""
         inner = {n: n[len(prefix) :] for n in self._opaque if n.startswith(prefix)}
         try:
-            with torch.inference_mode(False):  # whose tensors torch.fx cannot trace
+            with torch.inference_mode(False):  # torch.fx cannot trace inference tensors
                 plan = plan_of(module, inner.values())
         except Unfusable as reason:
             self.report.skipped.append((name, str(reason)))
             normless = not any(map(is_norm, module.modules()))
             self._opaque[name] = normless or isinstance(reason, Untraceable)
-            return False  # its parent may be a block in which something else can be fused
+            return False  # its parent may be a block with more to fuse
         if plan is None:
             return False
         reason, cls = _why_no_subclass(module), None
@@ -306,7 +321,7 @@ class _Search:
 
 
 def _put_classes(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
-    """All of them, or none."""
+    """Changes the class of every block, or of none if one fails."""
     before = [(module, type(module)) for module, _ in classes]
     try:
         for module, cls in classes:
@@ -318,8 +333,20 @@ def _put_classes(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
 
 
 def unfuse_(model: nn.Module) -> list[str]:
-    """Gives every block that ``fuse_`` changed its own class back, in place; returns their
-    names."""
+    """Gives every block that ``fuse_`` changed its own class back, in place.
+
+    Args:
+        model: any module.
+
+    Returns:
+        list[str]: the names of these blocks.
+
+    Example:
+        >>> net = torch.nn.Sequential(fused_res.reference.ResBlock(64, 64))
+        >>> report = fused_res.fuse_(net)
+        >>> fused_res.unfuse_(net)
+        ['0']
+    """
     names = []
     for name, module in model.named_modules():
         original = type(module).__dict__.get("original")

@@ -1,4 +1,4 @@
-"""A module's forward as a graph (``torch.fx``), and what its nodes do."""
+"""A module's forward as a ``torch.fx`` graph, and questions about its nodes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ from .modules import child, is_norm, is_norm_act
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-# Python's x += y, which fx itself shows as x + y
+# Python's x += y and the like; torch.fx itself records x + y
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
             "ilshift", "irshift", "imatmul")  # fmt: skip
 _IN_PLACE = {getattr(operator, name) for name in IN_PLACE} | {operator.setitem}
 _CATS = {torch.cat, torch.concat, torch.concatenate}
 
-
-# those of others may write into their input
+# modules and functions from elsewhere may write into their input
 _KNOWN_MODULES = ("torch.nn.modules.", "timm.layers.", "torchvision.ops.")
 _KNOWN_FUNCTIONS = ("torch", "_operator", "builtins", "math")
 
@@ -41,7 +40,7 @@ class Unfusable(Exception):
 
 
 class Untraceable(Unfusable):
-    """What the module does cannot be seen."""
+    """A trace does not show everything that the module does."""
 
 
 def in_words(error: Exception) -> str:
@@ -53,7 +52,7 @@ _OF_AUTOGRAD = frozenset({"grad", "grad_fn", "requires_grad", "is_leaf", "_versi
 
 
 class _Asked:
-    """Tells of questions that a proxy answers otherwise than a tensor."""
+    """Reports questions that a proxy answers otherwise than a tensor."""
 
     def _tell(self, what: str) -> None:
         self.tracer.recorder.refuse_if_asked(sys._getframe(2), what)
@@ -80,7 +79,7 @@ class _Attribute(_Asked, fx.proxy.Attribute):
 
 
 class _Proxy(_Asked, fx.Proxy):
-    """Shows what is done in place."""
+    """A proxy that records operations in place."""
 
     def __getattr__(self, name):
         if not hasattr(torch.Tensor, name):
@@ -102,9 +101,9 @@ for _name in IN_PLACE:
 
 
 class Tracer(fx.Tracer):
-    """Sees convolutions, norms, whatever has no children, and ``opaque`` as one call each."""
+    """Records each convolution, norm, module without children and ``opaque`` module as one call."""
 
-    proxy_buffer_attributes = True  # what a forward reads of a buffer is read in every call
+    proxy_buffer_attributes = True  # buffers are read anew in every call
     grad = True  # the mode in which the forward is traced
 
     def __init__(self, opaque: Collection[str] = ()) -> None:
@@ -112,14 +111,14 @@ class Tracer(fx.Tracer):
         self.opaque = frozenset(opaque)
         self.autocast = torch.is_autocast_enabled("cpu")
         self.modes_changed = False
-        self.made = 0  # nodes
+        self.made = 0  # number of nodes
         self.leaves: set[str] = set()  # paths of the modules that the graph calls
-        self.recorder: Recorder | None = None  # of what else the forward reads
+        self.recorder: Recorder | None = None  # the other reads of the forward
         self._thread = threading.get_ident()
 
     def is_elsewhere(self) -> bool:
-        """Whether another thread runs a model meanwhile: torch.fx traces by functions that it puts
-        in place of all modules'."""
+        """Whether another thread runs a model: torch.fx replaces methods of all modules while it
+        traces."""
         return threading.get_ident() != self._thread
 
     def call_module(self, m, forward, args, kwargs):
@@ -156,12 +155,12 @@ _OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 def _is_kept(name: str) -> bool:
-    """Whether an attribute is PyTorch's: fx keeps constants on what it traces."""
+    """Whether PyTorch owns the attribute. torch.fx puts constants on the module that it traces."""
     return name in _OF_EVERY_MODULE or name.startswith("_tensor_constant")
 
 
 def _value(of: object) -> object:
-    """What differs when it was written to."""
+    """A value that changes if ``of`` is written to."""
     if isinstance(of, dict):
         return [(k, _value(v)) for k, v in of.items()]
     if isinstance(of, (list, tuple)):
@@ -182,7 +181,7 @@ def _state(block: nn.Module) -> list:
 
 
 class _Generators:
-    """The states of the generators of random numbers that all of a program share."""
+    """The states of the global generators of random numbers."""
 
     def __init__(self) -> None:
         self._numpy = sys.modules.get("numpy.random")
@@ -193,7 +192,7 @@ class _Generators:
         return torch.get_rng_state(), random.getstate(), numpy
 
     def put_back(self) -> bool:
-        """Whether one had drawn."""
+        """Restores the states; returns whether one had changed."""
         before, now = self._states, self._now()
         same = torch.equal(before[0], now[0]) and before[1] == now[1]
         same = same and pickle.dumps(before[2]) == pickle.dumps(now[2])
@@ -207,7 +206,7 @@ class _Generators:
 
 @contextlib.contextmanager
 def _seen(tracer: Tracer) -> Iterator[None]:
-    """Has the tracer told of regions that a graph does not show."""
+    """Tells the tracer of mode changes, which a graph does not show."""
     kinds = torch.autocast, torch.enable_grad, torch.autograd.graph.saved_tensors_hooks
     originals = [kind.__enter__ for kind in kinds]
 
@@ -240,15 +239,15 @@ _QUIET = {("torch.nn.modules.dropout", name) for name in nn.modules.dropout.__al
 
 
 def _is_quiet(module: nn.Module | None) -> bool:
-    """Whether all that it does in eval mode is to return its input."""
+    """Whether the module returns its input in eval mode."""
     return (type(module).__module__, type(module).__name__) in _QUIET
 
 
-_one_at_a_time = threading.RLock()  # for what torch.fx and this module change while they trace
+_one_at_a_time = threading.RLock()  # a trace changes global functions
 
 
 def _copied(block: nn.Module) -> nn.Module:
-    """A deep copy, but for attributes that cannot be copied (a process group, a lock)."""
+    """A deep copy that shares attributes that cannot be copied (a process group, a lock)."""
     try:
         return copy.deepcopy(block)
     except Exception:
@@ -265,7 +264,7 @@ def _copied(block: nn.Module) -> nn.Module:
 
 
 class Trace(NamedTuple):
-    """A forward's graph, what else it read, and why these do not tell its value, if so."""
+    """A forward's graph, its other reads, and why these do not determine its result, if so."""
 
     graph: fx.Graph
     reads: Reads
@@ -274,7 +273,7 @@ class Trace(NamedTuple):
     def seen(self) -> Trace:
         """
         Raises:
-            Unfusable: the forward's value cannot be known from its graph and reads.
+            Unfusable: graph and reads do not determine the forward's result.
         """
         if self.refused is not None:
             raise Unfusable(self.refused)
@@ -288,11 +287,11 @@ def trace(
     inputs: int | None = None,
     known: Reads | None = None,
 ) -> Trace:
-    """The graph of the block's forward in one mode, traced on a copy: a forward may write state.
+    """The graph of the block's forward in one mode. It is traced on a copy, as it may write state.
 
     Args:
-        inputs: how many the forward is given, if it takes ``*inputs``.
-        known: what it read before, which it must not change.
+        inputs: the number of inputs, if the forward takes ``*inputs``.
+        known: earlier reads, which the forward must not change.
 
     Raises:
         Untraceable: the forward does something that a trace does not show.
@@ -314,7 +313,7 @@ def _trace(
         try:
             with recording(recorder):
                 graph = tracer.trace(block, inputs and (fx.PH,) * inputs)
-        finally:  # other threads may draw meanwhile, which is to stay
+        finally:  # draws of other threads stay, unless the forward may draw too
             drawn = recorder.may_draw and generators.put_back()
     if drawn:
         raise Untraceable("its forward draws random numbers")
@@ -338,12 +337,12 @@ def _trace(
 def _described(block: nn.Module, reads: Reads, tracer: Tracer) -> tuple:
     try:
         return Description(block, reads).tokens
-    except Unknowable as reason:  # which is said where it is recorded
+    except Unknowable as reason:  # Record raises the same error
         return (str(reason),)
 
 
 class Nodes:
-    """The traced nodes of a block, by what they do."""
+    """The traced nodes of a block, and questions about them."""
 
     def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
         self.block, self.graph = block, graph
@@ -375,7 +374,7 @@ class Nodes:
         return list(tensors) if isinstance(tensors, (list, tuple)) else None
 
     def look_residual(self) -> bool:
-        """Whether there are a convolution, and an add or concatenation of tensors."""
+        """Whether there is a convolution, and an add or concatenation of tensors."""
         convolves = any(isinstance(self.module(n), nn.Conv2d) for n in self.graph.nodes)
         joins = any(
             n.op in ("call_function", "call_method")
@@ -386,7 +385,7 @@ class Nodes:
         return convolves and joins
 
     def describe(self, node: fx.Node) -> str:
-        """A node in words, by the innermost child it belongs to."""
+        """A node in words: the innermost child that it belongs to."""
         module = self.module(node)
         if module is not None:
             return f"{node.target} ({type(module).__name__})"
@@ -403,7 +402,7 @@ class Nodes:
         return sum(n.op == "call_module" and n.target == node.target for n in self.graph.nodes)
 
     def writes(self, node: fx.Node) -> bool:
-        """Whether it may write into a tensor that is there."""
+        """Whether a node may write into an existing tensor."""
         if node.op == "call_module":
             modules = list(self.module(node).modules())
             known = all(type(m).__module__.startswith(_KNOWN_MODULES) for m in modules)
@@ -422,7 +421,7 @@ class Nodes:
         return named or given or node.target in _IN_PLACE
 
     def writes_first(self, node: fx.Node) -> bool:
-        """Whether a node that ``writes`` does so into its first argument alone."""
+        """Whether a node that ``writes`` writes into its first argument alone."""
         if node.op == "call_module":
             modules = self.module(node).modules()
             return all(type(m).__module__.startswith(_KNOWN_MODULES) for m in modules)
@@ -430,7 +429,7 @@ class Nodes:
         return "out" not in node.kwargs and (known or node.op == "call_method")
 
     def without_what_is_quiet(self) -> tuple[str, ...]:
-        """Takes out the children that return their input in eval mode, and names them."""
+        """Removes the children that return their input in eval mode; returns their names."""
         quiet = [n for n in self.graph.nodes if _is_quiet(self.module(n))]
         for node in quiet:
             node.replace_all_uses_with(node.args[0])
@@ -438,7 +437,7 @@ class Nodes:
         return tuple(dict.fromkeys(node.target for node in quiet))
 
     def split_norms(self) -> None:
-        """Shows what timm's BatchNorms call afterwards as calls of its own."""
+        """Records ``drop`` and ``act`` of timm's BatchNorms as separate calls."""
         for node in list(self.graph.nodes):
             module = self.module(node)
             if not is_norm_act(module) or self.times_called(node) > 1:

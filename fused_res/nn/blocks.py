@@ -1,8 +1,8 @@
-"""Residual blocks whose BatchNorm, add and ReLU run fused: ``FusedResBlock``, and the mixins of the
+"""Residual blocks with fused BatchNorm, add and ReLU: ``FusedResBlock``, and the mixins of the
 blocks that ``fuse_`` changes.
 
 A block keeps ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` children under their own names. Its plan
-says in which order they act, and ``run`` follows the plan.
+is the order in which they act. ``run`` executes the plan.
 """
 
 import functools
@@ -27,7 +27,7 @@ from ..run.reads import Reads
 
 
 def plain_twin(module: nn.Module) -> nn.Module:
-    """The same module with its class before fusing: for TorchScript, which reads source."""
+    """The module with the class behind the mixin: TorchScript compiles that class's source."""
     warnings.warn(
         "torch.jit.script puts PyTorch's own blocks into the model in place of the fused ones: "
         "script a copy.deepcopy of it, or fuse_ it again",
@@ -41,7 +41,7 @@ def plain_twin(module: nn.Module) -> nn.Module:
 
 
 def with_signature_of(forward: Callable, original: Callable) -> Callable:
-    """The function ``forward`` with the signature, name and docstring of another."""
+    """The function ``forward`` with the signature, name and docstring of ``original``."""
     made = types.FunctionType(forward.__code__, forward.__globals__, closure=forward.__closure__)
     functools.update_wrapper(made, original)
     made.runs_plan = getattr(forward, "runs_plan", False)
@@ -49,8 +49,8 @@ def with_signature_of(forward: Callable, original: Callable) -> Callable:
 
 
 class FusedForward:
-    """Mixin in front of a block's own class: runs its ``plan`` where that computes the same as its
-    forward."""
+    """Mixin in front of a block's own class. It runs ``plan`` in every call in which the plan
+    computes the same as the class's forward."""
 
     plan: BlockPlan
     backend: str | None = None
@@ -68,14 +68,14 @@ class FusedForward:
         return plain_twin(self)
 
     def _promotes(self, x: Tensor) -> bool:
-        """Whether norms of constants may turn what they are given into another dtype."""
+        """Whether a frozen norm may promote its input to another dtype."""
         return self.plan.frozen and (
             torch.is_autocast_enabled(x.device.type)
             or any(m.weight.dtype != x.dtype for m in self.modules() if is_frozen(m))
         )
 
     def _is_as_recorded(self) -> bool:
-        """Whether all that the block's forward read when the plan was made is as it was."""
+        """Whether everything that the forward read when the plan was made is unchanged."""
         record = self.plan.record
         if record is None:
             return False
@@ -85,8 +85,8 @@ class FusedForward:
 
 
 class FusedPartialForward(FusedForward):
-    """Mixin in front of a block's own class: runs its ``PartialPlan`` where that computes the same
-    as its forward."""
+    """Mixin in front of a block's own class. It runs a ``PartialPlan`` in every call in which the
+    plan computes the same as the class's forward."""
 
     plan: PartialPlan
 
@@ -104,10 +104,10 @@ class FusedPartialForward(FusedForward):
 class FusedResBlock(FusedForward, reference.ResBlock):
     """A residual block with fused BatchNorm, add and ReLU, forward and backward.
 
-    Basic and bottleneck blocks are those of He et al., 2016 (https://arxiv.org/abs/1512.03385), the
-    stride in the 3x3 convolution. Children are named as in torchvision, ``conv1 bn1 conv2 bn2
-    [conv3 bn3] [downsample.0 downsample.1]``: checkpoints of its blocks load, and the other way
-    round. ``fused_res.reference.ResBlock`` is the same block in plain PyTorch.
+    Basic and bottleneck blocks are those of He et al., 2016 (https://arxiv.org/abs/1512.03385). The
+    3x3 convolution has the stride. Children are named as in torchvision, ``conv1 bn1 conv2 bn2
+    [conv3 bn3] [downsample.0 downsample.1]``, so each loads the other's checkpoints.
+    ``fused_res.reference.ResBlock`` is the same block in plain PyTorch.
 
     Args:
         in_channels: channels of the input.
@@ -122,17 +122,17 @@ class FusedResBlock(FusedForward, reference.ResBlock):
         groups: of the 3x3 convolutions.
         dilation: of the 3x3 convolutions, padded so that the size stays.
         width: channels inside the branch. Default: ``out_channels``; a quarter in a bottleneck.
-        bias: whether the convolutions have a bias. Default: only in plain blocks.
+        bias: whether the convolutions have a bias. Default: in plain blocks alone.
         relu: ``after`` the add, ``before`` it (on the branch), or ``none``. Default: before the add
             in a single block, none with ``skip="concat"``, else after.
         dropout: probability of ``nn.Dropout`` on the last convolution's input
             (Zagoruyko and Komodakis, 2016).
         eps, momentum, affine, track_running_stats: of every ``nn.BatchNorm2d``.
         device, dtype: of the parameters.
-        backend: the backend of this block alone; default: what ``fused_res.backend`` or
-            ``FUSED_RES_BACKEND`` says.
-        recompute: ``last``: the backward pass computes the last convolution again, instead of
-            keeping its output; None: it does not.
+        backend: the backend of this block alone. Default: the one that ``fused_res.backend`` or
+            ``FUSED_RES_BACKEND`` names.
+        recompute: ``last``: the backward pass computes the last convolution again, and the forward
+            pass does not keep its output. None: the output is kept.
 
     Shape:
         (N, in_channels, H, W) -> (N, out_channels [+ in_channels], H / stride, W / stride), sizes
@@ -140,6 +140,7 @@ class FusedResBlock(FusedForward, reference.ResBlock):
 
     Raises:
         ValueError: an argument is out of range or two do not fit together; the message names them.
+        BackendUnavailable: in a call, the ``backend`` that was named cannot run the block.
 
     Example:
         >>> block = FusedResBlock(64, 128, stride=2).to(memory_format=torch.channels_last)
@@ -207,7 +208,7 @@ class FusedResBlock(FusedForward, reference.ResBlock):
             self.plan = self._planned()
 
     def _reads(self) -> Reads:
-        """What ``ResBlock.forward`` reads, which is known without a trace."""
+        """The reads of ``ResBlock.forward``; they are known without a trace."""
         names = {"depth", "dropout", "kind", "relu", "relu_placement", "skip", "downsample"}
         names |= {f"{name}{i}" for name in ("conv", "bn") for i in range(1, self.depth + 1)}
         leaves = (name for name, m in self.named_modules() if name and not m._modules)

@@ -1,8 +1,8 @@
-"""Residual blocks one after the other in an ``nn.Sequential``, as one call for inference.
+"""Consecutive residual blocks of an ``nn.Sequential``, as one call for inference.
 
-``fuse_`` makes a ``FusedSequential`` of an ``nn.Sequential`` that has such blocks. It keeps its
-children, keys and hooks. A child with a hook, in training, or of another kind is called as before;
-the blocks in front of it and behind it are calls of their own.
+``fuse_`` turns an ``nn.Sequential`` with such blocks into a ``FusedSequential``, which keeps its
+children, keys and hooks. A child that has a hook, is in training or is of another kind is called by
+itself. The blocks before it are one call, the blocks after it another.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ def _asks_for_cuda(block: nn.Module) -> bool:
 
 
 class FusedSequential(nn.Sequential):
-    """``nn.Sequential`` whose residual blocks run in one call where no gradient is wanted, on a CPU
-    in float32; on a CUDA device where its backend is named."""
+    """An ``nn.Sequential`` that runs consecutive residual blocks in one call for inference.
+
+    On a CPU it does so in float32, on a CUDA device if the backend ``cuda`` is named.
+    """
 
     def forward(self, input):
         if type(input) not in PLAIN or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -37,7 +39,7 @@ class FusedSequential(nn.Sequential):
         size, sizes = size_of(input), self.__dict__.setdefault("_kept", {})
         kept = sizes.get(size)
         if kept is None or not kept.passes():
-            for other, old in tuple(sizes.items()):  # which keep alive what was replaced
+            for other, old in tuple(sizes.items()):  # these keep replaced modules alive
                 if not old.passes():
                     sizes.pop(other, None)
             y, kept = run_container(self, input)
@@ -65,6 +67,6 @@ class FusedSequential(nn.Sequential):
 
 
 def unchain(container: FusedSequential) -> None:
-    """Makes it a plain ``nn.Sequential`` again."""
+    """Makes ``container`` a plain ``nn.Sequential`` again."""
     container.__dict__.pop("_kept", None)
     container.__class__ = nn.Sequential

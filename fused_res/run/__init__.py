@@ -1,1 +1,1 @@
-"""Running what ``fuse_`` planned: whether all is as it was, and what is derived from weights."""
+"""Runs plans, guards them against changes of the module, and caches packed weights."""

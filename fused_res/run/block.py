@@ -1,4 +1,4 @@
-"""Runs a plan: the path is chosen here."""
+"""Chooses how a plan runs: by kept steps, for inference, in one op, or stage by stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import inference, training
 def run_block(
     block: nn.Module, plan: BlockPlan, x: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    """A block, or a segment of it, its norms fused with the add and ReLU that follow them.
+    """Runs a block, or a segment of it. Each norm is fused with the add and ReLU that follow it.
 
     Args:
         residual: the input of the shortcut; default: ``x``.

@@ -1,4 +1,4 @@
-"""Residual blocks one after the other, as one call for inference."""
+"""Consecutive residual blocks as one call for inference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .weight_cache import fingerprint
 
 
 def is_link(module: nn.Module) -> bool:
-    """Whether a module is a block that may be part of a chain, by its class and plan."""
+    """Whether the class and plan of a module allow it in a chain of blocks."""
     if not runs_plan(module):
         return False
     plan: BlockPlan = module.plan
@@ -34,12 +34,13 @@ def is_link(module: nn.Module) -> bool:
 
 
 def has_chain(container: nn.Sequential) -> bool:
-    """Whether two blocks that may be part of a chain follow each other."""
+    """Whether two blocks that ``is_link`` allows follow each other."""
     return any(a and b for a, b in pairwise(map(is_link, container)))
 
 
 class LinkedBlock(NamedTuple):
-    """A block as ``res_chain`` takes it, its tensors, and the places that its forward read."""
+    """A block as an argument of ``res_chain``, its tensors, and the places that its forward
+    read."""
 
     link: Link
     tensors: list[Tensor]
@@ -47,7 +48,7 @@ class LinkedBlock(NamedTuple):
 
 
 def linked(block: nn.Module) -> LinkedBlock | None:
-    """None where the block has to be called."""
+    """The block as a link of a chain; None where the block has to be called."""
     if not is_link(block) or "forward" in block.__dict__ or not block._is_as_recorded():
         return None
     places = guard_of(block, block.plan.record).places
@@ -71,8 +72,8 @@ def linked(block: nn.Module) -> LinkedBlock | None:
 def chain_of(
     blocks: list[nn.Module], made: list[LinkedBlock | None], x: Tensor
 ) -> tuple[Chain | CudaChain | None, int]:
-    """A chain of the first blocks, for inputs like ``x``, and their number; (None, 1) where the
-    first block has to be called."""
+    """A chain of the first blocks for inputs like ``x``, and the number of these blocks; (None, 1)
+    where the first block has to be called."""
     count, chain = 0, None
     usable = type(x) in PLAIN and is_for(x)
     while usable and count < len(blocks) and made[count] is not None:
@@ -85,7 +86,7 @@ def chain_of(
 
 
 def places_of(made: Iterable[Any]) -> Places:
-    """All places of things that have some; None among them have none."""
+    """The places of all items; an item may be None."""
     places = Places()
     for one in made:
         if one is not None:
@@ -94,15 +95,14 @@ def places_of(made: Iterable[Any]) -> Places:
 
 
 def unique_tensors(made: Iterable[Any]) -> list[Tensor]:
-    """All tensors of things that have some; None among them have none."""
+    """The tensors of all items, each once; an item may be None."""
     return list({id(t): t for one in made if one is not None for t in one.tensors}.values())
 
 
 def _step(
     chain: Chain | CudaChain, blocks: list[nn.Module], x: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    """The chain for tensors like ``x``; block by block for others, which another module may
-    return."""
+    """A step that runs the chain for tensors like ``x``, and block after block for others."""
     like = type(x), x.shape, x.stride(), x.dtype, x.device
 
     def step(x: Tensor) -> Tensor:
@@ -116,7 +116,8 @@ def _step(
 
 
 def run_container(container: nn.Sequential, x: Tensor) -> tuple[Tensor, Kept | None]:
-    """What a container returns, its blocks chained where they can be, and the steps to keep."""
+    """Runs a container, its blocks as chains where possible; returns the result and the steps to
+    keep."""
     blocks = list(container)
     modules = [m for block in blocks if is_link(block) for m in block.modules()]
     if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
@@ -132,4 +133,4 @@ def run_container(container: nn.Sequential, x: Tensor) -> tuple[Tensor, Kept | N
         steps.append(step)
         x, i = step(x), i + count
     kept = Kept(steps, guard, places, tensors, before)
-    return x, kept if kept.passes() else None  # where nothing is chained, that is kept too
+    return x, kept if kept.passes() else None  # kept even if no blocks form a chain

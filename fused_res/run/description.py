@@ -1,10 +1,9 @@
-"""What a forward read, as tokens that are equal where all of it is the same; and the places where
-it was read.
+"""Describes everything that a forward read, as tokens, and lists the places where it was read.
 
-Values are described by what they are: numbers and strings by type and text; lists, dictionaries and
-objects by what they hold, each numbered when it comes first; functions by identity, code, defaults
-and what they close over; classes by those of their attributes that were read. Modules are described
-by class, children and the attributes that were read of them.
+Two forwards that read the same have equal tokens. Numbers and strings are described by type and
+text. Lists, dictionaries and objects are described by their contents, and numbered when they first
+occur. Functions are described by identity, code, defaults and closure. Classes and modules are
+described by the attributes that were read; modules also by class and children.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from .places import MISSING, Modules, Places, is_there, look, walk
 from .reads import Reads, ask, globals_of, imported_by, is_of_a_library, is_trusted
 
 MOST_TOKENS = 10_000
-# Converted to each other they compute the same where fused kernels run them
+# Fused kernels compute the same for both, so one may be converted to the other
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _OVERRIDES = "forward", "_conv_forward", "_call_impl"
 PLAIN_VALUES = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...),
@@ -45,11 +44,11 @@ _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
 
 
 class Unknowable(Exception):
-    """A forward reads what cannot be compared; the message says what."""
+    """A forward reads a value that cannot be compared; the message names it."""
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:
-    """A module's class, or the one that ``fuse_`` found it with."""
+    """The class of a module before ``fuse_`` and ``optimize_for_inference`` changed it."""
     kind = type(module)
     for name in ("model_class", "original"):  # a served model may be a fused block
         kind = kind.__dict__.get(name, kind)
@@ -70,23 +69,23 @@ def _of_pytorch(module: str | None) -> bool:
 
 
 class Description:
-    """Walks through what ``reads`` names, from a module.
+    """Visits every value that ``reads`` names, starting from a module.
 
     Args:
-        calls: whether the modules that a graph calls are called as they are then, whatever they
-            are; else their class and hooks are described too.
-        traced: whether PyTorch answers questions as it did when the forward was traced; else as it
-            does now.
+        calls: whether the graph calls its leaves in their current state. Else the classes and hooks
+            of the leaves are described too.
+        traced: whether the answers to questions are those from the trace; else they are asked for
+            now.
 
     Attributes:
-        tokens: equal where all that was read is the same.
-        modules, places: what to compare in each call; places is None where something cannot be
-            compared without keeping alive what may lead back to the module.
-        children: path, class and number of children of each module inside that is looked at.
-        plain: (path or owner, names of attributes, value) of what a compiler can compare.
+        tokens: equal if every value that was read is the same.
+        modules, places: compared in each call. ``places`` is None if a comparison would keep alive
+            a value that may lead back to the module.
+        children: path, class and number of children of each child module that is described.
+        plain: (path or owner, names of attributes, value) of values that a compiler can compare.
 
     Raises:
-        Unknowable: something was read that cannot be compared.
+        Unknowable: a value that was read cannot be compared.
     """
 
     def __init__(
@@ -98,9 +97,9 @@ class Description:
         self._tokens: list[Any] = []
         self._reads = reads
         self._names = reads.names.union(*reads.attributes.values())
-        self._plain: dict[int, bool] = {}  # whether a thing that has been seen may be kept alive
+        self._plain: dict[int, bool] = {}  # id of a value -> whether it may be kept alive
         self._seen: dict[int, int] = {}
-        self._alive: list[Any] = []  # what has been seen: no address is used twice
+        self._alive: list[Any] = []  # the values seen: no address is used twice
         self._where: list[str] = []
         found, parents = walk(root, reads.leaves)
         self.modules = Modules(found, parents)
@@ -113,7 +112,7 @@ class Description:
             if module is not None and self._numbers[id(module)] == i:
                 self._module(i, path, module, calls and path in reads.leaves)
         self.modules.look_at(self._looked_at)
-        for name in ("batch_norm", "conv2d", "relu"):  # kernels take the place of these
+        for name in ("batch_norm", "conv2d", "relu"):  # kernels replace these
             self._named(vars(F), vars(F).get, name)
         for code, known in reads.codes:
             self._add(code)
@@ -151,7 +150,7 @@ class Description:
         )
 
     def _again(self, value: Any) -> bool:
-        """Whether it was described before: things are numbered in the order they come."""
+        """Whether the value was described before; adds its number."""
         number = self._seen.setdefault(id(value), len(self._seen))
         self._add(number)
         if number < len(self._alive):
@@ -160,13 +159,13 @@ class Description:
         return False
 
     def _named(self, owner: Any, get: Callable, name: str, keeps: bool = True) -> None:
-        """Describes ``get(name, default)``, which is there in any case, or is kept if need be."""
+        """Describes ``get(name, default)`` and adds it to the places."""
         value = get(name, MISSING)
         plain = self._described(name, value)
         self._put("put", owner, get, name, value, keeps or plain)
 
     def _described(self, name: str, value: Any) -> bool:
-        """Whether the value of that name may be kept alive."""
+        """Describes a value under a name; returns whether it may be kept alive."""
         self._add(name)
         self._where.append(name)
         plain = value is MISSING or self._value(value)
@@ -188,7 +187,7 @@ class Description:
                 self._unchanged(number, module)
             if not _of_pytorch(kind.__module__) and path not in self._reads.leaves:
                 self._class(kind)
-            elif _of_pytorch(kind.__module__) and path:  # of which kernels take the place
+            elif _of_pytorch(kind.__module__) and path:  # kernels replace its forward
                 self._named(kind, functools.partial(getattr, kind), "forward")
         for name in sorted(names):
             self._where.append(name)
@@ -196,7 +195,7 @@ class Description:
             self._where.pop()
 
     def _unchanged(self, number: int, module: nn.Module) -> None:
-        """Describes that it has neither hooks nor a forward of its own."""
+        """Describes whether the module has hooks or a forward of its own."""
         overrides = [name for name in _OVERRIDES if name in module.__dict__]
         hooked = has_hooks(module)
         self._add(hooked, *overrides)
@@ -216,20 +215,20 @@ class Description:
                 get = functools.partial(look, weakref.ref(module))
                 self._put("put", module, get, name, value, False)
             self._compare_compiled(path, name, value)
-        elif in_class is not MISSING:  # a method, a property, a constant: described with its class
+        elif in_class is not MISSING:  # described with its class
             self.modules.put_absent(number, name)
         else:
             self.modules.put_absent(number, name)
-            if name in own["_modules"]:  # children are compared all
+            if name in own["_modules"]:  # all children are compared
                 return
             slots = [slot for slot in ("_parameters", "_buffers") if name in own[slot]]
-            if not slots:  # it may come to be one of its class
+            if not slots:  # its class may get this attribute
                 for base in _made(kind_of(module)):
                     self._named(base, vars(base).get, name)
-            for part in slots or ("_parameters", "_buffers"):
-                what = is_there(own[part], name)
-                self._add(name, part, what is None, what is MISSING)
-                self.modules.put_inside(number, part, name, what)
+            for slot in slots or ("_parameters", "_buffers"):
+                found = is_there(own[slot], name)
+                self._add(name, slot, found is None, found is MISSING)
+                self.modules.put_inside(number, slot, name, found)
 
     def _compare_compiled(self, path: Any, name: str, value: Any) -> None:
         if isinstance(value, (*PLAIN_VALUES, *_FUNCTIONS)):
@@ -245,7 +244,7 @@ class Description:
     # --- values
 
     def _value(self, value: Any) -> bool:
-        """Describes it; whether it may be kept alive: it cannot lead back to a module."""
+        """Describes a value; returns whether it may be kept alive: it leads back to no module."""
         kind = type(value)
         if kind in PLAIN_VALUES:
             self._add(kind, repr(value))
@@ -274,7 +273,7 @@ class Description:
             names = ("fget", "fset", "__func__", "func")
             return self._all(kind, [getattr(value, name, None) for name in names])
         elif hasattr(kind, "__get__") and not kind.__flags__ & _HEAP_TYPE:
-            self._add(kind)  # a descriptor that C made: a field of a named tuple
+            self._add(kind)  # a descriptor in C: a field of a named tuple
         elif kind is functools.partial:
             return self._all(kind, [value.func, value.args, value.keywords])
         elif kind in _CONTAINERS:
@@ -292,13 +291,13 @@ class Description:
             return
         for name in sorted(self._reads.names & vars(module).keys()):
             value = vars(module)[name]
-            # PyTorch's switches are asked for by functions
+            # forwards ask for PyTorch's switches by functions
             known = isinstance(value, (*_FUNCTIONS, types.ModuleType))
             if known or not _of_pytorch(module.__name__):
                 self._named(vars(module), vars(module).get, name)
 
     def _class(self, kind: type) -> None:
-        """What those classes have of the names that were read that are not PyTorch's."""
+        """Describes the attributes that were read of a class and its bases, PyTorch's left out."""
         self._add(kind)
         if self._again(kind):
             return
@@ -336,7 +335,7 @@ class Description:
         for name in sorted(self._reads.names & vars(function).keys()):
             self._named(vars(function), vars(function).get, name, keeps=False)
         self._plain[id(function)] = plain
-        if not plain:  # what it closes over may lead back
+        if not plain:  # its closure may lead back to the module
             self.places = None
         return plain
 
@@ -361,7 +360,7 @@ class Description:
             content = value
         plain = all([self._value(v) for v in content])
         if not plain:
-            self.places = None  # what it holds may lead back
+            self.places = None  # its contents may lead back to the module
         elif type(value) is not tuple:
             self._put("put_container", value)
         self._plain[id(value)] = plain
@@ -399,7 +398,7 @@ class Description:
         names = set(self._reads.names)
         if self._reads.dynamic or _in_class(kind, "__getattr__") is not MISSING:
             names |= own.keys() | slots
-            self.places = None  # another attribute counts too
+            self.places = None  # a new attribute counts too
         names &= {*own, *slots, *chain.from_iterable(map(vars, _made(kind)))}
         for name in sorted(names):
             found = (functools.partial(getattr, value) if name in slots else own.get)(name, MISSING)
@@ -413,7 +412,7 @@ class Description:
 
 
 def _look_inside(of: weakref.ref, name: str, default: Any) -> Any:
-    """What an object has itself, not by its class."""
+    """An attribute of the object itself, not of its class."""
     return vars(of()).get(name, default)
 
 
@@ -431,7 +430,7 @@ def _has_dict(value: Any) -> bool:
 
 
 def _in_class(kind: type, name: str) -> Any:
-    """An attribute as it stands in the class."""
+    """An attribute of a class or its bases, without calling descriptors."""
     return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), MISSING)
 
 

@@ -1,9 +1,9 @@
-"""Whether all that a fused forward depends on is as it was.
+"""Guards: whether everything that a fused forward depends on is unchanged.
 
-A graph of ``torch.fx`` has frozen whatever the forward looked at beside tensors. A ``Record`` holds
-a description of all of that, from when the forward was traced. In each call a ``Guard`` compares
-the places that were read, by identity; where one differs, all is described anew. Equal
-descriptions: the plan holds. Else the block runs its own forward.
+A graph of ``torch.fx`` has fixed every value that the forward read beside tensors. A ``Record`` has
+a description of these values from the time of the trace. In each call a ``Guard`` compares the
+places that were read, by identity. Where one differs, everything is described again. If the two
+descriptions are equal, the plan is still valid. Else the block runs its own forward.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ _OF_MODULES = {"_parameters", "_buffers", "_modules"}
 
 
 class Record:
-    """All that a forward read, as it was when it was traced. Compared and hashed by that.
+    """A description of everything that a forward read, from the time of the trace.
+
+    Records are compared and hashed by this description.
 
     Args:
         root: the module.
-        reads: what its forward read.
+        reads: the names of everything that its forward read.
         opaque: names of children that ``fuse_`` does not look into.
-        calls: whether a graph calls its leaves, whatever they are then.
+        calls: as in ``Description``.
 
     Raises:
-        Unknowable: something was read that cannot be compared.
+        Unknowable: a value that was read cannot be compared.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Record:
         found = Description(root, reads, calls, traced=True)
         self.tokens, self._hash = found.tokens, hash(found.tokens)
         self.children, self.plain = tuple(found.children), tuple(found.plain)
-        self.leads_back = found.places is None  # perhaps to the module
+        self.leads_back = found.places is None  # maybe to the module
 
     def __hash__(self) -> int:
         return self._hash
@@ -56,14 +58,14 @@ class Record:
 
 
 class Guard:
-    """A module as it was when this was made, and whether that is as it was recorded.
+    """The state of a module when the guard was made, and whether it was equal to the record.
 
-    kept: for each plan, all that inference keeps while the module stays so.
+    kept: for each plan, the steps that inference keeps while the module is unchanged.
     """
 
     def __init__(self, module: nn.Module, record: Record) -> None:
         self.kept: dict[int, Any] = {}
-        # a record may lead back to the module, which is to be freed
+        # weak: a record may lead back to the module and keep it alive
         self.record, self.same, self.places = weakref.ref(record), False, None
         try:
             found = Description(module, record.reads, record.calls)
@@ -73,12 +75,12 @@ class Guard:
         self.places, self._modules = found.places, found.modules
 
     def passes(self, module: nn.Module) -> bool:
-        """Whether nothing was changed since."""
+        """Whether the module is unchanged since the guard was made."""
         if self.places is None:
             return False
         try:
             return self._modules.passes(module) and self.places.passes()
-        except Exception:  # something is no longer there to look into
+        except Exception:  # an owner of an attribute is gone
             return False
 
 
@@ -86,7 +88,7 @@ _guards: weakref.WeakKeyDictionary[nn.Module, Guard] = weakref.WeakKeyDictionary
 
 
 def guard_of(module: nn.Module, record: Record) -> Guard:
-    """The guard of a module as it is now."""
+    """The guard of a module in its current state."""
     guard = _guards.get(module)
     if guard is None or guard.record() is not record or not guard.passes(module):
         guard = _guards[module] = Guard(module, record)
@@ -94,12 +96,12 @@ def guard_of(module: nn.Module, record: Record) -> Guard:
 
 
 def last_guard(module: nn.Module) -> Guard | None:
-    """The guard of a module as it was when it was looked at last."""
+    """The guard of a module from its last check."""
     return _guards.get(module)
 
 
 def _present(module: nn.Module, path: str) -> nn.Module | None:
-    """A child that may have been taken away."""
+    """A child by dotted name; None if it was removed."""
     for name in path.split(".") if path else ():
         module = module._modules.get(name)
         if module is None:
@@ -108,7 +110,7 @@ def _present(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def passes_compiled(module: nn.Module, record: Record) -> bool:
-    """As much of ``guard_of(module, record).same`` as a compiler can make guards of."""
+    """The comparisons of ``guard_of(module, record).same`` that a compiler can turn into guards."""
     for path, kind, children in record.children:
         child = _present(module, path)
         if child is None or len(child._modules) != children or has_hooks(child):
@@ -131,11 +133,11 @@ def _is_plain(value: object) -> bool:
 
 
 class ModulesGuard:
-    """Modules as they were when this was made: their classes, attributes, children, parameters and
-    buffers, and which have hooks that run without gradients.
+    """The state of modules when the guard was made: classes, attributes, children, parameters,
+    buffers, and which of them have forward hooks.
 
-    A hundred blocks are four hundred modules, and to look at them all must cost less than a
-    hundred small kernels: these are loops that run in C.
+    A hundred blocks have four hundred modules. Checking them must cost less than a hundred small
+    kernels, so the loops run in C.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -145,7 +147,7 @@ class ModulesGuard:
         self._classes = list(map(type, self._modules))
         hooks = [own[name] for own in self._own for name in FORWARD_HOOKS]
         self._hooked = [of for of in hooks if of]
-        # a module that had no parameters or buffers does not look for any
+        # empty dictionaries of parameters and buffers are not checked
         children = [own["_modules"] for own in self._own]
         tensors = [own[name] for own in self._own for name in ("_parameters", "_buffers")]
         self._slots = [slot for slot in children + tensors if slot]
@@ -169,8 +171,8 @@ class ModulesGuard:
 
     def passes(self) -> bool:
         try:
-            same = self._own == self._attributes  # what is not the same object is compared
-        except Exception:  # an attribute is another tensor or array, say
+            same = self._own == self._attributes  # compares values that are not identical
+        except Exception:  # tensors and arrays cannot be compared by ==
             return False
         return (
             same

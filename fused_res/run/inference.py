@@ -1,4 +1,4 @@
-"""A plan on tensors for inference: one op for each convolution, kept for inputs of a size."""
+"""Runs a plan for inference, one op for each convolution, and keeps the steps by input size."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from .weight_cache import fingerprint
 
 
 class _OfPlan(NamedTuple):
-    """All that a guard keeps for a plan, by the size of its input.
+    """The steps that a guard keeps for a plan, by the size of the input.
 
-    branch: the plan's, kept alive so that its address stays its own. (The plan itself may lead back
-    to the block, which the guard would keep alive then.)
+    branch: the branch of the plan, kept alive because its address is the key. (The plan itself may
+    lead back to the block and keep that alive.)
     """
 
     branch: tuple[Stage, ...]
@@ -52,9 +52,9 @@ def _keeps(x: Tensor, residual: Tensor | None) -> bool:
 def kept_for(
     block: nn.Module, plan: BlockPlan, x: Tensor, residual: Tensor | None = None
 ) -> Kept | None:
-    """The steps that run a call, from an earlier one; None where there are none, or not any more.
+    """The valid steps that an earlier call kept for such inputs, or None.
 
-    The block's guard has passed just now.
+    The caller has just checked the block's guard.
     """
     if torch.is_grad_enabled() or not _keeps(x, residual):
         return None
@@ -65,7 +65,7 @@ def kept_for(
     kept = of_plan.sizes.get((*size_of(x, residual), block.backend))
     if kept is None or kept.passes():
         return kept
-    of_plan.sizes.clear()  # they keep alive what was replaced
+    of_plan.sizes.clear()  # these keep replaced tensors alive
     return None
 
 
@@ -79,7 +79,7 @@ def run_kept(kept: Kept, x: Tensor, residual: Tensor | None) -> Tensor:
 def convolutions_of(
     block: nn.Module, plan: BlockPlan, x: Tensor, residual: Tensor | None
 ) -> list[ConvNorm] | None:
-    """The plan's convolutions as ``conv_bn_act`` takes them, the shortcut's last; None where the
+    """The plan's convolutions as arguments of ``conv_bn_act``, the shortcut's last; None where the
     call is not for inference."""
     if x.dim() != 4 or plan.branch[-1].conv is None:
         return None
@@ -110,7 +110,7 @@ def convolutions_of(
 
 
 class _Source(NamedTuple):
-    """All that steps are made from, as it is before they are made."""
+    """The modules and tensors that steps are made from, recorded before the steps are made."""
 
     guard: Guard
     modules: ModulesGuard
@@ -119,8 +119,8 @@ class _Source(NamedTuple):
 
 
 def _source_of(block: nn.Module, plan: BlockPlan) -> _Source | None:
-    """None where something could change unseen, or could lead back to the block and keep it
-    alive."""
+    """None where a change could stay unseen, or where a value could lead back to the block and keep
+    it alive."""
     guard = last_guard(block)
     if guard is None or any(stage.before for stage in plan.stages):
         return None
@@ -134,14 +134,16 @@ def _source_of(block: nn.Module, plan: BlockPlan) -> _Source | None:
         tensors += found
         modules += [m for m in (conv, bn) if m is not None]
     modules = [inner for m in modules for inner in m.modules()]
-    watched = ModulesGuard(modules)
-    return _Source(guard, watched, tensors, fingerprint(tensors)) if watched.is_plain() else None
+    unchanged = ModulesGuard(modules)
+    if not unchanged.is_plain():
+        return None
+    return _Source(guard, unchanged, tensors, fingerprint(tensors))
 
 
 def run(
     block: nn.Module, plan: BlockPlan, convs: list[ConvNorm], x: Tensor, residual: Tensor | None
 ) -> Tensor:
-    """The plan by its convolutions, of ``convolutions_of``; keeps the steps where it can."""
+    """Runs the plan by the results of ``convolutions_of``, and keeps the steps where it can."""
     source = _source_of(block, plan) if _keeps(x, residual) else None
     size = None if source is None else (*size_of(x, residual), block.backend)
     steps: list[Run] = []
@@ -186,7 +188,7 @@ def _broadcast(
     conv: ConvNorm,
     shortcut: ConvNorm | None = None,
 ) -> Tensor:
-    """The last convolution and an add of tensors that have two shapes."""
+    """The last convolution and an add of two shapes."""
     act = "relu" if plan.branch[-1].relu else "none"
     y = conv_bn_act(x, conv, act=act, backend=block.backend)
     if shortcut is not None:
@@ -201,6 +203,6 @@ def _keep(
         steps = [joined(steps)]
     kept = Kept(steps, source.modules, Places(), source.tensors, source.fingerprint)
     if last_guard(block) is not source.guard or not kept.passes():
-        return  # another thread has written to the weights meanwhile
+        return  # another thread has changed the weights
     of_plan = source.guard.kept.setdefault(id(plan.branch), _OfPlan(plan.branch, {}))
     keep(of_plan.sizes, size, kept)

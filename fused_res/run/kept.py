@@ -1,4 +1,4 @@
-"""Steps that were prepared for inputs of one size, and whether they are still right."""
+"""Steps that were prepared for inputs of one size, and whether they are still valid."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .guards import ModulesGuard
 from .places import Places
 from .weight_cache import fingerprint
 
-MOST_SIZES = 4  # inputs of so many sizes are kept: for each plan, container or served model
+MOST_SIZES = 4  # for each plan, container or served model
 
 
 class Kept(NamedTuple):
-    """Steps, and all that they were made from.
+    """Steps, and everything that they were made from.
 
-    modules, places: what they depend on beside weights.
+    modules, places: the guard of the modules, and the places that their forwards read.
     tensors, fingerprint: the weights, and their fingerprint from before they were read.
     """
 
@@ -30,7 +30,7 @@ class Kept(NamedTuple):
     fingerprint: tuple
 
     def passes(self) -> bool:
-        """Whether nothing that the steps were made from has changed."""
+        """Whether everything that the steps were made from is unchanged."""
         return (
             self.modules.passes()
             and self.places.passes()
@@ -39,14 +39,14 @@ class Kept(NamedTuple):
 
 
 def size_of(x: Tensor, residual: Tensor | None = None) -> tuple:
-    """All but weights that steps for an input depend on."""
+    """The key of steps: the input's shape, strides and dtype, threads and dispatch settings."""
     other = None if residual is None else (residual.shape, residual.stride(), residual.dtype)
     size = x.shape, x.stride(), x.dtype, other
     return *size, torch.get_num_threads(), *inference_conv.state()
 
 
 def keep(sizes: dict[tuple, Kept], size: tuple, kept: Kept) -> None:
-    """Adds to ``sizes``; the oldest gives way."""
+    """Adds an entry to ``sizes``; removes the oldest where there are too many."""
     while len(sizes) >= MOST_SIZES:
         sizes.pop(next(iter(tuple(sizes)), None), None)
     sizes[size] = kept

@@ -1,4 +1,4 @@
-"""A partial plan as methods of a block's class: its programs, and the segments that they call."""
+"""The methods that run a partial plan: its programs, and the segments that the programs call."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def _segment(plan: BlockPlan) -> Callable[..., Tensor]:
 
 def _function(program: Program) -> Callable[..., Tensor]:
     known = dict(program.names)
-    file = f"<fused_res forward {hash(program.source):x}>"  # a name that tracebacks find it by
+    file = f"<fused_res forward {hash(program.source):x}>"  # tracebacks look this up
     linecache.cache[file] = len(program.source), None, program.source.splitlines(True), file
     exec(compile(program.source, file, "exec"), known)
     return known["forward"]
 
 
 def methods(plan: PartialPlan) -> dict[str, Callable]:
-    """The methods that a class of blocks with this plan has, by name."""
+    """The methods of a class of blocks with this plan, by name."""
     found = {"_usual": _function(plan.usual)}
-    found |= {f"_segment_{i}": _segment(part) for i, part in enumerate(plan.usual.segments)}
+    found |= {f"_segment_{i}": _segment(segment) for i, segment in enumerate(plan.usual.segments)}
     if isinstance(plan.quiet, Program):
         found["_quiet"] = _function(plan.quiet)
         segments = enumerate(plan.quiet.segments)
-        found |= {f"_quiet_segment_{i}": _segment(part) for i, part in segments}
+        found |= {f"_quiet_segment_{i}": _segment(segment) for i, segment in segments}
     elif plan.quiet is not None:
         found["_quiet"] = lambda block, x, *_: run_block(block, plan.quiet, x)
     return found

@@ -1,4 +1,4 @@
-"""Places that a forward read, and what was there: what is compared in each call."""
+"""Places that a forward read, and the values found there. Each call compares them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def look(of: weakref.ref, name: str, default: Any) -> Any:
 
 
 class Places:
-    """Places outside of the modules that were described, and what was in them."""
+    """Places outside of the modules, and the values found there."""
 
     def __init__(self) -> None:
-        # (id of owner, name) -> what gets it, name, what it got
+        # (id of owner, name) -> getter, name, value
         self._kept: dict[tuple[int, str], tuple[Callable, str, Any]] = {}
         self._weak: dict[tuple[int, str], tuple[Callable, str, weakref.ref]] = {}
         self._containers: dict[int, tuple[Any, Callable[[], bool]]] = {}
         self._questions: dict[Callable, tuple] = {}
 
     def put(self, owner: Any, get: Callable, name: str, value: Any, keeps: bool) -> None:
-        """``get(name, default)`` returned ``value``, which is kept alive, or not."""
+        """``get(name, default)`` returned ``value``; ``keeps`` tells whether to keep it alive."""
         if keeps:
             self._kept[id(owner), name] = get, name, value
         else:
@@ -49,7 +49,7 @@ class Places:
         self._questions |= other._questions
 
     def passes(self) -> bool:
-        """Whether there is in each place what was there."""
+        """Whether each place still has its value."""
         if not all([get(name, MISSING) is value for get, name, value in self._kept.values()]):
             return False
         if not (self._weak or self._containers or self._questions):
@@ -73,10 +73,10 @@ def _content_check(of: Any) -> Callable[[], bool]:
 
 
 class Modules:
-    """A module and those in it as they were, in lists to loop over. No module is kept alive: one
-    that was replaced at the same address, by one of the same class, may stand for it.
+    """The state of a module and of the modules inside it, in lists to loop over.
 
-    Numbers are those of ``walk``.
+    No module is kept alive. A new module of the same class at the same address passes for the old
+    one. Modules are numbered as by ``walk``.
     """
 
     def __init__(self, found: list[tuple[str, nn.Module | None]], parents: list[int]) -> None:
@@ -84,31 +84,31 @@ class Modules:
         self._parents = parents
         self._names = list(chain.from_iterable(modules[i]._modules for i in parents))
         self._ids = list(map(id, modules))
-        self._classes = list(map(type, modules[1:]))  # the first has its plan, which leads back
+        self._classes = list(map(type, modules[1:]))  # the first's class has its plan
         self._complete = None not in modules
-        self._looked_at: list[int] | None = []  # None: all that are inside
+        self._looked_at: list[int] | None = []  # None: all but the first
         self._values: list[tuple[int, str, Any]] = []
         self._absent: list[tuple[int, str]] = []
         self._inside: list[tuple[int, str, str, Any]] = []
 
     def put(self, number: int, name: str, value: Any) -> None:
-        """An attribute's value, which is kept alive."""
+        """An attribute has this value, which is kept alive."""
         self._values.append((number, name, value))
 
     def put_absent(self, number: int, name: str) -> None:
-        """There is no attribute that stands before its class'."""
+        """The module has no attribute of this name that hides one of its class."""
         self._absent.append((number, name))
 
-    def put_inside(self, number: int, part: str, name: str, what: Any) -> None:
-        """Whether there is a parameter or buffer: True, None or MISSING."""
-        self._inside.append((number, part, name, what))
+    def put_inside(self, number: int, slot: str, name: str, found: Any) -> None:
+        """A parameter or buffer is there (True), is None, or is MISSING."""
+        self._inside.append((number, slot, name, found))
 
     def look_at(self, numbers: list[int]) -> None:
-        """These have neither hooks nor a forward of their own."""
+        """These modules have neither hooks nor a forward of their own."""
         self._looked_at = None if numbers == list(range(1, len(self._ids))) else numbers
 
     def passes(self, root: nn.Module) -> bool:
-        """Whether the modules, and what was put here of them, are as they were."""
+        """Whether the modules are unchanged in everything that was put here."""
         modules: list[nn.Module | None] = [root]
         names: list[str] = []
         for i in self._parents:
@@ -136,7 +136,7 @@ class Modules:
             ])
             and all([own[i].get(name, MISSING) is value for i, name, value in self._values])
             and not any([name in own[i] for i, name in self._absent])
-            and all([is_there(own[i][part], name) is what for i, part, name, what in self._inside])
+            and all([is_there(own[i][s], name) is found for i, s, name, found in self._inside])
         )  # fmt: skip
 
 
@@ -148,11 +148,11 @@ def is_there(tensors: dict[str, Tensor | None], name: str) -> Any:
 def walk(
     root: nn.Module, leaves: frozenset[str]
 ) -> tuple[list[tuple[str, nn.Module | None]], list[int]]:
-    """All modules by path, a module that stands in several places in each of them, and the numbers
-    of those whose children follow. What is in ``leaves`` is left out."""
+    """All modules by path, a shared module once for each path, and the numbers of the modules that
+    have their children in the list. The children of ``leaves`` are left out."""
     found: list[tuple[str, nn.Module | None]] = [("", root)]
     parents, seen = [], set()
-    for i, (path, module) in enumerate(found):  # which grows
+    for i, (path, module) in enumerate(found):  # the list grows
         if module is None or id(module) in seen:
             continue
         seen.add(id(module))

@@ -1,17 +1,17 @@
-"""What a forward reads while it is traced.
+"""Records everything that a forward reads while it is traced.
 
-A graph of ``torch.fx`` holds what was done to tensors. All else that the forward looked at has
-become part of it: attributes, globals, helper functions, modes. ``recording`` notes these while the
+A graph of ``torch.fx`` has the operations on tensors. Everything else that the forward reads is
+fixed in it: attributes, globals, helper functions, modes. ``recording`` notes these while the
 forward runs on proxies, so that ``guards`` can compare them in each call:
 
 - every attribute that is looked up on a module, by a hook into ``nn.Module``;
-- the code of every Python function that runs, and by its instructions the globals and the names of
-  attributes that it may load (a superset of what it did load);
+- the code of every Python function that runs, and the names of the globals and attributes in its
+  instructions (more than it did load);
 - questions that PyTorch answers by its state (``torch.is_grad_enabled()``), with the answers.
 
-What cannot be compared is refused: a function written in C whose result depends on more than its
-arguments (``time.time``, a generator's ``random``, ``print``), and an exception that the forward
-catches, since a proxy raises where a tensor does not.
+Two things cannot be compared and are refused. The result of a C function may depend on more than
+its arguments (``time.time``, a generator's ``random``, ``print``). A forward may catch an exception
+that a proxy raises and a tensor does not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-# Python code that is not looked into: it adds to the graph, or its result is that of its arguments
+# Python code that is not recorded: it adds to the graph, or depends on its arguments alone
 _TRUSTED = (
     "torch._C", "torch._VF", "torch._jit_internal", "torch._library", "torch._ops",
     "torch._tensor", "torch.amp", "torch.autograd", "torch.functional", "torch.fx", "torch.jit",
@@ -43,17 +43,17 @@ _TRUSTED = (
 )  # fmt: skip
 _PREFIXES = (*(f"{name}." for name in _TRUSTED), "namedtuple_")
 _KNOWN: dict[str, bool] = {}
-# Looked into where a forward calls it, not where the above do
+# Recorded where a forward calls it, but not where the trusted code above calls it
 _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch"}
 
 
 def is_of_a_library(module: str | None) -> bool:
-    """Whether a Python module, by its name, is PyTorch's or Python's own."""
+    """Whether a Python module of this name belongs to PyTorch or Python."""
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
 def is_trusted(module: str | None) -> bool:
-    """Whether functions of a Python module, by its name, are taken to depend on their arguments
+    """Whether the functions of a Python module of this name are taken to depend on their arguments
     alone."""
     name = module or ""
     if name not in _KNOWN:
@@ -61,7 +61,7 @@ def is_trusted(module: str | None) -> bool:
     return _KNOWN[name]
 
 
-# Functions in C whose result depends on their arguments alone, or on what is compared elsewhere
+# C functions that depend on their arguments alone, or on values that are compared elsewhere
 _PURE_BUILTINS = frozenset({
     "abs", "all", "any", "bin", "callable", "chr", "divmod", "format", "getattr", "hasattr",
     "hex", "isinstance", "issubclass", "iter", "len", "max", "min", "next", "oct",
@@ -79,7 +79,7 @@ _PURE_OF_TORCH = frozenset({
     "arange", "eye", "full", "linspace", "ones", "tensor", "zeros",
 })  # fmt: skip
 
-# Questions about PyTorch's state, and how they are asked
+# Questions about PyTorch's state -> the arguments that they are asked with
 QUESTIONS: dict[Callable[..., Any], tuple[tuple, ...]] = {
     torch.is_grad_enabled: ((),),
     torch.is_inference_mode_enabled: ((),),
@@ -99,7 +99,7 @@ QUESTIONS: dict[Callable[..., Any], tuple[tuple, ...]] = {
     torch._C._get_mkldnn_enabled: ((),),
 }
 _QUESTION_CODES = {f.__code__: f for f in QUESTIONS if hasattr(f, "__code__")}
-# Methods that hand out tensors as they are, whose sizes and dtypes a trace takes for constants
+# Methods that return real tensors: a trace takes their sizes and dtypes for constants
 _HANDS_OUT = {
     getattr(nn.Module, name).__code__: name
     for name in ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict")
@@ -115,11 +115,11 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _IMPORTS = importlib._bootstrap._find_and_load.__code__.co_filename
 _NOT_READ = "__", "_serving", "parametrizations"  # by Python, a served model, this package
 _DYNAMIC = frozenset({"getattr", "hasattr", "vars", "attrgetter", "__dict__", "__getattribute__"})
-# Of a tensor, not of its values: `is` compares what these return, which a proxy does not show
+# Properties of a tensor. A proxy's is never the value itself, so a trace answers `is` wrongly.
 _COMPARED = frozenset(
     {"dtype", "device", "layout", "shape", "type", "is_floating_point", "is_cuda"}
 )
-# Names in the code of what draws random numbers
+# Names of functions that draw random numbers
 _DRAWS = frozenset({
     "bernoulli", "choice", "choices", "dropout", "gauss", "getrandbits", "multinomial", "normal",
     "permutation", "rand", "randint", "randn", "random", "randperm", "sample", "shuffle", "uniform",
@@ -132,14 +132,14 @@ def ask(question: Callable[..., Any]) -> tuple:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a forward read.
+    """Everything that a forward read.
 
-    attributes: of modules, by the path from the one that was traced.
-    leaves: paths of the modules that a graph calls; what these read is read in every call.
-    codes: of the Python functions that ran, with their globals.
-    names: of attributes that these functions may load of anything.
-    dynamic: whether they may load others, by names that are made when they run.
-    questions: about PyTorch's state, with the answers.
+    attributes: names of attributes of modules, by the module's path from the traced one.
+    leaves: paths of the modules that the graph calls; these read anew in every call.
+    codes: code of the Python functions that ran, with their globals.
+    names: names of the attributes that these functions may load from any object.
+    dynamic: whether they may load other attributes, by names that are made at run time.
+    questions: questions about PyTorch's state, with the answers.
     """
 
     attributes: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -162,7 +162,7 @@ class Reads:
         )
 
     def covers(self, other: Reads) -> bool:
-        """Whether all that another forward read is among this."""
+        """Whether everything in ``other`` is in this too."""
         return (
             all(of <= self.attributes.get(p, frozenset()) for p, of in other.attributes.items())
             and {id(code) for code, _ in other.codes} <= {id(code) for code, _ in self.codes}
@@ -199,7 +199,7 @@ def imported_by(code: CodeType, known: dict) -> Iterator[ModuleType]:
 
 
 def why_not(code: CodeType) -> str | None:
-    """Why what a function does with a proxy may differ from what it does with a tensor."""
+    """Why a function may treat a proxy otherwise than a tensor; None: it does not."""
     before = None
     for i in dis.get_instructions(code):
         none = before is not None and before.opname == "LOAD_CONST" and before.argval is None
@@ -211,7 +211,7 @@ def why_not(code: CodeType) -> str | None:
     kinds = "type" in globals_of(code) or "__class__" in attributes_of(code)
     compares = _named(code, "BINARY_SUBSCR", "COMPARE_OP", "CONTAINS_OP")
     if kinds and compares and code.co_name == "forward":
-        return "its forward compares types"  # a fused block has another
+        return "its forward compares types"  # fuse_ changes a block's type
     return None
 
 
@@ -221,7 +221,7 @@ def globals_of(code: CodeType) -> set[str]:
 
 
 def attributes_of(code: CodeType) -> set[str]:
-    """The names of the attributes that they may load or store."""
+    """The names of the attributes that a function's instructions may load or store."""
     loads = "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR", "IMPORT_FROM"
     return _named(code, *loads) | set(_constants(code.co_consts))
 
@@ -235,9 +235,8 @@ def _in_words(function: Any) -> str:
 class Recorder:
     """Collects the reads of a forward that runs in this thread.
 
-    refused: why its value cannot be known from them; None: it can.
-    leaves: paths of the modules that the graph calls, which the tracer adds.
-    made: has the number of nodes that the graph has so far.
+    refused: why the reads do not determine the forward's result; None: they do.
+    leaves: paths of the modules that the graph calls; the tracer adds them.
     """
 
     def __init__(self, root: nn.Module, made: Callable[[], int], original: nn.Module) -> None:
@@ -252,8 +251,8 @@ class Recorder:
         self._attributes: dict[str, set[str]] = {path: set() for path in self._paths.values()}
         self._codes: dict[int, tuple[CodeType, dict]] = {}
         self._questions: dict[Callable[..., Any], tuple] = {}
-        # functions in C that have not returned, and what the graph had when they were called
         self._importing = 0  # modules
+        # C functions that have not returned, with the number of nodes when they were called
         self._open: list[tuple[FrameType, Any, int]] = []
 
     def reads(self) -> Reads:
@@ -268,7 +267,7 @@ class Recorder:
 
     @property
     def may_draw(self) -> bool:
-        """Whether what ran names something that draws random numbers, or was refused."""
+        """Whether the code that ran names a function that draws random numbers, or was refused."""
         names = [code.co_names for code, _ in self._codes.values()]
         return self.refused is not None or not _DRAWS.isdisjoint(chain.from_iterable(names))
 
@@ -281,7 +280,7 @@ class Recorder:
             self.refuse(f"its forward asks {what}")
 
     def _is_users(self, frame: FrameType | None) -> bool:
-        """Whether a function is one of the forward's, or one of a library that these call."""
+        """Whether a frame is code of the forward, or of a library that this code calls."""
         while frame is not None:
             module = frame.f_globals.get("__name__") or ""
             if is_trusted(module):
@@ -296,7 +295,7 @@ class Recorder:
         if code.co_name == "_find_and_load" and code.co_filename == _IMPORTS:
             self._importing += {"call": 1, "return": -1}.get(event, 0)
         elif self._importing:
-            pass  # what a module does when it is imported it does once
+            pass  # a module's own code runs once, when it is imported
         elif event == "call":
             if code in _QUESTION_CODES:
                 if self._is_users(frame.f_back):
@@ -332,14 +331,14 @@ class Recorder:
     def _ask(self, question: Callable[..., Any]) -> None:
         try:
             self._questions[question] = ask(question)
-        except Exception:  # asked of a device that this build does not have
+        except Exception:  # this build does not have the device
             self.refuse(f"its forward asks for {_in_words(question)}()")
 
     def _is_pure(self, function: Any) -> bool:
         of = getattr(function, "__self__", None)
         if of is builtins:
             return function.__name__ in _PURE_BUILTINS
-        if not isinstance(function, BuiltinFunctionType):  # a method that its class was asked for
+        if not isinstance(function, BuiltinFunctionType):  # an unbound method of a class
             of = getattr(function, "__objclass__", object)
         if isinstance(of, type):
             return issubclass(of, _PURE_TYPES)
@@ -347,7 +346,7 @@ class Recorder:
         return known or function.__name__ in _PURE_OF_TORCH or isinstance(of, _PURE_TYPES)
 
     def _exceptions(self, frame: FrameType, event: str, arg: Any):
-        """A trace function; PyTorch's and the interpreter's own frames are left alone."""
+        """A trace function that skips frames of PyTorch and of the interpreter."""
         if self._importing or not self._is_users(frame):
             return None
         frame.f_trace_lines = False
@@ -379,7 +378,7 @@ _IS_INSTANCE = isinstance
 
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """The body's reads, where it runs in this thread, go to the recorder."""
+    """Sends the reads of the body, in this thread, to the recorder."""
     profile, tracer, collects = sys.getprofile(), sys.gettrace(), gc.isenabled()
 
     def __getattribute__(module, name):
@@ -392,7 +391,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
     def is_instance(value, kinds):
         return recorder.is_instance(value, kinds)
 
-    gc.disable()  # it calls what has nothing to do with the forward
+    gc.disable()  # finalizers that it runs have nothing to do with the forward
     nn.Module.__getattribute__ = __getattribute__
     nn.Module.__hash__ = __hash__
     builtins.isinstance = is_instance

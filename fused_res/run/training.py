@@ -1,5 +1,5 @@
-"""A plan on tensors where gradients or a batch's statistics are wanted: one op for the whole block,
-or one op for each norm with the add and ReLU that follow it."""
+"""Runs a plan for training, in one op for the whole block, or in one op for each norm with the add
+and ReLU that follow it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def _normalise(
     shortcut: Stage | None = None,
     act: Act | None = None,
 ) -> Tensor:
-    """The norm of ``stage`` on ``x``, and the norm of ``shortcut`` on ``residual``, where there are
-    any; then the add and ``act``."""
+    """Applies the norm of ``stage`` to ``x`` and the norm of ``shortcut`` to ``residual``, where
+    there are any; then the add and ``act``."""
     if act is None:
         act = "relu" if stage.relu else "none"
     if stage.norm is None:
         return F.relu(x) if act == "relu" else x
-    if x.dim() != 4:  # before a batch is counted
+    if x.dim() != 4:  # before the norm counts the batch
         raise ValueError(f"expected 4D input (got {x.dim()}D input)")
     bn, second = child(block, stage.norm), None
     group = group_of(bn)
@@ -52,10 +52,11 @@ def _normalise(
 
 
 def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | None] | None:
-    """A stage as ``res_block`` takes it, and its BatchNorm's counter of batches; None where
+    """A stage as an argument of ``res_block``, and its BatchNorm's counter of batches; None where
     ``res_block`` would compute something else.
 
-    Reads the modules' dictionaries: attribute lookups would cost more than a small block's kernels.
+    It reads the modules' dictionaries: attribute lookups cost more than the kernels of a small
+    block.
     """
     if stage.before or stage.conv is None or stage.norm is None:
         return None
@@ -63,7 +64,7 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
     frozen = is_frozen(bn)
     if (
         conv.padding_mode != "zeros"
-        or (not frozen and bn.momentum is None)  # a count that is on the device
+        or (not frozen and bn.momentum is None)  # needs the counter, which is on the device
         or group_of(bn) is not None
     ):
         return None
@@ -74,7 +75,7 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
         weight, bias = kernel["weight"], kernel["bias"]
         gamma, beta, counter = affine["weight"], affine["bias"], state["num_batches_tracked"]
         mean, var = state["running_mean"], state["running_var"]
-    except KeyError:  # some are plain attributes, or gone
+    except KeyError:  # one is a plain attribute, or was removed
         return None
     sizes = conv.stride, conv.padding, conv.dilation
     for size in sizes:
@@ -95,7 +96,7 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
 
 
 def run_whole(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor | None:
-    """The plan in one op; None, and nothing is done, where it has to run stage by stage."""
+    """Runs the plan in one op; returns None where it has to run stage by stage."""
     if torch.compiler.is_compiling() or plan.skip == "concat":
         return None
     stages = []
@@ -115,7 +116,7 @@ def run_whole(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor | None:
 
 
 def add_shortcut(plan: BlockPlan, out: Tensor, residual: Tensor) -> Tensor:
-    """The add and the ReLU after it in PyTorch's ops: shapes may broadcast, dtypes be promoted."""
+    """The add and the ReLU after it, in PyTorch's ops: they broadcast shapes and promote dtypes."""
     if plan.into == "shortcut":
         out, residual = residual, out
     out = operator.iadd(out, residual) if plan.into else out + residual
@@ -123,7 +124,7 @@ def add_shortcut(plan: BlockPlan, out: Tensor, residual: Tensor) -> Tensor:
 
 
 def run_stages(block: nn.Module, plan: BlockPlan, x: Tensor, residual: Tensor | None) -> Tensor:
-    """The plan with one op for each norm."""
+    """Runs the plan with one op for each norm."""
     *inner, last = plan.branch
     out = x
     for stage in inner:

@@ -1,13 +1,16 @@
-"""Weights as kernels take them, and when they must be made again.
+"""Packed weights, and the fingerprint that tells when they must be made again.
 
 On a CPU a convolution runs on packed weights: multiplied by BatchNorm's scale and laid out for its
-kernel. They are kept outside of the modules, so no ``state_dict``, copy or pickle has them, and
-live as long as the weight does. Each use compares a fingerprint of all that they were made from:
-addresses, version counters (which most in-place changes count up), how many steps optimizers have
-made (PyTorch's fused ones do not count) and samples of the values (nor do changes through
-``.data``). Another thread may write to the weights meanwhile: the fingerprint is taken before they
-are read, and what was made of them is kept only if it is the same afterwards. On a GPU nothing is
-kept: kernels read the parameters themselves.
+kernel. They are kept outside of the modules, so no ``state_dict``, copy or pickle has them. They
+live as long as the weight. Each use compares a fingerprint of the tensors that they were made from:
+
+- addresses and version counters, which most in-place changes increase;
+- the number of optimizer steps, because PyTorch's fused optimizers leave version counters alone;
+- samples of the values, because changes through ``.data`` leave version counters alone too.
+
+Another thread may write to the weights meanwhile. So the fingerprint is taken before the weights
+are read, and packed weights are kept only if it is the same afterwards. On a GPU nothing is kept:
+kernels read the parameters themselves.
 """
 
 from __future__ import annotations
@@ -34,13 +37,13 @@ class _Packed(NamedTuple):
     value: Any
 
 
-# Of a weight's storage: torch.utils.swap_tensors refuses tensors that have a weak reference.
+# By storage: torch.utils.swap_tensors refuses tensors that have a weak reference.
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def scale_and_shift(conv: ConvNorm) -> tuple[Tensor | None, Tensor | None]:
-    """BatchNorm after a convolution with a bias as ``scale * y + shift``: (K,) each, float64;
-    None for 1 and 0."""
+    """A convolution's bias and BatchNorm as ``scale * y + shift``, each (K,), float64, or None for
+    1 and 0."""
     bias = None if conv.bias is None else conv.bias.double()
     if conv.norm is None:
         return None, bias
@@ -56,8 +59,8 @@ def _tensors(conv: ConvNorm) -> list[Tensor]:
     return [t for t in (conv.weight, conv.bias, *(conv.norm or ())[:4]) if t is not None]
 
 
-# Changes that tensors do not show: optimizers' steps, and what users tell. None: nothing has a
-# fingerprint yet, and programs without fused blocks have no hook on their optimizers.
+# The number of optimizer steps and of calls of ``refresh``. None: no fingerprint was taken yet, so
+# a program without fused blocks has no hook on its optimizers.
 _changes: int | None = None
 
 
@@ -73,14 +76,14 @@ def _count_changes() -> None:
 
 
 def forget_weights() -> None:
-    """Makes all packed weights new, and all that was made from them, when they are used next."""
+    """Changes every fingerprint, so that packed weights are made again at their next use."""
     if _changes is not None:
         _count_change()
 
 
 def fingerprint(tensors: list[Tensor]) -> tuple:
-    """Changes whenever what is made of ``tensors``, which are no inference tensors, may."""
-    if STATUS["cpu"] is not None:  # nothing is packed without the library
+    """A tuple that changes when ``tensors`` may have changed. No inference tensors."""
+    if STATUS["cpu"] is not None:  # nothing is packed without CPU kernels
         return (object(),)
     if _changes is None:
         _count_changes()
@@ -92,11 +95,11 @@ def fingerprint(tensors: list[Tensor]) -> tuple:
 def packed_weights(
     conv: ConvNorm, kind: tuple, make: Callable[[], Any], second: ConvNorm | None = None
 ) -> Any:
-    """``make()``, or what it made before if nothing has changed that it is made of.
+    """``make()``, or its earlier result if the tensors are unchanged.
 
     Args:
-        conv, second: what it is made of.
-        kind: what is made, hashable: with everything that matters beside their tensors.
+        conv, second: the convolutions that ``make`` reads.
+        kind: a hashable key of the result: everything that it depends on beside the tensors.
     """
     convs = (conv,) if second is None else (conv, second)
     tensors = [t for c in convs for t in _tensors(c)]
@@ -113,7 +116,7 @@ def packed_weights(
     with torch.no_grad():
         value = make()
     if (*eps, *fingerprint(tensors)) != now:
-        return value  # of weights that another thread writes
+        return value  # another thread has changed the weights
     others = [k for k in tuple(of_storage) if k[0] == where and k != kind]
     for old in others[: max(len(others) + 1 - MOST_PER_WEIGHT, 0)]:
         of_storage.pop(old, None)

@@ -1,1 +1,1 @@
-"""``optimize_for_inference``: a model made to serve."""
+"""``optimize_for_inference``: a copy of a model for serving."""

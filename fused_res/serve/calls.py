@@ -1,4 +1,4 @@
-"""How a forward is called: an example, and which calls differ from it in their tensors alone."""
+"""The example's call of a forward, and the calls that differ from it in tensors alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MOST_FORMS = 64  # ways to write the same call that are kept
+MOST_FORMS = 64  # ways to write the same call, by position or by name
 
 _PLAIN = {type(None), bool, int, float, complex, str, bytes}
 _PLAIN |= {torch.dtype, torch.device, torch.layout, torch.memory_format}
@@ -24,14 +24,14 @@ class _Slot(NamedTuple):
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value never changes and is all that ``repr`` shows of it."""
+    """Whether a value is immutable and ``repr`` shows all of it."""
     if type(value) in (tuple, torch.Size):
         return all(map(is_plain, value))
     return type(value) in _PLAIN
 
 
 def _same(a: Any, b: Any) -> bool:
-    # 0.0 is -0.0 to ==, and 1 is True
+    # not ==, by which 0.0 equals -0.0, and 1 equals True
     return type(a) is type(b) and is_plain(a) and is_plain(b) and repr(a) == repr(b)
 
 
@@ -45,7 +45,7 @@ def has_no_tensor(value: Any) -> bool:
 
 
 def example_call(example: Any) -> tuple[tuple, dict[str, Any]]:
-    """The arguments by position, and those by keyword, that an example stands for.
+    """The positional and keyword arguments of an example.
 
     Raises:
         TypeError: it is no tensor, tuple of tensors or dictionary of keyword inputs.
@@ -86,7 +86,7 @@ class Parameters:
         if own and own[0].kind is not inspect.Parameter.VAR_POSITIONAL:
             own = own[1:]  # self
         self._signature = signature.replace(parameters=own)
-        # what wraps a forward may tell an argument that is given from one that is left out
+        # a wrapper may treat a default that is given otherwise than one that is left out
         self._is_exact = (
             isinstance(forward, FunctionType)
             and not hasattr(forward, "__wrapped__")
@@ -101,7 +101,7 @@ class Parameters:
             return None
 
     def named(self, args: tuple, kwargs: dict) -> dict[Any, Any] | None:
-        """All arguments by name; None where the forward does not take them."""
+        """All arguments by name; None where they do not fit the forward."""
         bound = self._bind(args, kwargs)
         if bound is None:
             return None
@@ -119,19 +119,19 @@ class Parameters:
         return found
 
     def is_settled(self, named: dict[Any, Any]) -> bool:
-        """Whether no argument that is left out has a default that may be another one later."""
+        """Whether every argument with a mutable default is given."""
         return self._changing <= named.keys()
 
     def by_position(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The same call with as much as can be by position, where that is the same to it."""
+        """The same call with arguments by position, where the forward sees no difference."""
         bound = self._bind(args, kwargs) if self._is_exact else None
         return (args, kwargs) if bound is None else (bound.args, bound.kwargs)
 
 
 class Call:
-    """An example's call. Tensors are those that are arguments themselves, in their order.
+    """The example's call. Its tensors are the arguments that are tensors themselves, in order.
 
-    ``is_known``: all else is plain values, so that two calls with the same ones are the same.
+    is_known: whether all other arguments are plain values, which can be compared.
     """
 
     def __init__(self, parameters: Parameters, args: tuple, kwargs: dict) -> None:
@@ -142,14 +142,14 @@ class Call:
         self.is_known = all(type(v) is _Slot or is_plain(v) for v in values)
         self._count = len(tensors)
         self.forms: dict[tuple, tuple[int, ...]] = {}
-        if not self.is_known:  # and keeps nothing of it
+        if not self.is_known:  # keeps nothing of the example alive
             return
         count, names = len(args), list(kwargs)
         args, kwargs = tuple(values[:count]), dict(zip(names, values[count:], strict=True))
         self._named = parameters.named(args, kwargs)
         self.is_known = self._named is not None and parameters.is_settled(self._named)
         self._args, self._kwargs = parameters.by_position(args, kwargs)
-        if self.is_known:  # a compiled forward only looks forms up
+        if self.is_known:  # a compiled forward cannot add forms
             tensors = [name for name, v in self._named.items() if type(v) is _Slot]
             for count in range(len(tensors) + 1):
                 self._order(parameters, (count, *(n for n in tensors[count:] if type(n) is str)))
@@ -161,7 +161,7 @@ class Call:
         return args, kwargs
 
     def _of_kind(self, named: dict | None, kind: type) -> list | None:
-        """What stands for the example's tensors, if all else is as in the example."""
+        """The arguments in place of the example's tensors, if all others equal the example's."""
         if named is None or list(named) != list(self._named):
             return None
         found = [None] * self._count
@@ -176,7 +176,7 @@ class Call:
         return found
 
     def _order(self, parameters: Parameters, form: tuple) -> tuple[int, ...]:
-        """Where in a call of this form the example's tensors are; () where that is not all."""
+        """Positions of the example's tensors in a call of this form; () if it is another call."""
         count, *names = form
         slots = list(map(_Slot, range(count + len(names))))
         named = parameters.named(tuple(slots[:count]), dict(zip(names, slots[count:], strict=True)))
@@ -187,8 +187,8 @@ class Call:
         return order
 
     def inputs(self, parameters: Parameters, args: tuple, kwargs: dict) -> list[Tensor] | None:
-        """The tensors of a call that is the example's but for them, else None. Forms of calls
-        that pass just the tensors are looked up."""
+        """The tensors of a call that equals the example's in all other arguments, else None. Calls
+        that pass tensors alone are looked up by their form."""
         form = len(args), *kwargs
         order = self.forms.get(form)
         if order is None:
@@ -205,7 +205,7 @@ class Call:
         return self._of_kind(parameters.named(args, kwargs), Tensor)
 
     def shared(self, parameters: Parameters, args: tuple, kwargs: dict) -> list[tuple[int, Tensor]]:
-        """Tensors of any call that are where one of the example's is, each after its place."""
+        """(index of the example's tensor, tensor) for each tensor of a call at such a place."""
         named = parameters.named(args, kwargs) if self.is_known else None
         if named is None:
             return []

@@ -1,4 +1,4 @@
-"""A convolution outside residual blocks with the BatchNorm and ReLU after it, as one op."""
+"""Runs a convolution outside residual blocks, and the BatchNorm and ReLU after it, as one op."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from ..run.weight_cache import fingerprint
 def plain_conv_norm(
     conv: nn.Module, bn: nn.Module | None, relu: nn.Module | bool
 ) -> ConvNorm | None:
-    """The convolution and BatchNorm, if one op does what these modules do as they are now."""
+    """The convolution and BatchNorm, if one op computes the same as the modules in their current
+    state."""
     if isinstance(relu, nn.Module) and (
         type(relu) is not nn.ReLU or has_hooks(relu) or "forward" in relu.__dict__
     ):
@@ -36,11 +37,11 @@ def conv_norm_relu(
 ) -> Tensor:
     """``relu(bn(conv(x)))`` for inference.
 
-    The modules are looked at in every call: one that was replaced, hooked or set to training since
-    is called as it is.
+    Every call checks the modules. If one was replaced, hooked or set to training, the modules
+    themselves are called.
 
     Args:
-        x: (N, C, H, W), or what else the modules take.
+        x: (N, C, H, W), or another input of the modules.
         conv, bn: an ``nn.Conv2d`` and one of ``NORMS``, or None for no normalisation.
         relu: an ``nn.ReLU``, or whether a ReLU follows.
     """
@@ -58,8 +59,9 @@ def conv_norm_relu(
 def prepared_conv(
     x: Tensor, conv: nn.Module, bn: nn.Module | None, relu: nn.Module | bool
 ) -> tuple[Callable[[Tensor], Tensor], list[Tensor], tuple] | None:
-    """What runs ``conv_norm_relu`` for inputs of this size while the tensors, in which all is that
-    it was made of, have the fingerprint; None where there is no such thing."""
+    """A function that runs ``conv_norm_relu`` for inputs of this size, the tensors that it was made
+    from, and their fingerprint; None where it cannot be prepared. It is valid while the tensors
+    have this fingerprint."""
     found = plain_conv_norm(conv, bn, relu) if x.dim() == 4 else None
     tensors = None if found is None else tensors_of(conv, bn)
     if tensors is None:

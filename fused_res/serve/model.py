@@ -1,4 +1,4 @@
-"""``OptimizedModel``: the class of a model that ``optimize_for_inference`` made."""
+"""``OptimizedModel``: the class of the models that ``optimize_for_inference`` returns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .calls import Call, Parameters, has_no_tensor
 from .outside_blocks import function, fuse_convolutions, graph_of
 from .prepared import PreparedForward
 
-WARM_UPS = 3  # before a CUDA graph is captured: libraries choose algorithms and allocate
+WARM_UPS = 3  # before a CUDA graph is captured: cuDNN and cuBLAS choose algorithms
 
 
 class Input(NamedTuple):
@@ -28,7 +28,7 @@ class Input(NamedTuple):
 
     shape: tuple[int, ...]
     rank: int
-    rest: tuple[int, ...]  # of the shape, without the batch
+    rest: tuple[int, ...]  # the shape without the batch
     dtype: torch.dtype
     device: torch.device
 
@@ -55,7 +55,7 @@ class _Captured(NamedTuple):
 
 @dataclass
 class Serving:
-    """All that an ``OptimizedModel`` has beside its model."""
+    """The state of an ``OptimizedModel`` beside the model."""
 
     call: Call
     inputs: tuple[Input, ...]
@@ -64,11 +64,11 @@ class Serving:
     freeze: bool
     report: FuseReport
     traced: bool = False
-    any_size: bool = False  # the trace was found to be right for another height and width
-    output: pytree.TreeSpec | None = None  # a class torch.fx does not keep: dictionaries', say
-    run: Callable | None = None  # the forward with its convolutions fused, made when needed
-    prepared: PreparedForward | None = None  # the same, and what it runs looked up once
-    is_traced: bool | None = None  # of a frozen model, whether it is still what was traced
+    any_size: bool = False  # the trace is right for other heights and widths
+    output: pytree.TreeSpec | None = None  # if torch.fx does not keep the output's classes
+    run: Callable | None = None  # the forward with its convolutions fused
+    prepared: PreparedForward | None = None  # the same, with its steps looked up once
+    is_traced: bool | None = None  # of a frozen model: it is as it was traced
     captured: _Captured | None = None
 
     def __getstate__(self):
@@ -76,40 +76,41 @@ class Serving:
 
 
 class OptimizedModel(nn.Module):
-    """What ``optimize_for_inference`` returns: the copied model, its class a subclass of its own.
+    """A copy of a model for serving, made by ``optimize_for_inference``. Its class is a subclass of
+    the model's class.
 
     ``state_dict``, ``load_state_dict``, children, hooks and attributes are the model's. Weights may
-    be loaded or changed at any time; of a frozen model, or one with a CUDA graph, call
-    ``recapture`` after changing anything other than by its own ``load_state_dict``. Where what else
-    ``forward`` reads (attributes, globals, helper functions) differs from when it was made, the
-    model's own forward runs, in which its blocks are fused still.
+    be loaded or changed at any time. With ``freeze`` or ``cuda_graph``, call ``recapture`` after
+    every change, unless it was made by the model's own ``load_state_dict``. If another value that
+    ``forward`` reads (an attribute, a global, a helper function) has changed, the model's own
+    forward runs, with fused blocks.
 
-    ``forward`` has the model's signature and returns what the model returns:
-
-        served = fused_res.optimize_for_inference(model, {"pixel_values": images})
-        served(pixel_values=images).logits
-        served(other_images, output_hidden_states=True).hidden_states
-
-    Calls that differ from the example in their tensors' values, batch, height and width run fused
-    as a whole. Others (another optional argument, one tensor given twice) run the model's own
-    forward, in which its blocks are fused still. Both run without gradients (``torch.no_grad``, not
-    ``inference_mode``: what it returns may go on into a graph of autograd's). Where gradients of
-    the input or weights are wanted use ``fuse_``.
+    ``forward`` has the signature of the model's forward, and returns the same. Calls that differ
+    from the example in the tensors' values, batch, height and width run fused as a whole. Other
+    calls (another optional argument, one tensor given twice) run the model's own forward, with
+    fused blocks. Both run under ``torch.no_grad``, not ``inference_mode``: autograd may use the
+    results. For gradients of the input or the weights use ``fuse_`` alone.
 
     Raises:
-        TypeError, ValueError: an input has another dtype or device than in the example, or, with a
-            CUDA graph, the call is another one; says which.
-        RuntimeError: training is asked for, or another device or dtype.
+        TypeError, ValueError: in a call, an input has another dtype or device than in the example;
+            or, with a CUDA graph, another argument or shape differs. The message names it.
+        RuntimeError: ``train()`` was called, or a conversion to another device or dtype.
+
+    Example:
+        >>> net = fused_res.models.create("resnet20")
+        >>> served = fused_res.optimize_for_inference(net, torch.randn(1, 3, 32, 32), tune=False)
+        >>> served(torch.randn(4, 3, 32, 32)).shape
+        torch.Size([4, 10])
     """
 
-    # names that begin with _serving, so that none hides one of the model's own
+    # names begin with _serving, so that none hides an attribute of the model
     model_class: type[nn.Module]
     _serving_parameters: Parameters
     _serving: Serving
 
     @property
     def report(self) -> FuseReport:
-        """Blocks and convolutions that run fused, and what does not and why. Prints as a table."""
+        """The fused blocks and convolutions, and the skipped ones with reasons."""
         return self._serving.report
 
     def extra_repr(self) -> str:
@@ -133,7 +134,7 @@ class OptimizedModel(nn.Module):
                 "a model optimised with cuda_graph=True cannot be exported, traced or compiled: "
                 "optimise it with cuda_graph=False for that"
             )
-        if is_exported():  # with no change of the grad mode, which is no plain op
+        if is_exported():  # without changing the grad mode, which is no plain op
             inputs = serving.call.inputs(self._serving_parameters, args, kwargs)
             ranks = [i.rank for i in serving.inputs]
             if inputs is None or not _distinct(inputs) or [t.dim() for t in inputs] != ranks:
@@ -155,15 +156,15 @@ class OptimizedModel(nn.Module):
         return pytree.tree_map_only(Tensor, Tensor.clone, output)
 
     def _serving_inputs(self, args: tuple, kwargs: dict) -> list[Tensor] | None:
-        """The tensors of a call that the example's trace does; None where it is another call.
+        """The tensors of a call that the example's trace can run, else None.
 
         Raises:
-            TypeError, ValueError: a tensor that the example has too is of another dtype or device;
-                it is another call for a CUDA graph.
+            TypeError, ValueError: a tensor has another dtype or device than in the example, or a
+                CUDA graph cannot run the call.
         """
         serving = self._serving
         order = serving.call.forms.get((len(args), *kwargs))
-        if order:  # what is called most comes out of here
+        if order:  # the fast path
             values = (*args, *kwargs.values()) if kwargs else args
             inputs = [values[i] for i in order]
             for t, (_, rank, rest, dtype, device) in zip(inputs, serving.inputs, strict=True):
@@ -190,12 +191,12 @@ class OptimizedModel(nn.Module):
                 "a model optimised with cuda_graph=True must be called with the example's "
                 f"arguments, got {_in_short(args, kwargs)}"
             )
-        if inputs is None or not _distinct(inputs):  # a trace does not know two as one
+        if inputs is None or not _distinct(inputs):  # a trace takes the two for different tensors
             return None
         return inputs if all(want.fits(t, serving.any_size) for t, want in pairs) else None
 
     def _serving_answer(self, args: tuple, kwargs: dict):
-        """What a call returns that is not exported and has no CUDA graph."""
+        """Runs a call that is not exported and has no CUDA graph."""
         channels_last = self._serving.channels_last
         inputs = self._serving_inputs(args, kwargs)
         if inputs is not None:
@@ -222,7 +223,7 @@ class OptimizedModel(nn.Module):
         if serving.run is None:  # a copy, or read from a file
             try:
                 self._serving_fuse(*graph_of(self, len(serving.inputs)), FuseReport())
-            except Exception:  # the code may be another than when it was written
+            except Exception:  # the code may have changed since it was saved
                 serving.traced = False
                 return type(self)._plain_forward
         if torch.compiler.is_compiling():
@@ -246,7 +247,7 @@ class OptimizedModel(nn.Module):
     def _serving_run(self, inputs: list[Tensor]):
         serving = self._serving
         grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # as no_grad does, which takes a microsecond
+        torch._C._set_grad_enabled(False)  # no_grad does the same and takes 1 us longer
         try:
             run, prepared = self._serving_function(), serving.prepared
             if prepared is None or run is not serving.run:
@@ -270,8 +271,8 @@ class OptimizedModel(nn.Module):
             self._serving.prepared.forget()
 
     def recapture(self) -> None:
-        """Looks at the weights as they are now: captures the CUDA graph again, and forgets what a
-        frozen model has kept.
+        """Updates the model after a change of weights or modules: captures the CUDA graph again,
+        and forgets the kept steps of a frozen model.
 
         Raises:
             RuntimeError: the model was made without ``cuda_graph=True`` or ``freeze=True``.
@@ -282,7 +283,7 @@ class OptimizedModel(nn.Module):
                 "there is nothing to capture: it was optimised without cuda_graph or freeze"
             )
         forget_weights()
-        self._serving_forget()  # frees its memory first
+        self._serving_forget()  # frees the old graph's memory first
         if not serving.cuda_graph:
             return
         device = serving.inputs[0].device
@@ -306,11 +307,11 @@ class OptimizedModel(nn.Module):
         self._serving_forget()
         try:
             return super().load_state_dict(*args, **kwargs)
-        finally:  # what was kept meanwhile may be of half of the weights
+        finally:  # steps that were kept meanwhile may have some old weights
             self._serving_forget()
 
     def _apply(self, fn, recurse=True):
-        # to(), cuda(), half(), ...: what they do to a tensor of no elements tells what they are
+        # for to(), cuda(), half(), ...: an empty tensor shows the new dtype and device
         for t in (*self.parameters(), *self.buffers()):
             made = fn(t.new_empty(0))
             if (made.dtype, made.device) != (t.dtype, t.device):
@@ -326,11 +327,11 @@ class OptimizedModel(nn.Module):
 
     @staticmethod
     def serving(model_class: type[nn.Module]) -> type[OptimizedModel]:
-        """The class of a served model of a class."""
+        """The class of a served model; ``model_class`` is the class before."""
         return optimized_class(model_class)
 
     def __reduce_ex__(self, protocol):
-        # the class is made at run time, so copies and pickles name what it is made from
+        # the class is made at run time, so copies and pickles name its sources
         cls, fused = type(self).model_class, None
         if "original" in cls.__dict__:  # the whole model is a block that fuse_ changed
             cls, fused = cls.original, (cls.plan, cls.recompute)
@@ -340,7 +341,7 @@ class OptimizedModel(nn.Module):
 
 @functools.cache
 def optimized_class(model_class: type[nn.Module]) -> type[nn.Module]:
-    # a block that fuse_ changed has the forward of the class that it was
+    # the class before fuse_ has the signature of the forward
     original = model_class.__dict__.get("original", model_class)
 
     own = OptimizedModel.forward
@@ -354,7 +355,7 @@ def optimized_class(model_class: type[nn.Module]) -> type[nn.Module]:
         "__doc__": model_class.__doc__,
         "__qualname__": f"Optimized{original.__qualname__}",
     }
-    # the name that its class has in libraries: transformers writes and looks it up
+    # the original name: transformers saves it and looks it up
     return type(original.__name__, (OptimizedModel, model_class), body)
 
 
@@ -367,7 +368,7 @@ def _laid_out(t: Tensor) -> Tensor:
     if t.dim() != 4:
         return t
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):  # else it does not count what is written into it
+        with torch.inference_mode(False):  # else it has no version counter
             return t.contiguous(memory_format=torch.channels_last)
     return t.contiguous(memory_format=torch.channels_last)
 
@@ -377,14 +378,14 @@ def _distinct(inputs: list[Tensor]) -> bool:
 
 
 def _write_back(given: Tensor, made: Tensor) -> None:
-    """Does to an input what a forward did to the tensor that was made of it."""
+    """Copies the result back to the input if the forward wrote to the converted tensor."""
     if not torch.compiler.is_compiling() and not made.is_inference() and made._version:
         with torch.no_grad():
             given.copy_(made)
 
 
 def _place(t: Tensor, args: tuple, kwargs: dict) -> str:
-    """Words for the argument that a tensor is."""
+    """The name or position of the argument that is the tensor."""
     for i, value in enumerate(args):
         if value is t:
             return f"inputs[{i}]"

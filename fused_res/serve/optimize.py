@@ -1,4 +1,4 @@
-"""``optimize_for_inference``: a copy of a model, made to serve inputs like one example."""
+"""``optimize_for_inference``: a copy of a model that serves inputs like one example."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .outside_blocks import chains, convolves, function, graph_of
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether a trace returned ``a`` for ``b``, perhaps by other kernels, which round otherwise."""
-    if type(a) is type(b) and is_dataclass(a):  # and nothing that pytree knows
+    """Whether a trace's result ``a`` equals ``b``, up to the rounding of other kernels."""
+    if type(a) is type(b) and is_dataclass(a):  # pytree does not know these
         return all(_all_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     if not isinstance(a, Tensor):
         return type(a) is type(b) and a == b
@@ -46,13 +46,13 @@ def _all_equal(a: Any, b: Any) -> bool:
 
 
 def _leave_to_the_graph(model: nn.Module, report: FuseReport) -> None:
-    """Gives blocks of which no more is fused than the graph of the model will fuse their own
-    forward back, so that it is seen."""
+    """Gives partly fused blocks their own forward back, if the graph of the whole model can fuse
+    the same segments: then the trace can see into them."""
     for name in [name for name, _ in report.partly]:
         block = model.get_submodule(name)
         more = isinstance(block.plan.quiet, BlockPlan) or any(
-            part.skip == "add" or any(is_norm_act(child(block, s.norm)) for s in part.branch)
-            for part in block.plan.usual.segments
+            segment.skip == "add" or any(is_norm_act(child(block, s.norm)) for s in segment.branch)
+            for segment in block.plan.usual.segments
         )
         if not more or not name:  # a whole model is a graph itself
             unfuse_(block)
@@ -60,8 +60,8 @@ def _leave_to_the_graph(model: nn.Module, report: FuseReport) -> None:
 
 
 def _is_for_any_size(model: OptimizedModel, run: Callable, inputs: list[Tensor]) -> bool:
-    """Whether a trace does what the model does for images of another height and width, too: where
-    the forward asks for sizes, a trace may have kept the example's."""
+    """Whether the trace and the model agree for images of another height and width. If the forward
+    reads sizes, the trace may have fixed those of the example."""
     if not any(t.dim() == 4 for t in inputs):
         return False
 
@@ -80,7 +80,7 @@ def _is_for_any_size(model: OptimizedModel, run: Callable, inputs: list[Tensor])
 
         try:
             expected = model._plain_forward(*others())
-        except Exception:  # whatever a forward raises of a size that it does not take
+        except Exception:  # a forward may raise anything for a size that it rejects
             continue
         try:
             return _all_equal(run(model, *others()), expected)
@@ -90,7 +90,7 @@ def _is_for_any_size(model: OptimizedModel, run: Callable, inputs: list[Tensor])
 
 
 def _fuse_outside_blocks(model: OptimizedModel, inputs: list[Tensor], expected: Any) -> None:
-    """Fuses the convolutions outside blocks, if a trace of the model shows all it does."""
+    """Fuses the convolutions outside blocks, if a trace determines the model's result."""
     serving, reason = model._serving, None
     wanted, kind = pytree.tree_flatten(expected)
     try:
@@ -99,7 +99,7 @@ def _fuse_outside_blocks(model: OptimizedModel, inputs: list[Tensor], expected: 
         with torch.no_grad():
             found, traced_kind = pytree.tree_flatten(run(model, *[t.clone() for t in inputs]))
             if len(found) != len(wanted) or not all(map(_equal, found, wanted)):
-                reason = "a trace of it does not return what it returns"
+                reason = "a trace of the model returns another result"
             serving.any_size = reason is None and _is_for_any_size(model, run, inputs)
         serving.output = None if kind == traced_kind else kind
     except Unfusable as error:
@@ -124,7 +124,7 @@ def _set_layout(model: nn.Module, layout: torch.memory_format) -> None:
 
 
 def _tune(model: OptimizedModel, args: tuple, kwargs: dict) -> None:
-    """Measures, if a convolution runs that the user's table does not have."""
+    """Measures, unless the user's table has all convolutions that run."""
     with inference_conv.recording() as calls:
         model._serving_answer(args, kwargs)
     if all(user_timings.find(key.device, inference_conv.row_of(key, {})) for key in calls):
@@ -152,7 +152,7 @@ def _check_example(args: tuple, kwargs: dict, cuda_graph: bool, freeze: bool) ->
             raise ValueError(f"example[{name!r}] must be on a CPU with freeze=True, got {t.device}")
 
 
-@torch.inference_mode(False)  # what is made in it has no version counters: nothing could be kept
+@torch.inference_mode(False)  # inference tensors have no version counters
 def optimize_for_inference(
     model: nn.Module,
     example: Tensor | tuple[Tensor | None, ...] | Mapping[str, Any],
@@ -162,49 +162,50 @@ def optimize_for_inference(
     freeze: bool = False,
     channels_last: bool = True,
 ) -> OptimizedModel:
-    """A copy of ``model`` for serving: in eval mode, channels_last, its blocks and convolutions
-    fused.
+    """A copy of ``model`` for serving: in eval mode, channels_last, blocks and convolutions fused.
 
-        serving = fused_res.optimize_for_inference(model, torch.randn(1, 3, 224, 224))
-        print(serving.report)
-        y = serving(x)
-
-    ``model`` is not changed and shares no memory with the copy, which has the same ``state_dict``
-    keys: there are two sets of weights until ``model`` is deleted. Residual blocks are fused as by
-    ``fuse_``; elsewhere a convolution with the BatchNorm or ReLU that follows it runs as one op,
-    where ``torch.fx`` can trace the model. What is not fused runs as before, and ``report`` says
-    why.
+    ``model`` is not changed. The copy has the same ``state_dict`` keys and weights of its own, so
+    delete ``model`` if memory is short. Residual blocks are fused as by ``fuse_``. Outside of
+    blocks, a convolution and the BatchNorm or ReLU after it run as one op, if ``torch.fx`` can
+    trace the model. The rest runs as before, and ``report`` has the reasons.
 
     Args:
-        model: any module, not wrapped, compiled or scripted.
-        example: what it will be called with: a tensor, a tuple of tensors, or a dict of keyword
-            inputs (``{"pixel_values": images}``, or what a processor of transformers returns), in
-            which other values may be. Tensors must have its dtypes and devices. Calls like it, of
-            any batch, height and width, run fastest; others run too (see ``OptimizedModel``), but
-            for those of a CUDA graph, which has the example's shapes.
-        tune: measure which kernels are fastest for ``example``, as ``fused_res.tune`` does, unless
-            its table has them already.
-        cuda_graph: capture the forward in a CUDA graph and replay it, which saves the launches of
-            small batches. Outputs are copied; the graph serves one thread and stream at a time.
-        freeze: on a CPU, trust that weights, modules and hooks stay as they are when inputs of a
-            batch size first come, instead of looking at each in every call, which small networks
-            notice: ``OptimizedModel.recapture`` after a change.
+        model: any module that is not wrapped, compiled or scripted.
+        example: the inputs of a call: a tensor, a tuple of tensors, or a dict of keyword arguments
+            (``{"pixel_values": images}``, or the output of a processor of transformers), which may
+            have other values too. Calls must have its dtypes and devices. Calls that differ from it
+            in batch, height and width alone run fastest. Other calls run too (see
+            ``OptimizedModel``), but not in a CUDA graph, which has the example's shapes.
+        tune: time the kernels for ``example``, as ``fused_res.tune`` does, unless its table has
+            them already.
+        cuda_graph: capture the forward in a CUDA graph and replay that, which saves the launches of
+            small batches. Outputs are copied. The graph serves one thread and stream at a time.
+        freeze: on a CPU, trust that weights, modules and hooks do not change after the first call
+            with inputs of a size, and do not check them in each call: this saves time in small
+            networks. Call ``OptimizedModel.recapture`` after a change.
         channels_last: convert the weights, and each input with 4 dimensions, to this layout. A
-            model that cannot run in it is left in the other.
+            model that cannot run in it keeps its layout.
 
     Returns:
-        OptimizedModel: called as ``model`` is, with its signature; see there.
+        OptimizedModel: called like ``model``.
 
     Raises:
-        TypeError: ``model`` is not a module, ``example`` not tensors or a dict that has some.
+        TypeError: ``model`` is not a module; ``example`` has no tensors or is of another type.
         ValueError: ``model`` is wrapped, compiled, scripted, optimised or cannot be copied;
-            ``example`` is not on a CUDA device with ``cuda_graph``, or on one with ``freeze``.
+            ``example`` is not on a CUDA device with ``cuda_graph``, or not on a CPU with
+            ``freeze``.
         RuntimeError: ``cuda_graph`` without a CUDA device.
+        Exception: any that ``model`` raises for ``example``.
 
     Warns:
-        UserWarning: what ``tune`` measured could not be written; it holds in this process.
+        UserWarning: the timings could not be written to a file. This process uses them all the
+            same.
 
-    Whatever ``model`` raises of the example is raised too.
+    Example:
+        >>> net = fused_res.models.create("resnet20")
+        >>> served = fused_res.optimize_for_inference(net, torch.randn(1, 3, 32, 32), tune=False)
+        >>> served(torch.randn(4, 3, 32, 32)).shape
+        torch.Size([4, 10])
     """
     refuse_wrapped(model, "optimize_for_inference")
     if any(isinstance(m, OptimizedModel) for m in model.modules()):
@@ -237,7 +238,7 @@ def optimize_for_inference(
 def _copied(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], cuda_graph: bool, freeze: bool
 ) -> OptimizedModel:
-    """A copy in eval mode, its blocks fused, that serves calls like the example."""
+    """A copy in eval mode with fused blocks, of a class that serves calls like the example."""
     try:
         model = copy.deepcopy(model)
     except Exception as error:
@@ -255,7 +256,7 @@ def _copied(
 
 
 def _convert(model: OptimizedModel, args: tuple, kwargs: dict[str, Any]) -> None:
-    """To channels_last, unless it cannot run so."""
+    """Converts the model to channels_last, unless it cannot run in that layout."""
     serving = model._serving
     serving.channels_last = True
     _set_layout(model, torch.channels_last)
@@ -266,26 +267,27 @@ def _convert(model: OptimizedModel, args: tuple, kwargs: dict[str, Any]) -> None
         serving.channels_last = False
         _set_layout(model, torch.contiguous_format)
     else:
-        serving.report.advice.clear()  # it is followed
+        serving.report.advice.clear()  # the model follows it now
 
 
 def refresh(model: nn.Module) -> None:
-    """Makes all that was derived from weights new when it is used next, and captures what has a
-    CUDA graph again.
+    """Makes packed weights again at their next use, and captures CUDA graphs again.
 
-    Most changes of weights are seen without: by an optimizer, ``load_state_dict``, operations in
-    place, whole weights through ``.data``. Single values that are written past PyTorch's version
-    counters are not: through ``numpy()``, DLPack, ``.data``, raw operators such as
-    ``torch._fused_sgd_``, or by another process to shared memory.
-
-        model.conv1.weight.detach().numpy()[0, 0] = 0
-        fused_res.refresh(model)
+    Most changes of weights need no ``refresh``: by an optimizer, by ``load_state_dict``, by
+    operations in place, of a whole weight through ``.data``. Call it after single values were
+    written past PyTorch's version counters: through ``numpy()``, DLPack or ``.data``, by raw
+    operators such as ``torch._fused_sgd_``, or by another process to shared memory.
 
     Args:
-        model: any module that has fused blocks, or what ``optimize_for_inference`` returned.
+        model: any module with fused blocks, or an ``OptimizedModel``.
 
     Raises:
         TypeError: ``model`` is not a module.
+
+    Example:
+        >>> net = fused_res.models.create("resnet20")
+        >>> net.conv1.weight.detach().numpy()[0, 0] = 0
+        >>> fused_res.refresh(net)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""A model's forward as a function in which convolutions outside residual blocks run fused."""
+"""Fuses convolutions outside residual blocks, in a graph of the model's forward."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .conv_norm import conv_norm_relu, plain_conv_norm
 
 
 def convolves(module: nn.Module) -> bool:
-    """Whether it has convolutions that are in no fused block."""
+    """Whether a module has convolutions outside of fused blocks."""
     if isinstance(module, FusedForward):
         return False
     return isinstance(module, nn.Conv2d) or any(map(convolves, module.children()))
 
 
 def chains(module: nn.Module) -> bool:
-    """Whether it has blocks that may be parts of a chain."""
+    """Whether a module has several blocks that ``is_link`` allows in a chain."""
     return sum(map(is_link, module.modules())) > 1
 
 
 class _Tracer(Tracer):
-    """Sees only what leads to convolutions outside fused blocks, and, with ``enters``, to blocks
-    that may be parts of a chain; all else is one call."""
+    """Enters the modules that have convolutions outside of fused blocks, and with ``enters`` those
+    that have blocks for a chain. It records every other module as one call."""
 
     traced_func_name = "_plain_forward"
     grad = False
@@ -42,31 +42,31 @@ class _Tracer(Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         leaf = super().is_leaf_module(module, qualified_name)
-        # a container's blocks are found without
+        # PreparedForward finds the blocks in an nn.Sequential
         enters = self._enters and not isinstance(module, nn.Sequential) and chains(module)
         return leaf or has_hooks(module) or not (convolves(module) or enters)
 
 
 def graph_of(model: nn.Module, inputs: int) -> tuple[fx.Graph, Reads]:
-    """The graph of ``model._plain_forward``, which is given so many inputs, and what it read.
+    """The graph of ``model._plain_forward`` with so many inputs, and its reads.
 
     Raises:
-        Unfusable: it does something that a trace does not show.
+        Unfusable: a trace does not show everything that the forward does.
     """
     try:
         return _graph_of(model, inputs, enters=True)
-    except Exception:  # whatever a forward raises of what is not there
+    except Exception:  # a forward may raise anything for a proxy
         return _graph_of(model, inputs, enters=False)
 
 
 def _graph_of(model: nn.Module, inputs: int, enters: bool) -> tuple[fx.Graph, Reads]:
     reads = trace(model, False, _Tracer(enters), inputs).seen().reads
-    found = trace(model, False, _Tracer(enters), inputs, known=reads).seen()  # nothing is changed
+    found = trace(model, False, _Tracer(enters), inputs, known=reads).seen()  # it changes no read
     return found.graph, found.reads
 
 
 def function(model: nn.Module, graph: fx.Graph) -> Callable:
-    """A graph as a function of the model and its inputs; nothing of the model is kept in it."""
+    """A graph as a function of the model and its inputs. It keeps no reference to the model."""
     return type(fx.GraphModule(model, graph)).forward
 
 
@@ -79,11 +79,11 @@ def _is_dtype(view: fx.Node) -> bool:
 
 
 def fuse_convolutions(model: nn.Module, graph: fx.Graph, report: FuseReport) -> None:
-    """Makes a convolution, BatchNorm and ReLU that follow each other one call of the graph."""
+    """Replaces each convolution, and the BatchNorm and ReLU after it, by one call in the graph."""
     nodes = Nodes(model, graph)
     for node in list(graph.nodes):
         if node.op == "call_method" and node.target == "view" and not _is_dtype(node):
-            node.target = "reshape"  # the same, and takes maps that are channels_last
+            node.target = "reshape"  # the same, also for channels_last maps
         if type(nodes.module(node)) is not nn.Conv2d or len(node.args) != 1:
             continue
         chain, bn, relu = [node], None, False
@@ -100,7 +100,7 @@ def fuse_convolutions(model: nn.Module, graph: fx.Graph, report: FuseReport) -> 
             reason = "hooks, padding that is not zeros, or a BatchNorm without running statistics"
             report.skipped.append((name, reason))
             continue
-        with graph.inserting_before(node):  # not later: its input may be overwritten in between
+        with graph.inserting_before(node):  # not later: a node may overwrite its input
             modules = [graph.get_attr(p) if type(p) is str else p for p in paths]
             fused = graph.call_function(conv_norm_relu, (node.args[0], *modules))
         chain[-1].replace_all_uses_with(fused)

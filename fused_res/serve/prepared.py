@@ -1,9 +1,9 @@
-"""A traced model's forward whose fused calls are looked up once, not one by one in every call.
+"""A traced model's forward that looks up the steps of its fused calls once, not in every call.
 
-A fused block checks in each call whether what it kept is still right. That takes 0.2 ms a block
-between two kernels that read a network's weights, since nothing of it is in a cache then: a tenth
-of a ResNet-50 at batch 1. Here one pass checks the modules of all fused calls, and one fingerprint
-their tensors.
+A fused block checks in each call whether its kept steps are still valid. Between two kernels that
+read a network's weights this takes 0.2 ms a block, because nothing of it is in a cache then: a
+tenth of a ResNet-50 at batch 1. Here one guard checks the modules of all fused calls together, and
+one fingerprint their tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Step = Callable[[Tensor], Tensor]
 
 
 class _Found(NamedTuple):
-    """A step for inputs of one size, while its tensors have the fingerprint and its places pass."""
+    """A step for inputs of one size. It is valid while tensors and places are unchanged."""
 
     run: Step
     tensors: list[Tensor]
@@ -48,7 +48,7 @@ class _Found(NamedTuple):
 
 
 class _BlockSite(NamedTuple):
-    """Where the graph calls a fused block."""
+    """A call of a fused block in the graph."""
 
     path: str
 
@@ -71,7 +71,7 @@ class _BlockSite(NamedTuple):
 
 
 class _ChainSite(NamedTuple):
-    """Where the graph calls blocks that follow each other and keep the size of their input."""
+    """Calls of consecutive blocks that keep the size of their input."""
 
     paths: tuple[str, ...]
 
@@ -110,7 +110,8 @@ class _ChainSite(NamedTuple):
 
 
 class _ConvSite(NamedTuple):
-    """Paths of a convolution and the BatchNorm and ReLU after it; ``relu`` may be a bool."""
+    """A call of a convolution, and of the BatchNorm and ReLU after it, by path; ``relu`` may be a
+    bool."""
 
     conv: str
     bn: str | None
@@ -134,7 +135,7 @@ _Site = _BlockSite | _ChainSite | _ConvSite
 
 
 def _unchanged(found: list[_Found]) -> bool:
-    """Whether something was found, of weights that are still as they were."""
+    """Whether steps were found and their weights are unchanged."""
     return bool(found) and all(fingerprint(one.tensors) == one.fingerprint for one in found)
 
 
@@ -148,8 +149,8 @@ def _only_arg(node: fx.Node) -> fx.Node | None:
 
 
 def _runs(model: nn.Module, graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """By the first: calls of blocks that may be part of a chain, each of what the one before
-    returns to it alone."""
+    """Runs of calls of blocks that ``is_link`` allows, by their first call. Each call is the only
+    user of the one before."""
     runs: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         x = _only_arg(node) if node.op == "call_module" else None
@@ -160,8 +161,8 @@ def _runs(model: nn.Module, graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Site]]:
-    """The graph with one more input, the list of steps that run its fused calls; and these sites.
-    Blocks in containers are called in the containers' place."""
+    """The graph with one more input, the list of steps that run its fused calls; and the sites of
+    these calls. Containers of blocks are replaced by calls of their blocks."""
     made, values = fx.Graph(), {}
     runs = _runs(model, graph)
     chained = {node for run in runs.values() for node in run[1:]}
@@ -192,7 +193,7 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Site
         if node in chained:
             continue
         if node in runs:
-            # in place of the first: what comes between them may write to the chain's input
+            # at the first: a node between them may write to the chain's input
             paths = tuple(one.target for one in runs[node])
             values[runs[node][-1]] = add(_ChainSite(paths), values[_only_arg(node)])
         elif node.op == "call_function" and node.target is conv_norm_relu:
@@ -221,7 +222,7 @@ def _step(size: tuple, run: Step, plain: Step) -> Step:
 
 
 def _above(paths: list[str]) -> list[str]:
-    """The paths of all modules that lead to some, but for the model itself."""
+    """The paths of all modules above the given paths, without the model itself."""
     found = {}
     for path in paths:
         names = path.split(".")
@@ -230,12 +231,12 @@ def _above(paths: list[str]) -> list[str]:
 
 
 class PreparedForward:
-    """The forward of ``graph``, traced from a model with its convolutions fused."""
+    """The forward of ``graph``, which was traced from a model and has fused convolutions."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph, reads: Reads) -> None:
         """
         Raises:
-            Unfusable: the forward read something that cannot be compared.
+            Unfusable: the forward read a value that cannot be compared.
         """
         graph, self._sites = _with_steps(model, graph)
         self._forward = function(model, graph)
@@ -252,24 +253,24 @@ class PreparedForward:
         self._sizes: dict[tuple, Kept] = {}
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether all that the model's forward read when it was traced is as it was."""
+        """Whether everything that the forward read when it was traced is unchanged."""
         if torch.compiler.is_compiling():
             return passes_compiled(model, self._record)
         return guard_of(model, self._record).same
 
     def forget(self) -> None:
-        self._sizes = {}  # a call that is under way keeps its steps in the old one
+        self._sizes = {}  # a call in another thread keeps the old dictionary
 
     def __call__(self, model: nn.Module, inputs: list[Tensor], plain: Callable, frozen: bool):
-        """``plain(model, *inputs)``, without gradients. Frozen: as it was when inputs of these
-        sizes came first."""
+        """``plain(model, *inputs)`` without gradients. ``frozen``: with the weights and modules of
+        the first call with inputs of these sizes."""
         usual = all(x.is_cpu and not under_modes(x) for x in inputs)
         if not usual or _has_any_global_hook():
             return plain(model, *inputs)
         sizes, size = self._sizes, tuple(map(size_of, inputs))
         kept = sizes.get(size)
         if kept is None or not (frozen or kept.passes()):
-            sizes.pop(size, None)  # it keeps alive what was replaced
+            sizes.pop(size, None)  # it keeps replaced modules alive
             return self._prepare(sizes, size, model, inputs)
         return self._forward(model, kept.steps, *inputs)
 
@@ -295,7 +296,7 @@ class PreparedForward:
         y = self._forward(model, [recorder(*pair) for pair in enumerate(self._sites)], *inputs)
         tensors = [t for one in found for t in one.tensors]
         kept = Kept(steps, guard, places_of(found), tensors, fingerprint(tensors))
-        # the steps' own fingerprints are from before their weights were read
+        # each step's own fingerprint is from before its weights were read
         if kept.passes() and _unchanged(found):
             keep(sizes, size, kept)
         return y
