@@ -1,4 +1,4 @@
-"""What the pages of ``fused-res`` are made of: HTML files that need no other."""
+"""HTML pages of the ``fused-res`` commands; each is a single file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ th { font-weight: 600; color: #5b626b; }
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], kind: str = "") -> str:
-    """Rows of text, which is escaped, below a header if it is not empty; ``kind`` is its class."""
+    """A table of text, which is escaped; ``kind`` is its CSS class. The header may be empty."""
 
     def line(tag: str, cells: Sequence[object]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
@@ -35,7 +35,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], kind: str = "
 
 
 def change(before: float, after: float, better: str, worse: str) -> str:
-    """Of what should be little: ``1.23x faster``, or ``within 2 %``."""
+    """The change of a quantity that is better when lower: ``1.23x faster``, or ``within 2 %``."""
     ratio = before / after
     if abs(ratio - 1) < 0.02:
         return "within 2 %"
@@ -43,7 +43,7 @@ def change(before: float, after: float, better: str, worse: str) -> str:
 
 
 def document(title: str, sections: Sequence[str], style: str = "") -> str:
-    """The whole text. The title is escaped, the sections are HTML, ``style`` is CSS of its own."""
+    """The text of a page. The title is escaped, the sections are HTML, ``style`` is more CSS."""
     return "\n".join(
         [
             "<!doctype html>",

@@ -264,7 +264,7 @@ class TrainingConvWorkload(Workload):
         return [
             candidate(training_conv.name_of(choice), training_conv.config_of(choice),
                       partial(TrainingConvProgram, choice, self))
-            for choice in Steps(self.call, self.values(device)).choices()
+            for choice in Steps(self.call, self.values(device)).candidates()
         ]  # fmt: skip
 
     def moved_bytes(self, direction: str) -> int:
@@ -280,9 +280,9 @@ class TrainingConvWorkload(Workload):
             size += 2 * out  # a -> y
         elif training_conv.trains(call) is not None:
             size += 5 * x  # a; g, a -> da, z
-        elif call.end:
+        elif call.epilogue:
             size += used
-        return item * size + (x // 8 if call.end == training_conv.ADD else 0)
+        return item * size + (x // 8 if call.epilogue == training_conv.ADD else 0)
 
     def described(self, candidate: Candidate) -> dict[str, object]:
         return described(training_conv.row_of(self.call, {}), candidate, "op", "shape", "like")
@@ -318,7 +318,8 @@ def training_convs_of(
         (n, c, h, w), (k, _, r, s) = call.shape, call.weight
         strided = "" if call.stride == (1, 1) else f" stride {call.stride[0]}"
         way = "backward" if call.backward else "forward"
-        what = f"{r}x{s} {c}-{k}ch {h}x{w}{strided} {way}" + f", {call.end}" * bool(call.end)
+        what = f"{r}x{s} {c}-{k}ch {h}x{w}{strided} {way}"
+        what += f", {call.epilogue}" * bool(call.epilogue)
         name = f"training conv {what}, batch {n} {dtype}"
         fields = {"layout": CL, "dtype": call.dtype, "directions": (way,), "call": call}
         workloads.append(TrainingConvWorkload("training-convs", name, call.shape, **fields))

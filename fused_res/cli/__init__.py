@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from ..dispatch.backends import BackendUnavailable
 from ..version import __version__
 
-# name -> (module with add_arguments(parser) and run(args) -> exit code, summary). Only the module
-# of the command that was asked for is imported.
+# name -> (module with add_arguments(parser) and run(args) -> exit code, summary). A call imports
+# only the module of its command.
 COMMANDS = {
     "doctor": ("fused_res.cli.doctor", "say what is installed, what runs where, and why"),
     "check": ("fused_res.cli.check", "test every available backend against float64"),
@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 class CommandError(Exception):
-    """What a user can put right: printed as one line, without a traceback."""
+    """An error that the user can fix; printed as one line, without a traceback."""
 
     code = 1
 
@@ -42,8 +42,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: str = 
 
     Args:
         header: a title for each column.
-        rows: what ``str`` turns into the cells.
-        right: a letter for each column, ``r`` for those aligned to the right; default: none.
+        rows: the cells; ``str`` makes them text.
+        right: a letter for each column, ``r`` to align it to the right; default: none.
     """
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -60,7 +60,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: str = 
 
 
 def _one_line(error: Exception) -> str:
-    """Its text, without anything in it that a terminal would take for a command."""
+    """The error's text in one line, without control characters."""
     text = " ".join(str(error).splitlines())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: the arguments after the program's name; default: those of the process.
+        argv: the arguments after the program's name; default: the process's arguments.
 
     Returns:
-        The exit code: 0, or 1 where the command failed. Wrong usage exits with 2.
+        The exit code: 0, or 1 if the command failed. Wrong usage exits with 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(

@@ -1,7 +1,8 @@
-"""``fused-res check``: every available backend against float64, by the rule of the test suite.
+"""``fused-res check``: compares every available backend with float64, by the test suite's rule.
 
-A result passes where its error, against the same computation in float64, is at most ``LIMIT`` times
-that of PyTorch's own ops in the same dtype, for the largest error and for the root mean square.
+A result passes if its error, against the same computation in float64, is at most ``LIMIT`` times
+the error of PyTorch's own ops in the same dtype. This applies to the largest error and to the root
+mean square.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from ..reference import Act, Norm
 from . import table
 
 LIMIT = 1.5
-# float64 has nothing wider to be compared with: this part of the largest value stands for PyTorch's
-# error there
+# float64 has no wider type for a comparison. There PyTorch's error counts as this share of the
+# largest value.
 FLOAT64_BOUND = 2.0**-40
 # The first has tails everywhere (odd C, H and W), the second fills whole vectors.
 SHAPES = ((3, 13, 9, 7), (4, 64, 8, 8))
@@ -52,8 +53,9 @@ class Case(NamedTuple):
 class Result(NamedTuple):
     """One row of the table.
 
-    ratio: the worst error as a multiple of PyTorch's; ``where``: of which quantity and case;
-    ``failure``: what was raised instead of a result.
+    ratio: the worst error as a multiple of PyTorch's error.
+    where: the quantity and case of this error.
+    failure: the exception, if there is no result.
     """
 
     what: str
@@ -81,11 +83,11 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 class Errors:
-    """Errors of the fused and of PyTorch's ops against float64, pooled by quantity.
+    """Errors of the fused ops and of PyTorch's ops against float64, pooled by quantity.
 
-    Errors are relative to the exact tensor, the largest to its largest value and the root mean
-    square to its root mean square. They are pooled over cases because the errors of sums over a few
-    channels are chance, and so is the ratio of two of them.
+    The largest error is relative to the exact tensor's largest value, the root mean square of the
+    error to its root mean square. Errors are pooled over cases: sums over a few channels have
+    random errors, so the ratio in a single case is random too.
     """
 
     def __init__(self) -> None:
@@ -96,15 +98,16 @@ class Errors:
     def add(
         self, key: str, where: str, fused: Tensor | None, theirs: Tensor, exact: Tensor
     ) -> None:
-        """Adds one tensor of three computations.
+        """Adds a tensor that was computed three times.
 
-        No error counts as less than what correct rounding may cost: half a unit in the last place
-        of the largest exact value, and half an epsilon of the root mean square.
+        No error counts as less than the cost of correct rounding: half a unit in the last place of
+        the largest exact value, and half an epsilon of the root mean square.
 
         Args:
-            key: what it is pooled by.
-            where: which case this is.
-            fused, theirs: of one dtype and shape; fused missing, or of another, fails.
+            key: the quantity; errors are pooled by it.
+            where: the case.
+            fused, theirs: of the same dtype and shape. If ``fused`` is None or differs in dtype or
+                shape, the error is infinite.
             exact: float64.
         """
         largest = max(exact.abs().max().item(), torch.finfo(torch.float64).tiny)
@@ -133,7 +136,8 @@ class Errors:
             pooled[i] += square
 
     def worst(self) -> tuple[float, str]:
-        """Ours over the larger of theirs and the floor, where that is largest: (ratio, where)."""
+        """The largest ratio of a fused op's error to PyTorch's error (at least the floor), and
+        where it is."""
         found = 0.0, ""
         for key, (fused_max, their_max, floor, *squares) in self._pooled.items():
             fused, theirs, floor_square = squares
@@ -146,7 +150,7 @@ class Errors:
 
 
 def _inputs(case: Case, device: str, seed: int) -> dict[str, Tensor]:
-    """Random tensors of one case, in the dtypes a model has them in."""
+    """Random tensors of one case, in the dtypes that a model uses."""
     generator = torch.Generator().manual_seed(seed)
     channels = case.shape[1]
     dtype = case.dtype if case.dtype == torch.float64 else torch.float32
@@ -194,13 +198,13 @@ def _evaluate(
 
 
 def _clear_ties(case: Case, inputs: dict[str, Tensor]) -> None:
-    """Sets dy to 0 where rounding may decide the ReLU: there either side's gradient is right."""
+    """Sets dy to 0 where rounding may decide the ReLU: both gradients are right there."""
     if case.act == "none":
         return
     wide = {name: t.double() for name, t in inputs.items()}
     norm, residual_norm = _norms(case, wide)
     normalised = reference.bn_act(wide["x"], norm, act="none")
-    # in training the first call has moved the running statistics, which training does not read
+    # in training the first call has changed the running statistics; training does not read them
     total = normalised
     if case.act == "relu":
         total = reference.bn_act(wide["x"], norm, wide.get("residual"), residual_norm, "none")
@@ -216,7 +220,7 @@ def check_bn_act(
 
     Args:
         function: called as ``reference.bn_act`` is, with tensors of ``dtype`` on ``device``.
-        backend: a name for the result's row.
+        backend: its name in the result's row.
     """
     errors, count = Errors(), 0
     for case in cases(dtype):
@@ -240,7 +244,7 @@ def check_bn_act(
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """For PyTorch's side: on such small maps threads only cost, on a busy machine much."""
+    """Runs the body on one thread: on such small maps threads cost time, on a busy machine much."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -277,7 +281,7 @@ def check_block(block_type: Callable[..., nn.Module], backend: str, device: str 
         )
         exact = _evaluate_block(exact_block, x.double(), dy.double())
         if min(nearest) < 5e-5:
-            continue  # rounding may carry a value across 0, and either gradient is right then
+            continue  # rounding may move a value across 0, and both gradients are right then
         try:
             block = block_type(*sizes, backend=backend).to(device)
             block.load_state_dict(plain.state_dict())
@@ -297,7 +301,7 @@ def check_inference(
     block_type: Callable[..., nn.Module], backend: str, device: str = "cpu"
 ) -> Result:
     """Compares blocks in eval mode, without gradients, with ``reference.ResBlock``, in both memory
-    formats. Winograd's tiles of 4 have a bound of their own: these blocks are too narrow for them.
+    formats. These blocks are too narrow for Winograd's tiles of 4, which have another bound.
 
     Args:
         block_type: called as ``reference.ResBlock`` is, and with ``backend``.

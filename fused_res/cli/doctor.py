@@ -1,4 +1,5 @@
-"""``fused-res doctor``: versions, devices, libraries; which implementation runs where, and why."""
+"""``fused-res doctor``: reports versions, devices, libraries, and which implementation runs where
+and why."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def _devices() -> list[dict[str, str]]:
 
 
 def _auto_takes() -> list[str]:
-    """What ``auto`` takes on each device, and why: a line for each measurement."""
+    """A line for each choice of ``auto`` on each device, with its reason."""
     lines = []
     for op, preferred in backends.PREFERRED.items():
         for name, dtypes in preferred.items():
@@ -58,7 +59,7 @@ def _auto_takes() -> list[str]:
 
 
 def _timed(device: torch.device, op: str, option: str) -> str:
-    """What ``tune`` has found of an op for a device, in words."""
+    """The state of the user's timings of an op on a device, in words."""
     path = user_timings.path_of(user_timings.made_by(device))
     if user_timings.settings.cache is None:
         path = "no file: there is no home directory; set FUSED_RES_CACHE"
@@ -78,7 +79,7 @@ def _libraries() -> list[str]:
 
 
 def _op_rows(device_types: list[str]) -> list[dict]:
-    """A row for each op, device type, backend and dtype; backends that cannot run too."""
+    """A row for each op, device type, backend and dtype, also for backends that cannot run."""
     rows = []
     for op in backends.SUPPORT:
         places = [(types[0], name) for name, types in backends.DEVICE_TYPES.items()]
@@ -105,15 +106,15 @@ def _op_rows(device_types: list[str]) -> list[dict]:
 
 
 def report() -> dict:
-    """Everything ``fused-res doctor`` knows, of plain JSON types.
+    """The facts of ``fused-res doctor``, in plain JSON types.
 
     Returns:
         ``versions``: name -> version or None; ``machine``: platform, processor, cores, threads,
         instruction_set; ``devices``: type and name of each; ``libraries``: file names of the loaded
-        ones; ``backends``: name -> available, reason;
-        ``environment``: variable -> value, default; ``ops``: one entry for each op, device type,
-        backend and dtype, with available, auto (whether backend ``auto`` takes it) and reason;
-        ``choices``: what ``auto`` takes and why, as lines of text.
+        libraries; ``backends``: name -> available, reason; ``environment``: variable -> value,
+        default; ``ops``: one entry for each op, device type, backend and dtype, with available,
+        auto (whether backend ``auto`` takes it) and reason; ``choices``: the choices of ``auto``
+        with their reasons, as lines of text.
     """
     devices = _devices()
     return {

@@ -18,11 +18,11 @@ def named_model(name: str, /, num_classes: int | None = None, **arguments: objec
 
     Args:
         name: torchvision:NAME, timm:NAME, package.module:NAME or file.py:NAME.
-        num_classes: handed to what makes the model, if it has that parameter.
-        **arguments: handed to what makes the model.
+        num_classes: passed to the function that makes the model, if it has this parameter.
+        **arguments: passed to the function that makes the model.
 
     Raises:
-        UsageError: there is none, or it cannot be made so.
+        UsageError: there is no such model, or these arguments do not make it.
     """
     source, _, attribute = name.rpartition(":")
     if not source or not attribute:

@@ -63,10 +63,10 @@ def _list() -> str:
 
 @contextlib.contextmanager
 def _progress():
-    """Shows on stderr what is logged."""
+    """Shows the log on stderr."""
     handler = logging.StreamHandler()
     level = _log.level
-    if settings.log == "off":  # else it is shown anyway
+    if settings.log == "off":  # otherwise the package shows it
         _log.addHandler(handler)
         _log.setLevel(logging.INFO)
     try:
@@ -94,9 +94,9 @@ def run(args: argparse.Namespace) -> int:
         model = model.to(args.device, DTYPES[args.dtype])
         x = torch.randn(args.shape, dtype=DTYPES[args.dtype], device=args.device)
         if args.train:
-            reason = tuning.why_not_training(x) or "no convolution of its blocks can be our own"
+            reason = tuning.why_not_training(x) or "no convolution of its blocks has a fused kernel"
         else:
-            # the convolutions of both: those in residual blocks, and those that only this one runs
+            # covers the convolutions outside residual blocks too
             model = optimize_for_inference(model, x, tune=False, channels_last=args.channels_last)
         if args.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)

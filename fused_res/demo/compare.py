@@ -1,4 +1,4 @@
-"""Do a plain net and its fused twin compute the same? Errors against float64, and saved memory."""
+"""Compares a plain net with its fused twin: errors against float64, and saved memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Agreement(NamedTuple):
-    """Errors against float64: norm of the difference over norm, of all tensors of a kind."""
+    """Errors against float64: norm of the difference over norm, for all tensors of a kind."""
 
     kind: str
     plain: float
@@ -34,7 +34,7 @@ def _training_step(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str
 
 
 class _NearestToZero(TorchFunctionMode):
-    """Keeps the smallest absolute value that any ReLU gets."""
+    """Records the smallest absolute input of any ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,12 +49,13 @@ class _NearestToZero(TorchFunctionMode):
 def agreement(
     plain: nn.Module, fused: nn.Module, images: Tensor, labels: Tensor, keep: int = 3
 ) -> list[Agreement]:
-    """Compares training steps of copies of both with those of a float64 copy of ``plain``.
+    """Compares training steps of copies of both nets with steps of a float64 copy of ``plain``.
 
-    A step is of one image, always from the same weights. Of all images the ``keep`` count whose
-    ReLUs, in float64, stay furthest from 0: where one is within rounding of 0, float32 may flip
-    it, in PyTorch's ops as in ours, and the gradients' error then tells of that chance alone. The
-    median error is taken. The eval outputs are those after the running statistics' update.
+    Each step takes one image and starts from the same weights. The result is the median error over
+    the ``keep`` images with the ReLU inputs furthest from 0, in float64. Where an input is within
+    rounding of 0, float32 may flip the ReLU, in PyTorch's ops as in the fused ones, and the error
+    of the gradients is then a matter of chance. The eval outputs are computed after the update of
+    the running statistics.
     """
 
     double = copy.deepcopy(plain).double().train()  # batch statistics: no image changes the next
@@ -82,9 +83,9 @@ def agreement(
 
 
 def saved_bytes(model: nn.Module, images: Tensor) -> int:
-    """Bytes of activations a training step of ``model`` keeps for its backward pass.
+    """Bytes of activations that a training step of ``model`` keeps for its backward pass.
 
-    Every storage counts once, whoever saves it; parameters and buffers do not count.
+    Every storage counts once. Parameters and buffers do not count.
     """
     model = copy.deepcopy(model).train()
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -98,6 +99,6 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs = model(images)
-    # the graph, and with it every storage, is alive until here, so no address was used twice
+    # the graph keeps every storage alive until here, so no address was used twice
     del outputs
     return sum(sizes.values())

@@ -19,11 +19,11 @@ class Data(NamedTuple):
 
 
 def load(count: int | None = None, seed: int = 0) -> Data:
-    """The digits, 4 to train on for each to validate.
+    """The digits, split 4 : 1 into training and validation.
 
     Args:
-        count: how many images to take; default: all.
-        seed: of the order and the colours.
+        count: number of images; default: all.
+        seed: for the order and the colours.
     """
     _, _, train, train_labels, val, val_labels, _ = data.load("digits", seed=seed)
     if count is not None:

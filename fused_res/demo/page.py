@@ -1,4 +1,4 @@
-"""What the demo found, as tables on the terminal, a PNG and one HTML file."""
+"""The demo's report: tables on the terminal, a PNG and one HTML file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .train import Curve
 
 
 class Report(NamedTuple):
-    """All about one net. In pairs the plain one comes first. ``saved``: bytes at ``batch``."""
+    """The results of one net and its twin, the plain net first. ``saved``: bytes at ``batch``."""
 
     name: str
     what: str
@@ -84,7 +84,7 @@ def plot(reports: Sequence[Report]) -> bytes:
             layout="constrained",
         )
         for report, (losses, times, memory) in zip(reports, axes, strict=True):
-            # dashed on top of solid: two curves that agree both stay visible
+            # dashed on top of solid: equal curves both stay visible
             for (label, color), curve, line in zip(
                 COLORS.items(),
                 report.curves,
@@ -140,7 +140,7 @@ def _image(png: bytes, alt: str, kind: str = "") -> str:
 AGREEMENT_NOTE = (
     "Error of a training step against the same step in float64: norm of the difference over norm, "
     "over all tensors of a kind; the median of three images, those whose ReLUs stay furthest from "
-    "0. (Within rounding of 0 float32 may flip a ReLU, in PyTorch's ops as in ours.)"
+    "0. (Within rounding of 0 float32 may flip a ReLU, in PyTorch's ops as in the fused ones.)"
 )
 RESULT_NOTE = (
     "Same initial weights, same batches in the same order, the two nets taking turns at every "

@@ -1,4 +1,4 @@
-"""The demo: each net beside its fused twin, then a page with a plot."""
+"""Runs the demo: each net beside its fused twin, then a page with a plot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AGREEMENT_IMAGES = 20
 
 
 class _Net(NamedTuple):
-    """A net to train. ``limit``: the most steps; None: ``epochs`` decide."""
+    """A net to train. ``limit``: the largest number of steps; None: ``epochs`` decides."""
 
     name: str
     about: str
@@ -57,7 +57,7 @@ def _nets(args: argparse.Namespace) -> list[_Net]:
 
 
 def _compared(net: _Net, digits: data.Data, seed: int, seconds: float) -> page.Report:
-    """A net and its fused twin: how far they agree, what they save, and both trained."""
+    """The report of a net and its fused twin: agreement, saved memory and training."""
     torch.manual_seed(seed)
     plain = net.make().to(memory_format=torch.channels_last)
     fused = copy.deepcopy(plain)
@@ -81,7 +81,7 @@ def _print(report: page.Report) -> None:
 
 
 def _facts(digits: data.Data) -> list[tuple[str, object]]:
-    """Versions, and the machine that this ran on."""
+    """The versions and the machine of this run."""
     found = doctor.report()
     machine = found["machine"]
     return [

@@ -16,9 +16,9 @@ from .data import Data
 
 
 class Curve(NamedTuple):
-    """What one net did: a loss and a time in seconds for each step; accuracy is of the end.
+    """The training of one net: loss and seconds of each step, and the accuracy at the end.
 
-    planned: the steps it would have taken had the time sufficed.
+    planned: the number of steps without a limit of time.
     """
 
     losses: list[float]
@@ -44,7 +44,7 @@ def _step(
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 128) -> float:
-    """Part of the images that ``model`` in eval mode gets right."""
+    """The share of images that ``model`` in eval mode gets right."""
     model.eval()
     with torch.no_grad():
         found = torch.cat([model(part).argmax(1) for part in images.split(batch)])
@@ -79,7 +79,7 @@ def train(
 ) -> tuple[Curve, Curve]:
     """Trains both models in place on the same batches, taking turns at every step.
 
-    The turns let noise of the machine hit both; which goes first alternates. Training ends early
+    With turns, noise of the machine affects both; the first one alternates. Training stops early
     once both together have taken ``budget`` seconds.
     """
     from tqdm import tqdm

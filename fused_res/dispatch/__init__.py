@@ -1,1 +1,1 @@
-"""Which implementation runs, and why: backends, rules, tables of timings."""
+"""Decides which implementation runs: backends, rules, tables of timings."""

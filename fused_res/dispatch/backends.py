@@ -1,9 +1,9 @@
-"""Which implementation of an op runs, and why.
+"""Chooses the backend of an op, and says why.
 
-``auto`` takes a fused kernel where one is supported and known to win, else PyTorch's own ops
-(``eager``). A backend named by an argument, by ``with fused_res.backend(name)`` or by
-``FUSED_RES_BACKEND`` (in this order of precedence) raises where it cannot run instead of falling
-back.
+``auto`` takes a fused kernel where one can run and is known to win, else PyTorch's own ops
+(``eager``). A backend can be named by an argument, by ``with fused_res.backend(name)`` or by
+``FUSED_RES_BACKEND``, in this order of precedence. A named backend never falls back: it raises
+where it cannot run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOST_LOGGED = 1000
 _HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *_HALVES, torch.float64)
 
-# op -> backend -> dtypes it has kernels for
+# op -> backend -> dtypes with kernels
 SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "bn_act": {
         "cpu": DTYPES,
@@ -44,9 +44,9 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
         "triton": (torch.float32, *_HALVES),
     },
 }
-# op -> backend -> dtypes for which `auto` takes it where `measured` does not know the device: where
-# it was measured to beat PyTorch's own ops (benchmarks/results). On a GPU these run until it is
-# measured. The CPU's float64 kernel is plain code, there for checking gradients.
+# op -> backend -> dtypes for which `auto` takes the backend on a device without timings, because it
+# beats PyTorch's own ops there (benchmarks/results). A GPU without timings runs PyTorch's own ops.
+# The CPU's float64 kernel is plain code for gradient checks.
 PREFERRED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "bn_act": {"cpu": (torch.float32, *_HALVES)},
     "conv_bn_act": {"cpu": (torch.float32, *_HALVES)},
@@ -63,11 +63,11 @@ _override: str | None = None
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend that was asked for by name cannot run here; the message says why."""
+    """A backend that was named cannot run here; the message says why."""
 
 
 def _load(name: str) -> str | None:
-    """Loads a library of kernels; returns why it could not be, or None."""
+    """Loads a library of kernels. Returns the reason of a failure, or None."""
     path = Path(__file__).parent.parent / f"{name}.abi3.so"
     if not path.exists():
         return f"{path.name} was not built (no compiler when fused_res was installed)"
@@ -94,7 +94,7 @@ def _triton_status() -> str | None:
     return None if torch.cuda.is_available() else "no GPU that Triton compiles for"
 
 
-# Why a backend cannot run on this machine at all; None: it can.
+# backend -> why it cannot run on this machine at all, or None
 STATUS: dict[str, str | None] = {
     "cpu": _load("_C"),
     "cuda": _cuda_status(),
@@ -104,10 +104,10 @@ STATUS: dict[str, str | None] = {
 
 
 def cpu_isa(limit: str | None = None) -> str:
-    """Name of the instruction set the CPU kernels use: ``plain``, ``avx2`` or ``avx512``.
+    """The instruction set that the CPU kernels use: ``plain``, ``avx2`` or ``avx512``.
 
     Args:
-        limit: use at most this one from now on (``best``: whatever the processor has).
+        limit: use at most this one from now on; ``best``: the best that the processor has.
 
     Raises:
         ValueError: ``limit`` is not a known name.
@@ -127,8 +127,18 @@ if STATUS["cpu"] is None:
 
 
 def empty_cache() -> int:
-    """Frees the memory that the CPU kernels keep for what they hold within an op, up to 256 MB of
-    it; returns how many bytes that was. Outputs are PyTorch's own memory, of which none is kept."""
+    """Frees the scratch memory of the CPU kernels, which they keep between ops, at most 256 MB.
+
+    The kernels keep no memory of outputs: PyTorch allocates and frees it.
+
+    Returns:
+        The number of bytes freed; 0 without the CPU library.
+
+    Example:
+        >>> block, x = fused_res.FusedResBlock(64, 64).eval(), torch.randn(1, 64, 14, 14)
+        >>> y = block(x).detach()
+        >>> freed = fused_res.empty_cache()  # bytes
+    """
     return 0 if STATUS["cpu"] else torch.ops.fused_res.empty_cache()
 
 
@@ -140,13 +150,22 @@ def check_name(backend: str) -> str:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Runs the body with backend ``name``: auto, cpu, cuda, triton or eager. May be nested.
+    """Runs the body of a ``with`` with a named backend. May be nested.
 
-    The choice is global to the process, as PyTorch's own backend flags are, not per thread.
+    The name holds for all threads of the process, like PyTorch's own backend flags. In the body a
+    fused op raises ``BackendUnavailable`` where the backend cannot run it.
+
+    Args:
+        name: auto, cpu, cuda, triton or eager (PyTorch's own ops).
 
     Raises:
         ValueError: no backend has this name.
-        BackendUnavailable: it cannot run on this machine; says why.
+        BackendUnavailable: it cannot run on this machine; the message says why.
+
+    Example:
+        >>> block, x = fused_res.FusedResBlock(64, 64), torch.randn(8, 64, 14, 14)
+        >>> with fused_res.backend("eager"):
+        ...     y = block(x)
     """
     global _override
     if STATUS.get(check_name(name)):
@@ -159,12 +178,12 @@ def backend(name: str) -> Iterator[None]:
 
 
 def named() -> str:
-    """The backend that is used where none is given with a call; may be ``auto``."""
+    """The backend of a call that names none; may be ``auto``."""
     return _override or settings.backend
 
 
 def is_auto(backend: str | None) -> bool:
-    """Whether nobody named one, in the call or outside it."""
+    """Whether no backend is named, in the call or outside it."""
     return (named() if backend is None else backend) == "auto"
 
 
@@ -184,7 +203,7 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
 
 
 def why_not_tensors(*tensors: torch.Tensor | None) -> str | None:
-    """Why no fused op can take these tensors where it is called from; None where it can."""
+    """Why no fused op can run on these tensors in this context; None where one can."""
     if torch.compiler.is_compiling():
         return "the graph is being exported" if torch.compiler.is_exporting() else None
     if torch._C._are_functorch_transforms_active():
@@ -200,8 +219,8 @@ def why_not_tensors(*tensors: torch.Tensor | None) -> str | None:
 
 
 def _auto(op: str, x: torch.Tensor) -> tuple[str, str]:
-    """What ``auto`` takes for a tensor, and why."""
-    # a compiler's shapes are symbols, and its own kernels would be the rival
+    """The backend that ``auto`` takes for a tensor, and the reason."""
+    # not in torch.compile: shapes are symbols, and the timings do not cover Inductor's kernels
     if not torch.compiler.is_compiling() and x.dim() == 4 and shipped_timings.knows(x.device, op):
         able = [b for b in SUPPORT[op] if why_not(op, b, x.device.type, x.dtype) is None]
         backend, reason, _ = shipped_timings.verdict_on(op, x, tuple(able))
@@ -211,7 +230,7 @@ def _auto(op: str, x: torch.Tensor) -> tuple[str, str]:
 
 
 def preferred(op: str, x: torch.Tensor) -> tuple[str, str]:
-    """What ``auto`` takes for a tensor that no measurement is for, and why."""
+    """The backend that ``auto`` takes for a tensor without timings, and the reason."""
     device, dtype = x.device, x.dtype
     for candidate, dtypes in PREFERRED[op].items():
         if dtype in dtypes and why_not(op, candidate, device.type, dtype) is None:
@@ -220,7 +239,7 @@ def preferred(op: str, x: torch.Tensor) -> tuple[str, str]:
 
 
 def say(line: str) -> None:
-    """Logs a line that says what runs, once; not while a graph is compiled."""
+    """Logs a line about dispatch, once; not while a graph is compiled."""
     if torch.compiler.is_compiling() or line in _logged or len(_logged) >= MOST_LOGGED:
         return
     _logged.add(line)
@@ -228,7 +247,7 @@ def say(line: str) -> None:
 
 
 def asked_for(op: str, requested: str | None, *tensors: torch.Tensor | None) -> str:
-    """The backend named for a call of ``op``, ``auto`` where it may choose, or ``eager``.
+    """The backend named for a call of ``op``, or ``auto``; ``eager`` where no fused op can run.
 
     Raises:
         ValueError: ``requested`` is not a backend's name.
@@ -256,7 +275,7 @@ def choose(
     """The backend that runs ``op`` on ``tensors`` (the first one decides device and dtype).
 
     Args:
-        by_shape: False where processes whose batches differ must choose alike.
+        by_shape: False: ignore shapes, so that processes with different batches choose alike.
 
     Raises:
         as ``asked_for``.

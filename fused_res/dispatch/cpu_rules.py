@@ -1,12 +1,12 @@
-"""What ``auto`` runs on a CPU where the user has no timing: rules, made from measurements.
+"""The rules of ``auto`` on a CPU, for calls that the user has not timed.
 
-Every threshold has its reason beside it. Milliseconds are from an AMD EPYC with AVX-512 or AVX2, 2
-cores (``benchmarks/results``).
+Every threshold has its measured reason beside it. Times are from an AMD EPYC with AVX-512 or AVX2,
+2 cores (``benchmarks/results``).
 
-Some decisions need sizes that only C++ knows, and are made there:
+C++ makes the decisions that need sizes only it knows:
 
 - ``csrc/cpu/training_convolution.cpp``: which convolutions of a block in training are native.
-- ``csrc/cpu/direct.cpp``, ``winograd.cpp``, ``res_chain.cpp``: how work is cut up for threads.
+- ``csrc/cpu/direct.cpp``, ``winograd.cpp``, ``res_chain.cpp``: how threads divide the work.
 - ``csrc/cpu/bn_act.cpp``: stores past the cache, and huge pages, for large outputs.
 - ``csrc/cpu/cores.cpp``, ``team.h``: the number of threads that share a small map.
 """
@@ -38,7 +38,7 @@ def expected_tile(
     Args:
         shape: (N, C, H, W) of the input; the output has the same height and width.
         weight: (K, C, R, S).
-        tiles: the sizes that can run, 2 or 4, and 0 for a direct convolution; equals: the first.
+        tiles: the sizes that can run, 2 or 4, and 0 for a direct convolution. The first wins a tie.
         in_chain: whether the convolution is one of a chain. Each thread reads all weights there;
             elsewhere the threads share them.
     """
@@ -63,20 +63,20 @@ def expected_tile(
 
 # --- native or oneDNN, for one convolution
 
-# Up to so many multiplications a direct convolution is native: a call of oneDNN costs 30 us more.
-# Its kernels are 2 to 24 % faster with AVX-512; with AVX2 they are 1.2 to 2.3 times as fast, and
-# plain code takes up to 4 times as long.
+# A direct convolution of at most so many multiplications is native, because a call of oneDNN costs
+# 30 us more. oneDNN's kernels are 2 to 24 % faster than the native ones with AVX-512, 1.2 to 2.3
+# times as fast with AVX2, and up to 4 times as fast as plain code.
 MOST_DIRECT, MOST_DIRECT_1X1, MOST_DIRECT_AVX2 = 7e7, 1.2e8, 4e6
-# glibc maps larger outputs afresh in each call, which costs oneDNN more than its kernels gain.
+# glibc maps larger outputs anew in each call, which costs oneDNN more time than its kernels save.
 MAPPED_BYTES = 32 << 20
 
 
 def expected_convolution(key, able: list[str]) -> str:
-    """The implementation of ``conv_bn_act`` that is expected to win.
+    """The implementation of ``conv_bn_act`` that the rules expect to win.
 
     Args:
         key: an ``inference_conv.Key``.
-        able: the names that can run it, oneDNN's first.
+        able: names of the implementations that can run the call; oneDNN is the first.
     """
     n, channels, height, width = key.shape
     out_channels, _, *kernel = key.weight
@@ -90,7 +90,7 @@ def expected_convolution(key, able: list[str]) -> str:
     pixels = n * height * width // (key.stride[0] * key.stride[1])
     work = pixels * out_channels * channels * kernel[0] * kernel[1]
     point = kernel == [1, 1]
-    # oneDNN adds a residual in a pass of its own after a 1x1 convolution
+    # after a 1x1 convolution oneDNN adds a residual in a separate pass
     adds = point and key.residual in ("add", "shortcut")
     mapped = 4 * pixels * out_channels > MAPPED_BYTES
     wins = {
@@ -98,38 +98,39 @@ def expected_convolution(key, able: list[str]) -> str:
         "avx2": work < MOST_DIRECT_AVX2 or (point and mapped),
         "plain": False,
     }
-    # of many channels PyTorch's NCHW kernels have down to a third of the error of oneDNN's for NHWC
+    # With many channels oneDNN's NHWC kernels have up to three times the error of PyTorch's NCHW
+    # kernels.
     return "direct" if wins[backends.cpu_isa()] or not key.channels_last else able[0]
 
 
 # --- chains
 
-# With more channels the threads, each of which reads all weights, wait for memory. Maps that no
-# core's cache holds gain nothing from a chain.
+# Each thread reads all weights; with more channels the threads wait for memory. Maps that do not
+# fit into a core's cache gain nothing from a chain.
 MOST_CHANNELS_OF_CHAIN, MOST_BYTES_OF_CHAIN = 128, 1 << 20
 
 
 def chain_pays(channels: int, pixels: int) -> bool:
-    """Whether a block with so many channels at most, on maps of so many pixels, is for a chain."""
+    """Whether a chain pays for a block of at most ``channels``, on maps of ``pixels``."""
     return channels <= MOST_CHANNELS_OF_CHAIN and 12 * channels * pixels <= MOST_BYTES_OF_CHAIN
 
 
 # --- a whole block in one call, in training
 
-# Elements of the input up to which one call pays where oneDNN's convolutions run. It takes 0.98 to
-# 0.99 of the time up to 2 million elements, and 1.03 at 6 million: one autograd node keeps all its
-# saved tensors until its backward pass is over, and a node for each stage frees them one by one.
-# Where native convolutions run, which only this op has, one call takes two thirds of the time.
+# Elements of the input up to which one call pays where oneDNN runs the convolutions. One call takes
+# 0.98 to 0.99 of the time up to 2 million elements and 1.03 at 6 million: one autograd node keeps
+# all saved tensors until its backward pass is over, and a node for each stage frees them one by
+# one. With native convolutions, which only this op has, one call takes two thirds of the time.
 MOST_ELEMENTS_OF_BLOCK = 2**22
 
 
 def whole_block_pays(elements: int, recomputes: bool, is_bare: bool) -> bool:
-    """Whether one call pays for a block whose convolutions are oneDNN's.
+    """Whether one call pays for a block where oneDNN runs the convolutions.
 
     Args:
         elements: of the input.
-        recomputes: whether the last convolution is computed again instead of kept.
-        is_bare: it is one convolution and a BatchNorm that nothing follows: PyTorch's own ops are
-            as fast.
+        recomputes: whether the backward pass computes the last convolution again.
+        is_bare: whether the block is one convolution and a BatchNorm with nothing after it;
+            PyTorch's own ops are as fast then.
     """
     return (recomputes or elements <= MOST_ELEMENTS_OF_BLOCK) and not is_bare

@@ -1,10 +1,10 @@
-"""Which implementation of ``conv_bn_act`` runs a call, and why.
+"""Chooses the implementation of ``conv_bn_act`` that runs a call, and says why.
 
-In order of precedence: the user's timing of the very call on this device (``user_timings``, made by
-``fused_res.tune``); the package's timings (``shipped_timings``); on a CPU a rule (``cpu_rules``).
-Backend ``auto`` chooses among all implementations that can run the call, PyTorch's own ops
-(``eager``) too; a named backend among its own. Implementations register themselves. Nothing is
-timed here.
+In order of precedence the choice follows: the user's timing of exactly this call on this device
+(``user_timings``, made by ``fused_res.tune``); the package's timings (``shipped_timings``); on a
+CPU a rule (``cpu_rules``). Backend ``auto`` chooses among all implementations that can run the call
+and PyTorch's own ops (``eager``); a named backend chooses among its own implementations.
+Implementations register themselves. Nothing is timed here.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from .shipped_timings import Row
 OP = "conv_bn_act"
 
 
-# BatchNorm is in the weights, which 16 bits round once more: 1.3 times PyTorch's error on average
-# over a net, up to 1.9. (cuDNN's calls take them so, where backend cuda is named.)
+# With BatchNorm in the weights, 16 bits round the weights once more: over a net the error is 1.3
+# times PyTorch's on average, up to 1.9 times. cuDNN runs 16 bits only where backend cuda is named.
 FLOAT32_ALONE = "it is for float32 alone"
 
 
 class Implementation(NamedTuple):
     """One way to run calls of ``conv_bn_act``.
 
-    prepare: takes a call, and a configuration if there are some; returns ``(x, residual) -> y`` for
-        calls of its sizes, right while nothing changes that its convolutions are made of.
-    why_not: why it cannot run a call; None where it can.
+    prepare: takes a call, and a configuration if it has any; returns ``(x, residual) -> y`` for
+        calls of the same sizes, valid while the convolutions' parameters stay unchanged.
+    why_not: returns why it cannot run a call; None where it can.
     configs: lists the configurations for a call; None: it has none.
     """
 
@@ -43,7 +43,7 @@ class Implementation(NamedTuple):
     configs: Callable[..., list] | None = None
 
 
-# By name. Of a backend the first comes first: a later one runs where it is clearly faster.
+# By name. Within a backend a later one runs only where it is clearly faster than an earlier one.
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 
 
@@ -55,7 +55,7 @@ def register(name: str, *implementation) -> None:
 class Candidate(NamedTuple):
     """An implementation that may run a call.
 
-    config: which of Triton's configurations; None: the implementation chooses, or has only one.
+    config: one of Triton's configurations; None: the implementation chooses, or has only one.
     """
 
     implementation: str
@@ -64,7 +64,7 @@ class Candidate(NamedTuple):
 
 
 class Key(NamedTuple):
-    """All that a choice depends on."""
+    """Everything that the choice of a candidate depends on."""
 
     device: torch.device
     threads: int
@@ -126,7 +126,7 @@ def _sizes(weight, stride, padding, dilation, groups) -> str:
 
 
 def row_of(key: Key, ms: dict[str, float], config: dict | None = None) -> Row:
-    """A measurement of a call as the tables keep it, for any device."""
+    """The timing row of a call, without a device."""
     like = _sizes(*key[5:10])
     if key.residual == "shortcut":
         weight = key.second[0]
@@ -139,7 +139,7 @@ def row_of(key: Key, ms: dict[str, float], config: dict | None = None) -> Row:
 
 
 def row_like(like: str, op: str, key, ms: dict[str, float], config: dict | None) -> Row:
-    """``key``: of a convolution, with its dtype, layout, shape and weight."""
+    """A timing row of a convolution; ``key`` has its dtype, layout, shape and weight."""
     return Row(
         "",
         "",
@@ -159,7 +159,7 @@ def words(row: Row) -> str:
 
 
 def taken(row: Row) -> str:
-    """What backend ``auto`` takes where it has a measurement of its own."""
+    """The name that backend ``auto`` takes by a row of the user's timings."""
     return shipped_timings.fastest(row.ms, [n for n in ("eager", *IMPLEMENTATIONS) if n in row.ms])
 
 
@@ -169,7 +169,7 @@ _forgotten = 0
 
 
 def choose(call, backend: str) -> Candidate:
-    """What runs ``call`` on ``backend``: auto, or one that can be used here."""
+    """The candidate that runs ``call`` on ``backend``: auto, or a backend that can run here."""
     key = key_of(call)
     place = key, backend, torch._C._get_mkldnn_enabled()
     known = _chosen.get(place)
@@ -182,13 +182,14 @@ def choose(call, backend: str) -> Candidate:
 
 @functools.cache
 def knows(device: torch.device) -> bool:
-    """Whether backend ``auto`` may take a kernel on a device: one was measured there, or is now."""
+    """Whether backend ``auto`` may take a kernel on a device: there are timings of it, or ``tune``
+    runs."""
     mine = any(row.op == OP for row in user_timings.table(device).values())
     return _recorded is not None or shipped_timings.knows(device, OP) or mine
 
 
 def forget() -> None:
-    """Chooses anew from now on: the tables have changed."""
+    """Forgets all choices; call it after a change of the tables."""
     global _forgotten
     _forgotten += 1
     _chosen.clear()
@@ -196,14 +197,14 @@ def forget() -> None:
 
 
 def state() -> tuple:
-    """Changes when a call may be run by something else than before."""
+    """A value that differs when another candidate than before may run a call."""
     return _forgotten, backends.named(), torch._C._get_mkldnn_enabled()
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[dict[Key, object]]:
-    """Collects the distinct calls made in the body, without what is in their tensors. They run in
-    PyTorch's own ops."""
+    """Collects the distinct calls made in the body, without the contents of their tensors. They run
+    in PyTorch's own ops."""
     global _recorded
     _recorded = calls = {}
     forget()
@@ -235,7 +236,7 @@ def why_not(call, backend: str) -> dict[str, str | None]:
         if backend not in ("auto", implementation.backend):
             continue
         if backend == "auto" and implementation.backend == "triton" and backends.INTERPRETED:
-            continue  # is for tests
+            continue  # the interpreter is for tests
         if backend == "auto" and name == "cudnn" and call.x.dtype != torch.float32:
             reasons[name] = FLOAT32_ALONE
             continue
@@ -246,7 +247,7 @@ def why_not(call, backend: str) -> dict[str, str | None]:
 
 
 def _config(call, name: str, wanted: dict | None) -> object:
-    """The configuration that a table names, if it is still one for this call."""
+    """The configuration that a table names; None if this call has no such configuration now."""
     configs = None if name == "eager" else IMPLEMENTATIONS[name].configs
     if configs is None or wanted is None:
         return None

@@ -17,25 +17,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A kernel is taken where it was measured to be this much faster than PyTorch's own ops: on the
-# device itself, more than timings differ from run to run; on a sibling, more than siblings differ.
+# The least speedup over PyTorch's own ops for which `auto` takes a kernel. Timed on the device
+# itself: more than timings differ from run to run. Timed on a device of the same architecture: more
+# than such devices differ.
 LEAST_GAIN, LEAST_GAIN_OF_SIBLING = 1.03, 1.10
-# Of each thing that is kept for shapes of inputs, so many: a network of a hundred convolutions has
-# that many for five sizes of its input, and 5 KB are kept of each.
+# Entries of each cache that has one per shape, 5 KB each: a network of a hundred convolutions needs
+# 500 for five sizes of its input.
 MOST_SHAPES = 512
-# Values per channel and channels of a shape may differ from the measured one's by this factor.
+# A row applies to a shape if their values per channel, and their channels, differ by at most this
+# factor.
 NEAR = 4.0
 
 
 class Row(NamedTuple):
-    """One measurement.
+    """A timing row.
 
-    isa: the device's architecture, ``sm_90``.
-    shape: (N, C, H, W), of ``conv_bn_act`` (N, C, H, W, K).
-    ms: by backend, of ``conv_bn_act`` by implementation.
-    like: what a call must have in common beside op, dtype and layout, in the words of
-        ``choices.row_of``.
-    config: the fields of Triton's configuration that ``ms`` is of, where it has several.
+    isa: the device's architecture, for example ``sm_90``.
+    shape: (N, C, H, W); for convolutions (N, C, H, W, K).
+    ms: milliseconds by backend; for convolutions by implementation.
+    like: the other facts that a call must share with the row, beside op, dtype and layout; text of
+        ``inference_conv.row_of``.
+    config: the fields of Triton's fastest configuration, if there are several.
     """
 
     device: str
@@ -50,7 +52,7 @@ class Row(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    backend: str | None  # None: nothing was measured that says
+    backend: str | None  # None: no timing row applies
     reason: str
     config: dict[str, object] | None = None
 
@@ -64,7 +66,7 @@ def rows() -> tuple[Row, ...]:
 @functools.cache
 def device_of(kind: str, index: int | None) -> tuple[str, str]:
     """Name and architecture of a device."""
-    if kind != "cuda" or not torch.cuda.is_available():  # there are fake tensors
+    if kind != "cuda" or not torch.cuda.is_available():  # a fake tensor may be on "cuda"
         return kind, kind
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
@@ -74,13 +76,13 @@ def device_of(kind: str, index: int | None) -> tuple[str, str]:
 
 @functools.cache
 def knows(device: torch.device, op: str) -> bool:
-    """Whether anything of an op was measured on the device or on one of its architecture."""
+    """Whether there is a row of the op for the device, or for another of its architecture."""
     name, isa = device_of(device.type, device.index)
     return any(r.op == op and (r.device == name or r.isa == isa) for r in rows())
 
 
 def _far(a: tuple[int, ...], b: tuple[int, ...]) -> float:
-    """The largest of the factors by which values per channel and channels differ."""
+    """The largest factor by which the shapes' values per channel, or their channels, differ."""
 
     def sizes(shape):
         n, c, h, w, *out = shape
@@ -90,7 +92,7 @@ def _far(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 
 
 def fastest(ms: dict[str, float], names: Sequence[str], least: float = LEAST_GAIN) -> str:
-    """The fastest, where it is faster by ``least`` than what comes before it in ``names``."""
+    """The fastest name; a later one must be ``least`` times as fast as the one taken before it."""
     taken = names[0]
     for name in names[1:]:
         if ms[taken] >= least * ms[name]:
@@ -109,12 +111,13 @@ def verdict(
     op: str, device: tuple[str, str], dtype: str, layout: str, shape: tuple[int, ...],
     backends: tuple[str, ...], like: str = "",
 ) -> Verdict:  # fmt: skip
-    """The fastest of ``backends`` (which can run the op) and ``eager``, by the nearest measurement.
+    """The fastest of ``eager`` and ``backends``, by the nearest timing row.
 
     Args:
         device: its name and architecture.
-        dtype: as ``bfloat16``. layout: ``NCHW`` or ``channels_last``.
-        shape, backends, like: as in ``Row``; of equals the first in ``backends`` is taken.
+        dtype: for example ``bfloat16``. layout: ``NCHW`` or ``channels_last``.
+        shape, like: as in ``Row``.
+        backends: those that can run the op; the first wins a tie.
     """
     name, isa = device
     of_op = [r for r in rows() if (r.op, r.dtype, r.layout, r.like) == (op, dtype, layout, like)]
@@ -146,7 +149,7 @@ def verdict_on(op: str, x: Tensor, backends: tuple[str, ...]) -> Verdict:
 
 
 def summary(device: torch.device) -> list[str]:
-    """What was measured on a device (or, where nothing was, on its siblings), a line per row."""
+    """A line for each row of a device; without any, for each row of its architecture."""
     name, isa = device_of(device.type, device.index)
     found = [r for r in rows() if r.device == name] or [r for r in rows() if r.isa == isa]
     out = []

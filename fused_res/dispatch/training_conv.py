@@ -1,11 +1,12 @@
-"""Which convolutions of a block in training are our own, forward and backward, and why: in Triton,
-or of few channels in CUDA C++ (``conv_halo``).
+"""Chooses the kernel of each convolution of a block in training, forward and backward.
 
-In order of precedence, as in ``choices``: what the user measured for the very convolution on this
-device (``fused_res.tune(..., train=True)``); what was measured for the package near its shape;
-else the library. ``eager`` in a measurement is the library's convolution with the passes over
-memory that ours saves. A backend named ``triton`` has our own wherever they can run. Nothing is
-measured here.
+The candidates are ATen's convolution (cuDNN), fused kernels in Triton, and for few channels a fused
+kernel in CUDA C++ (``conv_halo``). In order of precedence the choice follows: the user's timing of
+exactly this convolution on this device (``user_timings``, made by ``fused_res.tune(...,
+train=True)``); the package's timings near its shape (``shipped_timings``); without any it is ATen.
+``eager`` in a timing row is ATen's convolution with the passes over memory that a fused kernel
+saves. Where backend ``triton`` is named, Triton runs every convolution that it can. Nothing is
+timed here.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from . import backends, inference_conv, shipped_timings, user_timings
 from .shipped_timings import Row
 
 OP = "training_convolution"
-# What kernels/res_block.py takes: or OWN + 1 + i, our own in Triton's i-th configuration.
-HALO, LIBRARY, OWN = -1, 0, 1
-# What comes with a convolution: forward the BatchNorm after it; backward, in the gradient of its
-# input, the ReLU and BatchNorm before it, or what passes the block by, of a shortcut's convolution
-# the branch's gradient.
+# The numbers of kernels/res_block.py. TRITON + 1 + i is Triton in its i-th configuration.
+HALO, ATEN, TRITON = -1, 0, 1
+# Epilogues. Forward: the statistics of the BatchNorm after the convolution. Backward, on the
+# gradient of its input: the ReLU and BatchNorm before it, or the sum with the gradient from the
+# block's other path.
 STATISTICS, FROZEN = "statistics", "frozen norm"
 RELU, FROZEN_RELU, ADD, ADD_IN_PLACE = "relu and sums", "relu", "add", "add in place"
 
 
 class Call(NamedTuple):
-    """A convolution of a block, one way: all that a choice depends on.
+    """A convolution of a block, one way: everything that its choice depends on.
 
-    end: what comes in the same pass where it is our own; none: nothing does.
+    epilogue: the work that a fused kernel does in the same pass; empty: none.
     """
 
     device: torch.device
@@ -49,14 +50,15 @@ class Call(NamedTuple):
     groups: int
     tf32: bool
     backward: bool
-    end: str
+    epilogue: str
 
 
 class Block(NamedTuple):
-    """All that a plan depends on.
+    """Everything that the choices for a block depend on.
 
-    stages: of each the weight's shape, the convolution's numbers and whether its BatchNorm trains.
-    shortcut: whether its last is the shortcut's. add: whether anything is added to the branch.
+    stages: for each the weight's shape, the convolution's numbers and whether its BatchNorm trains.
+    shortcut: whether the last stage is the shortcut's.
+    add: whether the block adds anything to the branch.
     """
 
     device: torch.device
@@ -86,7 +88,8 @@ def block_of(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut) -> Block:
 
 
 def calls(block: Block) -> list[Call]:
-    """Of each stage forward, then backward; none where its convolutions do not fit their inputs."""
+    """Two calls for each stage, forward and backward; none where a convolution does not fit its
+    input."""
     of_block = block.device, block.dtype
     found, shape = [], block.shape
     for i, (weight, stride, padding, dilation, groups, training) in enumerate(block.stages):
@@ -95,14 +98,14 @@ def calls(block: Block) -> list[Call]:
         if len(weight) != 4 or len(shape) != 4 or min(*shape, *weight, *stride) < 1:
             return []
         if is_shortcut:
-            end = ADD_IN_PLACE
+            epilogue = ADD_IN_PLACE
         elif i > 0:
-            end = RELU if block.stages[i - 1][-1] else FROZEN_RELU
+            epilogue = RELU if block.stages[i - 1][-1] else FROZEN_RELU
         else:
-            end = ADD if block.add and not block.shortcut else ""
+            epilogue = ADD if block.add and not block.shortcut else ""
         conv = shape, block.channels_last, weight, stride, padding, dilation, groups, block.tf32
         found.append(Call(*of_block, *conv, False, STATISTICS if training else FROZEN))
-        found.append(Call(*of_block, *conv, True, end))
+        found.append(Call(*of_block, *conv, True, epilogue))
         numbers = zip(shape[2:], weight[2:], stride, padding, dilation, strict=True)
         image = [(n + 2 * pad - d * (taps - 1) - 1) // s + 1 for n, taps, s, pad, d in numbers]
         shape = (shape[0], weight[0], *image)
@@ -110,34 +113,34 @@ def calls(block: Block) -> list[Call]:
 
 
 def name_of(choice: int) -> str:
-    """As measurements name what a choice is of."""
-    return {HALO: "conv_halo", LIBRARY: "eager"}.get(choice, "triton")
+    """The name of a choice in timing rows."""
+    return {HALO: "conv_halo", ATEN: "eager"}.get(choice, "triton")
 
 
 def config_of(choice: int):
-    """Triton's configuration; None: the best guess, or not Triton's."""
+    """Triton's configuration; None: Triton guesses the best one, or does not run the choice."""
     from ..kernels.conv_tiles import CONFIGS
 
-    return CONFIGS[choice - OWN - 1] if choice > OWN else None
+    return CONFIGS[choice - TRITON - 1] if choice > TRITON else None
 
 
 def trains(call: Call) -> bool | None:
-    """Whether the BatchNorm that comes with a call does; None: none does."""
-    return {STATISTICS: True, RELU: True, FROZEN: False, FROZEN_RELU: False}.get(call.end)
+    """Whether the BatchNorm in the epilogue of a call trains; None: there is no BatchNorm."""
+    return {STATISTICS: True, RELU: True, FROZEN: False, FROZEN_RELU: False}.get(call.epilogue)
 
 
 def row_of(call: Call, ms: dict[str, float], config: dict | None = None) -> Row:
-    """A measurement of a call as the tables keep it, for any device."""
+    """The timing row of a call, without a device."""
     like = f"{inference_conv._sizes(*call[4:9])}, {'backward' if call.backward else 'forward'}"
-    if call.end:
-        like += f", {call.end}"
+    if call.epilogue:
+        like += f", {call.epilogue}"
     if call.dtype == torch.float32:
         like += ", tf32" if call.tf32 else ", no tf32"
     return inference_conv.row_like(like, OP, call, ms, config)
 
 
 def tensors_of(call: Call, device: torch.device | str) -> tuple[Tensor, ConvNorm]:
-    """The convolution's input and itself, not filled."""
+    """The convolution's input and the convolution, with uninitialised tensors."""
     layout = torch.channels_last if call.channels_last else torch.contiguous_format
     x, weight = (
         torch.empty(shape, dtype=call.dtype, device=device, memory_format=layout)
@@ -148,19 +151,19 @@ def tensors_of(call: Call, device: torch.device | str) -> tuple[Tensor, ConvNorm
 
 @functools.lru_cache(maxsize=shipped_timings.MOST_SHAPES)
 def _choose(call: Call, named: bool, forgotten: int) -> int:
-    """``forgotten``: what was chosen before the tables changed does not count."""
+    """``forgotten``: counts changes of the tables, so that a choice from before is not reused."""
     from ..kernels import conv_tiles, training_convolution
 
-    row, config, choice = row_of(call, {}), None, LIBRARY
+    row, config, choice = row_of(call, {}), None, ATEN
     reason = training_convolution.why_not(*tensors_of(call, "meta"))
     if reason is None and named:
-        choice, reason = OWN, "the backend was named"
+        choice, reason = TRITON, "the backend was named"
     elif reason is None:
         mine = user_timings.find(call.device, row)
         if mine is not None and mine.ms.keys() >= {"eager", "triton"}:
             name, config = inference_conv.taken(mine), mine.config
             ms = mine.ms["triton" if name == "eager" else name]
-            reason = f"tuned: {ms:.3g} ms, {mine.ms['eager'] / ms:.2f}x the library"
+            reason = f"tuned: {ms:.3g} ms, {mine.ms['eager'] / ms:.2f}x PyTorch"
         else:
             device = shipped_timings.device_of(call.device.type, call.device.index)
             of = row.dtype, row.layout, row.shape
@@ -170,11 +173,11 @@ def _choose(call: Call, named: bool, forgotten: int) -> int:
             choice = HALO
         elif name == "triton":
             fields = [c._asdict() for c in conv_tiles.CONFIGS]
-            choice = OWN + (1 + fields.index(config) if config in fields else 0)
-    runs = "the library" if choice == LIBRARY else "our own"
+            choice = TRITON + (1 + fields.index(config) if config in fields else 0)
+    runs = "ATen's convolution" if choice == ATEN else "a fused kernel"
     backends.say(f"{OP} {inference_conv.words(row)} runs {runs}: {reason}")
-    # the layouts inside a block are known when it runs, and looked at then
-    return OWN if named else choice
+    # A named Triton checks again when it runs: only then the layouts inside the block are known.
+    return TRITON if named else choice
 
 
 _recorded: dict[Call, None] | None = None
@@ -182,8 +185,8 @@ _recorded: dict[Call, None] | None = None
 
 @contextlib.contextmanager
 def recording() -> Iterator[dict[Call, None]]:
-    """Collects the distinct calls that have a choice, of the blocks that Triton runs in the body.
-    They run in the library."""
+    """Collects the distinct calls that fused kernels can run, in blocks that run on Triton in the
+    body. ATen runs them there."""
     global _recorded
     _recorded = found = {}
     try:
@@ -202,15 +205,15 @@ def _record(block: Block, x: Tensor) -> list[int]:
     if name != "triton":
         size = "x".join(map(str, x.shape))
         backends.say(f"a block of {size} runs on Triton only where it is named: auto takes {name}")
-    return [LIBRARY] * (2 * len(block.stages))
+    return [ATEN] * (2 * len(block.stages))
 
 
 def plan(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, backend: str | None) -> list[int]:
-    """What runs each stage's convolution, the shortcut's last: forward, backward, forward, ...
+    """The choices for the stages' convolutions, the shortcut's last: forward, backward, forward...
 
     Args:
-        x, branch, shortcut: as of ``res_block``, where Triton runs it.
-        backend: that was named, or None.
+        x, branch, shortcut: arguments of a ``res_block`` that runs on Triton.
+        backend: the backend that was named, or None.
     """
     block = block_of(x, branch, shortcut)
     if _recorded is not None:
@@ -221,6 +224,6 @@ def plan(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, backend: str | N
 @functools.lru_cache(maxsize=shipped_timings.MOST_SHAPES)
 def _plan(block: Block, named: bool, forgotten: int) -> tuple[int, ...]:
     found = calls(block)
-    if not found:  # which the op finds too
-        return (LIBRARY,) * (2 * len(block.stages))
+    if not found:  # the op refuses such a block
+        return (ATEN,) * (2 * len(block.stages))
     return tuple(_choose(call, named, forgotten) for call in found)

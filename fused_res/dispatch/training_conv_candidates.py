@@ -1,10 +1,12 @@
-"""A convolution of a block in training, one way, with all that depends on whose it is: what
-``tune(..., train=True)`` times. The steps are those of ``kernels/res_block.py``.
+"""The candidates for a convolution of a block in training; ``tune(..., train=True)`` times them.
 
+Each candidate runs the steps of ``kernels/res_block.py`` that the choice of a kernel changes.
 Forward: the convolution, BatchNorm's statistics and the pass that applies them. Backward: the
-gradient of its input, then of the ReLU and BatchNorm before it, or the sum with what passes the
-block by. The weight's gradient is the library's either way and left out; so is the masked copy of
-dy that the end of a block writes where the library is to add it.
+gradient of the convolution's input, then the gradient of the ReLU and BatchNorm before it, or the
+sum with the gradient from the block's other path.
+
+Two steps are left out. ATen computes the weight's gradient with every candidate. The last stage
+writes a masked copy of dy where ATen runs the convolution of the first one.
 """
 
 from __future__ import annotations
@@ -12,19 +14,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import bn_act_bwd, bn_act_fwd, res_block
-from ..kernels import training_convolution as own
+from ..kernels import bn_act_bwd, bn_act_fwd, res_block, training_convolution
+from ..kernels.training_convolution import Epilogue
 from ..ops import conv_halo
 from ..ops.bn_act import unpack_mask
 from ..reference import ACTS, Norm
 from .training_conv import (
     ADD,
     ADD_IN_PLACE,
+    ATEN,
     HALO,
-    LIBRARY,
-    OWN,
     RELU,
     STATISTICS,
+    TRITON,
     Call,
     tensors_of,
     trains,
@@ -36,8 +38,9 @@ _RELU = ACTS.index("relu")
 def values(call: Call, device: torch.device | str, seed: int = 0) -> dict[str, Tensor]:
     """Random tensors for a call; BatchNorm's are float32.
 
-    ``dy`` is of the convolution's output; ``a``, of its input's shape, is what the BatchNorm and
-    ReLU before it read; ``other`` is added to the gradient, where ``mask`` lets it through.
+    dy: gradient of the convolution's output.
+    a: input of the BatchNorm and ReLU before the convolution.
+    other, mask: the gradient from the block's other path, and the mask of the ReLU that it passes.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -54,9 +57,9 @@ def values(call: Call, device: torch.device | str, seed: int = 0) -> dict[str, T
     if call.backward:
         v["dy"] = image(torch.conv2d(x, conv.weight, None, *conv[2:5]).shape)
     v["a" if call.backward and inside else "x"] = image(call.shape)
-    if call.end in (ADD, ADD_IN_PLACE):
+    if call.epilogue in (ADD, ADD_IN_PLACE):
         v["other"] = image(call.shape)
-    if call.end == ADD:
+    if call.epilogue == ADD:
         size = n * h * w, -(-c // 8)
         v["mask"] = torch.randint(256, size, generator=generator, device=device).to(torch.uint8)
         v["masked"] = v["other"] * unpack_mask(v["mask"], v["other"])
@@ -84,23 +87,24 @@ class Steps:
         return bn_act_fwd.forward(call)
 
     def candidates(self) -> list[int]:
-        """The library, and our own in each configuration that may be the fastest."""
+        """ATen, Triton in each configuration that may be the fastest, and ``conv_halo``."""
         if self.call.backward:
-            phase = own.gradient_phases(self.call.shape[2:], self.conv)[0]
-            found = own.candidates(self.v["dy"], self.call.weight[1], phase)
+            phase = training_convolution.gradient_phases(self.call.shape[2:], self.conv)[0]
+            image, channels = self.v["dy"], self.call.weight[1]
         else:
-            phase = own.forward_phase(self.v["x"], self.conv)
-            found = own.candidates(self.v["x"], self.call.weight[0], phase)
+            phase = training_convolution.forward_phase(self.v["x"], self.conv)
+            image, channels = self.v["x"], self.call.weight[0]
+        found = training_convolution.candidates(image, channels, phase)
         halo = [HALO] if self._halos() else []
-        return [LIBRARY, *(OWN + 1 + i for i in found), *halo]
+        return [ATEN, *(TRITON + 1 + i for i in found), *halo]
 
     def _halos(self) -> bool:
-        """Whether ``conv_halo`` has the end that comes with the call."""
+        """Whether ``conv_halo`` has the call's epilogue and can run the convolution."""
         x = self.v["a"] if self.call.backward and "a" in self.v else self.v.get("x")
-        return self.call.end in (STATISTICS, RELU) and conv_halo.trains(x, self.conv)
+        return self.call.epilogue in (STATISTICS, RELU) and conv_halo.trains(x, self.conv)
 
     def run(self, choice: int) -> dict[str, Tensor]:
-        """What is made, by name. Running statistics and what is added to in place change."""
+        """The results by name. Changes the running statistics, and ``other`` if added in place."""
         if not self.call.backward:
             return self._forward(choice)
         return self._into_relu(choice) if "a" in self.v else self._into_sum(choice)
@@ -110,31 +114,32 @@ class Steps:
         a, partial = res_block.convolve(self.v["x"], self.conv, of, trains(self.call), conv_halo)
         return {"y": self._normalized(a, partial)[0]}
 
-    def _library(self, x: Tensor) -> Tensor:
-        """The gradient of the input x, which PyTorch wants to see, if not to read."""
+    def _aten(self, x: Tensor) -> Tensor:
+        """The gradient of the input; ATen looks at the sizes of x alone."""
         wanted = True, False, False
         return res_block.aten_backward(self.v["dy"], x, self.conv, wanted)[0]
 
-    def _own(self, choice: int, end: own.Epilogue, out: Tensor | None = None):
+    def _triton(self, choice: int, epilogue: Epilogue, out: Tensor | None = None):
         config, size = res_block.config_of(choice), self.call.shape[2:]
-        return own.input_gradient(self.v["dy"], self.conv, size, end, config, out)
+        return training_convolution.input_gradient(
+            self.v["dy"], self.conv, size, epilogue, config, out
+        )
 
     def _into_relu(self, choice: int) -> dict[str, Tensor]:
         a, training = self.v["a"], trains(self.call)
         norm = bn_act_bwd.NormCall(self.v["gamma"], training)
         wanted = bn_act_bwd.Wanted(x=True, residual=False, parameters=training)
-        if choice == LIBRARY:
+        if choice == ATEN:
             z, mask = bn_act_fwd.reapply(a, self.stats)
             found = bn_act_bwd.backward(
-                bn_act_bwd.Call(
-                    self._library(z), a, norm, self.stats, mask, act=_RELU, wanted=wanted
-                )
+                bn_act_bwd.Call(self._aten(z), a, norm, self.stats, mask, act=_RELU, wanted=wanted)
             )
         else:
             if choice == HALO:
                 g, sums = conv_halo.input_gradient(self.v["dy"], self.conv, a, self.stats)
             else:
-                g, sums = self._own(choice, own.Epilogue(own.RELU, a=a, stats=self.stats))
+                epilogue = Epilogue(training_convolution.RELU, a=a, stats=self.stats)
+                g, sums = self._triton(choice, epilogue)
             found, z = bn_act_bwd.backward_of_sums(
                 bn_act_bwd.SumsCall(g, a, norm, self.stats, sums, wanted, True)
             )
@@ -143,11 +148,11 @@ class Steps:
 
     def _into_sum(self, choice: int) -> dict[str, Tensor]:
         other, mask = self.v.get("other"), self.v.get("mask")
-        out = other if self.call.end == ADD_IN_PLACE else None
-        if choice != LIBRARY:
-            kind = own.NOTHING if other is None else own.ADD
-            return {"y": self._own(choice, own.Epilogue(kind, other=other, mask=mask), out)[0]}
-        dx = self._library(self.v["x"])
+        out = other if self.call.epilogue == ADD_IN_PLACE else None
+        if choice != ATEN:
+            kind = training_convolution.NOTHING if other is None else training_convolution.ADD
+            return {"y": self._triton(choice, Epilogue(kind, other=other, mask=mask), out)[0]}
+        dx = self._aten(self.v["x"])
         if other is None:
             return {"y": dx}
         return {"y": other.add_(dx) if out is not None else dx.add_(self.v["masked"])}

@@ -1,9 +1,9 @@
-"""``fused_res.tune`` and ``fused-res tune``: times every candidate to run a model's convolutions.
+"""``fused_res.tune``: times every candidate for a model's convolutions.
 
-Each distinct call of ``conv_bn_act`` in one forward of the model is timed in every implementation
-that can run it, PyTorch's own ops too. For training, each distinct convolution of its blocks is
-timed both candidates, the library's against our own in Triton. The figures are kept by ``tuned``;
-``choices`` and ``plans`` go by them.
+It times each distinct call of ``conv_bn_act`` in one forward pass, in every implementation that can
+run the call and in PyTorch's own ops. For training it times each distinct convolution of the
+blocks, forward and backward, in ATen and in the fused kernels. ``user_timings`` keeps the rows;
+``inference_conv`` and ``training_conv`` follow them.
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ from .inference_conv import IMPLEMENTATIONS, Candidate, Key
 from .shipped_timings import Row
 
 _log = logging.getLogger("fused_res")
-SECONDS = 0.1  # for one implementation of one call
+SECONDS = 0.1  # for one candidate of one call
 ROUNDS = 5, 50  # at least and at most
-# Written before every run, so that weights and scratch memory come from memory as in a forward,
-# where other layers ran in between: more than caches hold.
+# Bytes that are written before every run. They push the weights out of the caches, as other layers
+# do in a network.
 SCRATCH = {"cpu": 2**26, "cuda": 2**28}
 
 
 class TableNotWritten(OSError):
-    """The measurements hold in this process but could not be saved. ``report``: what was
-    measured."""
+    """``tune`` could not write its table. This process uses the timings all the same.
+
+    Attributes:
+        report: the ``TuneReport`` of these timings.
+    """
 
     def __init__(self, message: str, report: TuneReport) -> None:
         super().__init__(message)
@@ -52,11 +55,12 @@ class TableNotWritten(OSError):
 
 @dataclass
 class TuneReport:
-    """What ``tune`` measured. Prints as a table.
+    """The timings of ``tune``. Prints as a table.
 
-    rows: a measurement per distinct call, milliseconds by implementation.
-    chosen: what backend ``auto`` takes for each from now on.
-    paths: the files it was written to, one per device.
+    Attributes:
+        rows: one for each distinct call, with milliseconds by implementation.
+        chosen: for each row the implementation that backend ``auto`` takes from now on.
+        paths: the files that were written, one per device.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -88,7 +92,7 @@ def _refuse_to_measure() -> None:
 def _calls_of(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], train: bool
 ) -> dict[Key, Call] | dict[training_conv.Call, None]:
-    """The distinct calls in a forward of a copy, which shares the parameters."""
+    """The distinct calls in a forward pass of a copy of the model with the same parameters."""
     try:
         model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     except Exception as error:
@@ -100,7 +104,7 @@ def _calls_of(
         report = fuse_(model)
     if not train:
         model.eval()
-    elif not model.training:  # else some of it may be frozen
+    elif not model.training:  # a model in training mode keeps its frozen modules in eval mode
         model.train()
     backend, recording = (
         ("triton", training_conv.recording) if train else ("auto", inference_conv.recording)
@@ -129,8 +133,7 @@ def _words(t: Tensor) -> str:
 
 
 def _candidates(call: Call) -> list[Candidate]:
-    """PyTorch's own ops, and each implementation that can run a call in each of its
-    configurations."""
+    """PyTorch's own ops, and each implementation that can run a call, in all its configurations."""
     candidates = [Candidate("eager", "")]
     for name, reason in inference_conv.why_not(call, "auto").items():
         if reason is None:
@@ -141,18 +144,18 @@ def _candidates(call: Call) -> list[Candidate]:
 
 
 def _runner(call: Call, candidate: Candidate) -> Callable[[], object]:
-    """What runs a call again and again. Blocks prepare those in channels_last on a CPU once, which
-    takes 25 to 45 us."""
+    """A function that runs a call. For channels_last on a CPU it is prepared once, as in a block:
+    preparing takes 25 to 45 us."""
     if candidate.implementation == "eager" or not call.x.is_cpu or call.x.stride(1) != 1:
         return partial(run_as, call, candidate)
     return partial(IMPLEMENTATIONS[candidate.implementation].prepare(call), call.x, call.residual)
 
 
 def _clock(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a run. On a GPU the longer of the host's and the device's: both must be done for
-    every call, and the other can be at the next one."""
+    """Seconds of a run. On a GPU the longer of the host's and the device's time: the two overlap
+    from call to call."""
     if device.type != "cuda":
-        time.sleep(1e-4)  # so that the run begins with a whole slice of the scheduler's
+        time.sleep(1e-4)  # so that the run starts with a whole time slice of the scheduler
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
@@ -180,17 +183,17 @@ def _time_in_turns(
     inputs: list[Tensor | None],
     seconds: float,
 ) -> list[float | None]:
-    """Milliseconds of what each maker makes, the fastest of runs in turns; None: it does not run.
+    """Milliseconds of the fastest run of each made function; None: it does not run.
 
-    Not the median: where other processes wanted the processor, more than half of the runs of 2 ms
-    took longer by a slice of the scheduler's, 7 ms.
+    The functions run in turns. The median is no better: on a busy machine more than half of the
+    runs of 2 ms took 7 ms longer, a time slice of the scheduler.
     """
     device = inputs[0].device
     scratch = torch.empty(SCRATCH.get(device.type, 2**26), dtype=torch.uint8, device=device)
 
     def once(run: Callable[[], object]) -> float:
         scratch.zero_()
-        for t in inputs:  # what ran before has just written these
+        for t in inputs:  # in a network the layer before has just written them
             if t is not None:
                 t.mul_(1)
         return _clock(run, device)
@@ -200,7 +203,7 @@ def _time_in_turns(
     for i, (name, make) in enumerate(makers.items()):
         try:
             runs[i] = make()
-            runs[i]()  # compiles, and makes what is kept for the next
+            runs[i]()  # compiles, and packs weights
             start = time.perf_counter()
             once(runs[i])
             spent = time.perf_counter() - start
@@ -216,7 +219,7 @@ def _time_in_turns(
 
 
 def _measure(key: Key, call: Call, seconds: float) -> Row | None:
-    """None: there is only one candidate to run it."""
+    """The timing row of a call; None: there is only one candidate, or ``eager`` does not run."""
     generator = torch.Generator(key.device).manual_seed(0)
 
     def filled(t: Tensor | None) -> Tensor | None:
@@ -232,7 +235,7 @@ def _measure(key: Key, call: Call, seconds: float) -> Row | None:
         if call.conv.weight.dtype != key.dtype:
             stack.enter_context(torch.autocast(key.device.type, key.dtype))
         if key.device.type == "cuda":
-            stack.enter_context(torch.cuda.device(key.device))  # events are of the current one
+            stack.enter_context(torch.cuda.device(key.device))  # events use the current device
         times = _time(call, candidates, seconds)
     names = [candidate.implementation for candidate in candidates]
     ms, config = _fastest(names, [candidate.config for candidate in candidates], times)
@@ -240,7 +243,7 @@ def _measure(key: Key, call: Call, seconds: float) -> Row | None:
 
 
 def _fastest(names, configs, times) -> tuple[dict[str, float], dict | None]:
-    """Milliseconds of each implementation in its fastest configuration, and which that is."""
+    """Milliseconds of each implementation in its fastest configuration, and that configuration."""
     ms, fields = {}, None
     for name, config, t in zip(names, configs, times, strict=True):
         if t is not None and t < ms.get(name, float("inf")):
@@ -250,15 +253,15 @@ def _fastest(names, configs, times) -> tuple[dict[str, float], dict | None]:
 
 
 def why_not_training(x: Tensor) -> str | None:
-    """Why there is nothing to choose in training; None where there is."""
+    """Why training has one candidate for everything; None where it has more."""
     if x.is_cpu and "cpu" not in backends.DEVICE_TYPES["triton"]:
-        return "on a CPU fixed rules say which convolutions of training are our own"
+        return "on a CPU fixed rules say which convolutions of training are native"
     reason = backends.why_not("bn_act", "triton", x.device.type, x.dtype)
-    return reason and f"training runs in the library's convolutions without Triton: {reason}"
+    return reason and f"without Triton, ATen runs the convolutions of training: {reason}"
 
 
 def _measure_training(call: training_conv.Call, _, seconds: float) -> Row | None:
-    """As ``_measure``, a convolution of a block in training, one candidate."""
+    """As ``_measure``, for a convolution of a block in training."""
     from .training_conv_candidates import Steps, values
 
     v = values(call, call.device)
@@ -286,44 +289,50 @@ def tune(
     seconds: float | None = None,
     train: bool = False,
 ) -> TuneReport:
-    """Measures how each convolution of ``model`` runs fastest in inference on this device.
+    """Times the kernels that can run each convolution of ``model`` on this device.
 
-    Runs a copy of the model on ``example`` once and times, for each distinct shape, PyTorch's own
-    ops and every kernel that can take their place. From then on backend ``auto`` takes, in this
-    process and (read from a file in ``FUSED_RES_CACHE``) in later ones, for the very shape, dtype,
-    layout and number of threads, what was fastest. Other shapes are not touched. Tuning again
-    measures again.
+    Runs a copy of the model on ``example`` once. Then it times, for each distinct shape, PyTorch's
+    own ops and every kernel that can replace them. From then on backend ``auto`` takes the fastest
+    one for exactly this shape, dtype, layout and number of threads, in this process and in later
+    ones, which read a file in ``FUSED_RES_CACHE``. Other shapes run as before. Tuning again
+    replaces the timings.
 
-    Residual blocks are tuned, and of what ``optimize_for_inference`` returned all that it fused.
-    The model is not changed: not its mode, parameters, buffers or hooks.
+    It covers residual blocks, and everything that ``optimize_for_inference`` fused in a model it
+    returned. The model does not change: neither mode, parameters and buffers nor hooks.
 
-    With ``train`` it is for training: of the convolutions in the blocks that Triton can run, each
-    distinct one is timed forward and backward, the library's with the passes over memory that ours
-    saves (``eager``) and ours in each configuration (``triton``). The copy is in training mode,
-    where the model is not with what it keeps frozen. Where ``auto`` runs a block on Triton, it goes
-    by these figures. Parameters, gradients, running statistics and random number generators are as
-    before.
+    With ``train`` it times the convolutions of the blocks that Triton can run, each forward and
+    backward: ATen with the passes over memory that a fused kernel saves (``eager``), and the fused
+    kernels (``triton`` in each configuration, ``conv_halo``). Where ``auto`` runs a block on
+    Triton, it follows these timings. Of a model in eval mode all modules are timed in training
+    mode; in a model in training mode frozen modules stay frozen. Parameters, gradients, running
+    statistics and random number generators stay as they were.
 
     Args:
         model: any module, fused or not; not wrapped, compiled or scripted.
-        example: what it will be called with, a tensor, a tuple of tensors or a dict of keyword
-            inputs, in the layout (channels_last, say) and under the autocast it will have.
-        seconds: for each implementation of each shape; default: 0.1, and at least five runs. A
-            ResNet-50 at batch 1 takes under half a minute on a CPU.
-        train: for training.
+        example: inputs of the model: a tensor, a tuple of tensors, or a dict of keyword inputs.
+            Give them the layout (channels_last, for example) that later inputs have, and call
+            ``tune`` under the same autocast.
+        seconds: for each implementation of each shape, in at least five runs; default: 0.1. A
+            ResNet-50 at batch 1 takes less than half a minute on a CPU.
+        train: time training instead of inference.
 
     Returns:
-        TuneReport: milliseconds by shape and implementation, what is taken, where it was written.
-            Empty where there is one candidate for everything: 16-bit tensors on a CPU, training
-            there and without Triton.
+        TuneReport: milliseconds by shape and implementation, the choices, the paths of the files.
+            Empty where there is one candidate for everything: 16-bit tensors on a CPU, training on
+            a CPU, training without Triton.
 
     Raises:
-        TypeError: ``model`` is not a module, ``example`` not tensors.
+        TypeError: ``model`` is not a module, or ``example`` is not made of tensors.
         ValueError: ``model`` cannot be copied, cannot run ``example``, has no block that can be
             fused, or is wrapped, compiled or scripted; ``seconds`` is negative.
         RuntimeError: called inside ``torch.compile`` or while a CUDA graph is captured.
-        TableNotWritten: the file cannot be written (an OSError). What was measured holds in this
-            process all the same, and is its ``report``.
+        TableNotWritten: the file cannot be written (an OSError). This process uses the timings all
+            the same; the exception has them as ``report``.
+
+    Example:
+        >>> model = fused_res.models.create("resnet20").eval()
+        >>> x = torch.randn(1, 3, 32, 32).to(memory_format=torch.channels_last)
+        >>> report = fused_res.tune(model, x)  # print(report) shows a table
     """
     _refuse_to_measure()
     refuse_wrapped(model, "tune")
@@ -367,7 +376,7 @@ def _example(
 
 
 def _write(by_device: dict[torch.device, list[Row]], report: TuneReport) -> None:
-    """Keeps the rows in this process, then in files.
+    """Adds the rows in this process, then to files.
 
     Raises:
         TableNotWritten: a file cannot be written.
@@ -382,6 +391,6 @@ def _write(by_device: dict[torch.device, list[Row]], report: TuneReport) -> None
             path = user_timings.path_of(user_timings.made_by(device))
             raise TableNotWritten(
                 f"tune could not write {path} ({error}): its choices hold in this process only; "
-                f"FUSED_RES_CACHE must name a folder that can be written",
+                f"FUSED_RES_CACHE must name a folder that can be written to",
                 report,
             ) from error

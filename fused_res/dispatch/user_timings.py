@@ -1,8 +1,8 @@
-"""The user's own measurements: the table that ``fused_res.tune`` writes and every process reads.
+"""The user's timings: the table that ``fused_res.tune`` writes and every process reads.
 
-One JSON file per device, versions and (on a CPU) instruction set and number of threads, in the
-folder ``FUSED_RES_CACHE``, if there is one. It is read when it is first asked for, once. A file
-that cannot be used is ignored with a warning.
+The folder ``FUSED_RES_CACHE`` has a JSON file for each device and set of versions; on a CPU also
+for each instruction set and number of threads. A process reads a file once, at its first use. It
+ignores a file that is damaged or was made elsewhere, with a warning.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from ..version import __version__
 from . import backends, shipped_timings
 from .shipped_timings import Row
 
-# (op, dtype, layout, shape, like) -> measurement
+# (op, dtype, layout, shape, like) -> timing row
 Table = dict[tuple, Row]
-MOST_ROWS = 10_000  # of a table: a kilobyte each
-_OF_DEVICE = ("device", "isa")  # fields of a row that the whole file has in common
+MOST_ROWS = 10_000  # of a table; a row takes a kilobyte
+_OF_DEVICE = ("device", "isa")  # fields that all rows of a file have in common
 
 _tables: dict[Path, Table] = {}
 
 
 @functools.cache
 def processor() -> str:
-    """Its model."""
+    """The model of the CPU."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -47,7 +47,7 @@ def processor() -> str:
 
 
 def made_by(device: torch.device) -> dict[str, str]:
-    """All that a table of measurements depends on: versions and what ran."""
+    """Everything that a table's timings depend on: versions, driver, device and its settings."""
     versions = {"fused_res": __version__, "torch": str(torch.__version__)}
     if device.type == "cpu":
         isa = "no kernels" if backends.STATUS["cpu"] else backends.cpu_isa()
@@ -69,7 +69,7 @@ def _row(given: object) -> Row:
     """A row of a file.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: ``given`` is not a row.
     """
     row = Row("", "", **given) if isinstance(given, dict) else None
     if (
@@ -90,11 +90,11 @@ def key_of(row: Row) -> tuple:
 
 
 def load(path: Path) -> tuple[dict[str, str], list[Row]]:
-    """What a file was made by, and its rows.
+    """The ``made_by`` of a file, and its rows.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not a table.
+        OSError: the file cannot be read.
+        ValueError: the file is not a table.
     """
     try:
         found = json.loads(path.read_text())
@@ -104,7 +104,7 @@ def load(path: Path) -> tuple[dict[str, str], list[Row]]:
 
 
 def _read(made: dict[str, str]) -> tuple[Table, str | None]:
-    """The table for a device, and what is wrong with it."""
+    """The table of a device; empty where the file cannot be used, with the reason."""
     if settings.cache is None:
         return {}, None
     try:
@@ -119,7 +119,7 @@ def _read(made: dict[str, str]) -> tuple[Table, str | None]:
 
 
 def table(device: torch.device) -> Table:
-    """What is known of a device."""
+    """The timings of a device."""
     made = made_by(device)
     path = path_of(made)
     if path not in _tables:
@@ -130,17 +130,17 @@ def table(device: torch.device) -> Table:
 
 
 def find(device: torch.device, row: Row) -> Row | None:
-    """The measurement of what ``row`` describes."""
+    """The timing row of the call that ``row`` describes."""
     return table(device).get(key_of(row))
 
 
 def forget() -> None:
-    """Reads the files anew when they are next asked for."""
+    """Forgets the tables; the next use reads the files again."""
     _tables.clear()
 
 
 def _add(known: Table, rows: Iterable[Row]) -> None:
-    """The oldest give way to more than are kept."""
+    """Adds rows, and removes the oldest beyond ``MOST_ROWS``."""
     for row in rows:
         known.pop(key_of(row), None)
         known[key_of(row)] = row
@@ -149,15 +149,15 @@ def _add(known: Table, rows: Iterable[Row]) -> None:
 
 
 def keep(device: torch.device, rows: Iterable[Row]) -> None:
-    """Adds measurements in this process."""
+    """Adds rows in this process."""
     _add(table(device), rows)
 
 
 def write(device: torch.device, rows: Iterable[Row]) -> Path:
-    """Adds measurements to the file. Readers see the one before or this one, whole.
+    """Adds rows to the file, and replaces it at once: readers see the old file or the new one.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if settings.cache is None:
         raise OSError("there is no home directory")
@@ -189,5 +189,5 @@ def devices() -> list[torch.device]:
 
 
 def files() -> list[Path]:
-    """The tables in the folder, of any device and version."""
+    """The paths of all tables in the folder, for any device and version."""
     return [] if settings.cache is None else sorted(Path(settings.cache).glob("tuned-*.json"))

@@ -136,15 +136,27 @@ def _find(name: str) -> _Model:
 
 
 def names() -> list[str]:
-    """What ``create`` makes."""
+    """The names of all models, for ``create`` and ``describe``.
+
+    Example:
+        >>> [name for name in fused_res.models.names() if name.startswith("wrn")]
+        ['wrn16_8', 'wrn28_10', 'wrn40_4']
+    """
     return list(_MODELS)
 
 
 def describe(name: str) -> str:
-    """What a model is, in one line.
+    """A description of a model in one line.
+
+    Args:
+        name: one of ``names()``.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model; the message has similar names.
+
+    Example:
+        >>> fused_res.models.describe("resnet18")
+        'ResNet-18 (He et al., 2016)'
     """
     return _find(name).about
 
@@ -156,18 +168,24 @@ def create(
 
     Args:
         name: one of ``names()``.
-        fused: whether its residual blocks run fused, and rows of them as chains. Otherwise it is
-            plain PyTorch throughout, with the same ``state_dict``. A net without residual blocks
-            is the same either way.
-        num_classes: how many logits.
-        **arguments: of the model's class, in place of what the name stands for.
+        fused: whether residual blocks run fused, and rows of blocks as chains. False: plain PyTorch
+            throughout, with the same ``state_dict``. A net without residual blocks is the same
+            either way.
+        num_classes: number of logits.
+        **arguments: arguments of the model's class, which replace those that the name stands for.
 
     Returns:
-        nn.Module: (N, 3, H, W) -> (N, num_classes), in training mode.
+        nn.Module: (N, 3, H, W) -> (N, num_classes), in training mode, in float32 on the CPU (or
+            PyTorch's default dtype and device).
 
     Raises:
         ValueError: there is no such model, or an argument is out of range.
         TypeError: the model takes no such argument.
+
+    Example:
+        >>> net = fused_res.models.create("resnet20", num_classes=10)
+        >>> net(torch.randn(8, 3, 32, 32)).shape
+        torch.Size([8, 10])
     """
     made = _find(name)
     parameters = inspect.signature(made.make).parameters

@@ -35,24 +35,24 @@ class ResNet(nn.Module):
     """A residual network (He et al., 2016, https://arxiv.org/abs/1512.03385).
 
     With ``groups`` it is a ResNeXt (Xie et al., 2017, https://arxiv.org/abs/1611.05431). Modules
-    are named as in torchvision, whose checkpoints load: ``conv1 bn1 layer1 layer2 ... fc``.
+    have torchvision's names, ``conv1 bn1 layer1 layer2 ... fc``, so its checkpoints load.
 
     Args:
-        kind: of the blocks, one of ``fused_res.reference.ResBlock``'s. Bottlenecks end with four
-            times the channels of their stage.
-        counts: how many blocks each stage has. Each but the first starts with a stride of 2.
+        kind: the blocks' ``kind``, as in ``fused_res.reference.ResBlock``. A bottleneck has four
+            times the channels of its stage at its output.
+        counts: number of blocks in each stage. Each stage but the first starts with a stride of 2.
         width: channels of the stem and the first stage; they double from stage to stage.
-        groups: of the 3x3 convolutions in the blocks.
-        width_per_group: channels of each of these groups, of every 64 channels of the stage. 128
-            and one group make torchvision's wide ResNets.
+        groups: groups of the 3x3 convolutions in the blocks.
+        width_per_group: channels of each group, for every 64 channels of the stage. 128 and one
+            group make torchvision's wide ResNets.
         stem: ``imagenet`` (7x7 convolution of stride 2, max pooling of stride 2) or ``cifar`` (3x3
             convolution).
         dropout: probability of ``nn.Dropout`` on the input of each block's last convolution.
         zero_init_residual: start the last BatchNorm of each block with weight 0, so that the block
             starts as its shortcut (Goyal et al., 2017, https://arxiv.org/abs/1706.02677).
-        init: of the convolutions: ``kaiming`` (normal, fan_out: He et al., 2015, and torchvision)
-            or ``default`` (``nn.Conv2d``'s).
-        num_classes: how many logits.
+        init: of the convolutions: ``kaiming`` (normal, fan_out, as in torchvision: He et al., 2015)
+            or ``default`` (as in ``nn.Conv2d``).
+        num_classes: number of logits.
         block: ``fused_res.reference.ResBlock`` or ``fused_res.FusedResBlock``.
 
     Shape:

@@ -1,7 +1,7 @@
 """Small nets for images of 32x32 pixels: the steps from a plain CNN to a deep residual net.
 
-All map (N, 3, 32, 32) to (N, num_classes), and raise a ValueError that names the argument which is
-out of range. ``block``: ``fused_res.reference.ResBlock`` or ``fused_res.FusedResBlock``.
+All map (N, 3, 32, 32) to (N, num_classes). All raise a ValueError for an argument out of range; the
+message names it. ``block`` is ``fused_res.reference.ResBlock`` or ``fused_res.FusedResBlock``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class BlockNet(nn.Module):
         kind, skip, relu, bias, dropout: of each block, as in ``fused_res.reference.ResBlock``.
         stride: of the first block.
         width: channels of the stem and of every branch.
-        n_blocks: how many blocks.
-        num_classes: how many logits.
+        n_blocks: number of blocks.
+        num_classes: number of logits.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class DeepCNN(nn.Module):
     dropout, a linear layer.
 
     Args:
-        n_blocks: how many blocks.
+        n_blocks: number of blocks.
         width: channels throughout.
-        bias: whether the blocks' convolutions have one.
-        dropout: probability, of the linear layer's input.
-        num_classes: how many logits.
+        bias: whether the blocks' convolutions have a bias.
+        dropout: probability of ``nn.Dropout`` on the linear layer's input.
+        num_classes: number of logits.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class DeepCNN(nn.Module):
 
 
 class Net(nn.Module):
-    """Two 3x3 convolutions of 16 and 8 channels, each with tanh and pooling, two linear layers; of
-    modules alone."""
+    """Two 3x3 convolutions of 16 and 8 channels, each with tanh and pooling, two linear layers.
+    Each step is a module."""
 
     def __init__(self, *, num_classes: int = 10) -> None:
         super().__init__()
@@ -148,8 +148,8 @@ class Net(nn.Module):
 
 
 class NetFunctional(nn.Module):
-    """``Net``, same parameters, whose tanh and pooling are functions; ``n_chans1`` and half as many
-    channels."""
+    """``Net`` with the same parameters, with functions for tanh and pooling; the convolutions have
+    ``n_chans1`` and half as many channels."""
 
     def __init__(self, n_chans1: int = 16, *, num_classes: int = 10) -> None:
         super().__init__()
@@ -202,8 +202,8 @@ class NetBatchNorm(NetWidth):
 
 
 class NetDepth(nn.Module):
-    """Three 3x3 convolutions, each with ReLU and pooling, of ``n_chans1`` channels and of half as
-    many in the second and third; two linear layers."""
+    """Three 3x3 convolutions, each with ReLU and pooling, then two linear layers. The first
+    convolution has ``n_chans1`` channels, the second and third half as many."""
 
     def __init__(self, n_chans1: int = 32, *, num_classes: int = 10) -> None:
         super().__init__()
@@ -242,9 +242,9 @@ class NetResDeep(nn.Module):
 
     Args:
         n_chans1: channels throughout.
-        n_blocks: how many blocks.
+        n_blocks: number of blocks.
         shared: one block, called ``n_blocks`` times, instead of separate ones.
-        num_classes: how many logits.
+        num_classes: number of logits.
     """
 
     def __init__(

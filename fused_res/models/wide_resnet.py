@@ -1,4 +1,4 @@
-"""Wide residual networks for small images, of pre-activation blocks."""
+"""Wide residual networks for small images, made of pre-activation blocks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class PreActBlock(nn.Module):
     https://arxiv.org/abs/1603.05027), dropout between them (Zagoruyko and Komodakis, 2016).
 
     Args:
-        in_channels, out_channels: of (N, in_channels, H, W) and of the output.
-        stride: of the first convolution. Where it is not 1 or the channels differ, a 1x1
-            convolution of what the first ReLU gives is the shortcut.
+        in_channels, out_channels: channels of the input and of the output.
+        stride: of the first convolution. If it is not 1 or the channels differ, the shortcut is a
+            1x1 convolution of the first ReLU's output.
         dropout: probability of ``nn.Dropout`` on the second convolution's input.
 
     Shape:
@@ -45,14 +45,14 @@ class PreActBlock(nn.Module):
 class WideResNet(nn.Module):
     """WRN-depth-widen_factor (Zagoruyko and Komodakis, 2016, https://arxiv.org/abs/1605.07146).
 
-    A 3x3 convolution to 16 channels, three stages of blocks, the last two of which start with a
-    stride of 2, BatchNorm, ReLU, pooling and a linear layer.
+    A 3x3 convolution to 16 channels, three stages of blocks, BatchNorm, ReLU, pooling and a linear
+    layer. The second and third stage start with a stride of 2.
 
     Args:
         depth: 6 n + 4, with n blocks in each stage.
         widen_factor: the stages have 16, 32 and 64 times as many channels.
         dropout: probability of dropout between the two convolutions of each block.
-        num_classes: how many logits.
+        num_classes: number of logits.
 
     Shape:
         (N, 3, H, W) -> (N, num_classes)

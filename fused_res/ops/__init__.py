@@ -10,14 +10,14 @@ from ..version import __version__
 
 
 def fingerprint() -> str:
-    """The version and a hash of the files that say what the ops are given and return."""
+    """The version and a hash of this folder's files, which define the ops' schemas."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     content = b"".join(file.read_bytes() for file in files)
     return f"fused_res-{__version__}-{hashlib.sha256(content).hexdigest()[:16]}"
 
 
-# What torch.compile keeps on disk knows our ops by name only: without this, a graph compiled with
-# an earlier version would be loaded, and fail on results of other shapes.
+# torch.compile's cache on disk knows custom ops by name only. Without this tag it would load a
+# graph of an earlier version, which fails where an op returns other shapes now.
 tags = (torch.compiler.config.cache_key_tag, fingerprint())
 torch.compiler.config.cache_key_tag = "+".join(filter(None, tags))
 

@@ -16,11 +16,12 @@ from ..dispatch.backends import DTYPES, choose, is_auto, say
 from ..reference import ACTS, Act, Norm
 from . import library
 
-# mask: uint8 of (runs, ceil(run / 8)), a run being the C channels of a pixel where x is
-# channels_last and the H*W pixels of a channel where it is NCHW; bit i % 8 of byte i // 8 is set
-# where element i passed the ReLU. Empty where it is not wanted or there is no ReLU.
-# stats: float32 (float64 where x is) of (5, C): mean, invstd, and center, scale and shift of the
-# pass over the elements; (7, C) with a residual_norm, whose mean and invstd come before these.
+# mask: uint8 of (runs, ceil(run / 8)). A run is the C channels of a pixel in channels_last, the H*W
+# pixels of a channel in NCHW. Bit i % 8 of byte i // 8 is set where element i of the run passed the
+# ReLU. The mask is empty without a ReLU and without `save_mask`.
+# stats: (5, C), float64 for a float64 x, else float32. Rows: mean, invstd, center, scale, shift;
+# the pass over the elements uses the last three. With a residual_norm (7, C): its mean and invstd
+# are rows 2 and 3.
 _FWD = (
     "(Tensor x, Tensor? weight, Tensor? bias, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, "
@@ -29,10 +30,10 @@ _FWD = (
     "float residual_momentum, float residual_eps, int act, bool save_mask) -> "
     "(Tensor y, Tensor mask, Tensor stats)"
 )
-# Gradients that are not needed come back empty. dresidual is only asked for where it is not dy.
-# sums: float64 of (2, C), optional, used in place of sums over x: of g, which is dy where the ReLU
-# let it through and else 0, and of g * (x - mean). With a residual_norm it is (4, C): the same two
-# for the residual come last.
+# Gradients that are not needed come back empty. A caller uses dy where dresidual equals it.
+# sums: float64 of (2, C), optional: the sums of g and of g * (x - mean), which the op computes
+# otherwise. g is dy times the ReLU's mask. With a residual_norm (4, C): the residual's two sums
+# come last.
 _BWD = (
     "(Tensor dy, Tensor x, Tensor? weight, bool training, Tensor? residual, "
     "bool residual_norm, Tensor? residual_weight, bool residual_training, Tensor stats, "
@@ -41,7 +42,7 @@ _BWD = (
     "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, Tensor dresidual_weight, "
     "Tensor dresidual_bias)"
 )
-# Of x alone, float64 of (3, C): mean, sum of squared deviations and number of values.
+# float64 of (3, C): mean, sum of squared deviations and number of values of each channel.
 _STATISTICS = "(Tensor x) -> Tensor"
 # The C++ libraries implement the ops for their devices. Triton's kernels need separate ops, because
 # a device cannot have two implementations of an op.
@@ -77,9 +78,9 @@ def _(dy, x, weight, training, residual, residual_norm, residual_weight, residua
         ACTS[act] != "none" and mask.shape != (runs, (length + 7) // 8)
     ):
         raise ValueError("stats and mask must be what bn_act_fwd returned for x")
-    wanted = (4 if residual_norm else 2, x.size(1))
-    if sums is not None and (sums.shape != wanted or sums.dtype != torch.float64):
-        raise ValueError(f"sums must be float64 of shape {wanted}")
+    shape = (4 if residual_norm else 2, x.size(1))
+    if sums is not None and (sums.shape != shape or sums.dtype != torch.float64):
+        raise ValueError(f"sums must be float64 of shape {shape}")
     for name, w in (("weight", weight), ("residual_weight", residual_weight)):
         if w is not None and w.shape != x.shape[1:2]:
             raise ValueError(f"{name} must have shape ({x.size(1)},), got {tuple(w.shape)}")
@@ -164,20 +165,22 @@ def _(x):
 
 
 def is_nchw(x: Tensor) -> bool:
-    """Whether the kernels take a dense tensor as NCHW."""
+    """Whether the kernels read a dense tensor as NCHW."""
     return x.is_contiguous()
 
 
 def laid_out(x: Tensor, nchw: bool) -> Tensor:
-    """A saved tensor as it was: what unpacks it (``save_on_cpu``, say) may have lost its strides,
-    by which the mask was laid out."""
+    """A saved tensor in the layout it had in the forward pass, which the mask's runs depend on.
+
+    A hook that unpacks saved tensors (``save_on_cpu``) may return other strides.
+    """
     if x.is_contiguous() == nchw:
         return x
     return x.contiguous(memory_format=torch.contiguous_format if nchw else torch.channels_last)
 
 
 def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
-    """The ReLU's mask as a bool tensor of ``like``'s shape; ``like`` as the forward pass got it."""
+    """The ReLU's mask as a bool tensor of ``like``'s shape; ``like`` is the forward pass's x."""
     n, c, h, w = like.shape
     dense = _dense_like(like)
     _, length = _runs(dense)
@@ -204,8 +207,8 @@ def _differentiable_bwd(ctx, dy, x, weight, residual, residual_weight, stats, ma
 
 
 class _BnAct(torch.autograd.Function):
-    # Tensors and numbers are arguments of their own: torch.compile does not look into tuples for
-    # what it must trace (with dynamic=True a momentum is symbolic).
+    # Tensors and numbers are separate arguments: torch.compile traces none inside a tuple (with
+    # dynamic=True a momentum is symbolic).
     @staticmethod
     def forward(ctx, x, weight, bias, residual, residual_weight, residual_bias, running_mean,
                 running_var, training, momentum, eps, residual_norm, residual_running_mean,
@@ -221,8 +224,8 @@ class _BnAct(torch.autograd.Function):
             residual_momentum,
             residual_eps,
         )
-        kind = second if residual_norm else None
-        y, mask, stats = _fwd(x, norm, residual, kind, act, True, backend)
+        second = second if residual_norm else None
+        y, mask, stats = _fwd(x, norm, residual, second, act, True, backend)
         kept = residual if residual_norm else None
         ctx.save_for_backward(x, weight, kept, residual_weight, stats, mask)
         ctx.norm, ctx.act, ctx.backend = (training, eps), act, backend
@@ -235,7 +238,7 @@ class _BnAct(torch.autograd.Function):
         x, weight, residual, residual_weight, stats, mask = ctx.saved_tensors
         x = laid_out(x, ctx.nchw)
         need = ctx.needs_input_grad
-        # the gradient that reaches a plain residual is dy itself, unless a ReLU came after the add
+        # the gradient of a plain residual is dy itself, unless a ReLU follows the add
         passes = ctx.residual_norm is None and ctx.act != "relu"
         if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
             grads = _differentiable_bwd(ctx, dy, x, weight, residual, residual_weight, stats, mask)
@@ -281,7 +284,7 @@ def _op(backend: str, direction: int):
 
 
 def _no_norm() -> Norm:
-    # literals: torch.compile(dynamic=True) would make symbols of a global's numbers
+    # literals: torch.compile(dynamic=True) makes symbols of the numbers in a global
     return Norm(None, None, None, None, False, 0.0, 1.0)
 
 
@@ -367,7 +370,7 @@ def _check(
     act: str,
     alone: bool = True,
 ) -> None:
-    """``alone``: the statistics are of x alone, which must have more than a value per channel."""
+    """``alone``: x alone gives the statistics, so it must have more than one value per channel."""
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}")
     if x.dtype not in DTYPES:
@@ -409,11 +412,11 @@ def bn_act(
         training: normalise by the batch's statistics instead of the running ones.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance; positive in training, not negative otherwise.
-        residual: (N, C, H, W) of x's dtype and device, added to the result.
+        residual: (N, C, H, W) of x's dtype and device, added to the normalised x.
         residual_norm: a second BatchNorm, of ``residual`` (projection shortcut), in the same pass.
         act: ``relu`` (after the add), ``relu_before_add``, or ``none``.
-        backend: auto, cpu, cuda, triton or eager; default: what ``fused_res.backend`` or
-            ``FUSED_RES_BACKEND`` says.
+        backend: auto, cpu, cuda, triton or eager; default: set by ``fused_res.backend`` or
+            ``FUSED_RES_BACKEND``, else auto.
 
     Returns:
         (N, C, H, W) of x's dtype and memory format.
@@ -422,6 +425,11 @@ def bn_act(
         ValueError: a shape, device or value does not fit; training with one value per channel.
         TypeError: a dtype does not fit.
         BackendUnavailable: the backend was named and cannot run this.
+
+    Example:
+        >>> x, bn = torch.randn(8, 64, 14, 14), torch.nn.BatchNorm2d(64)
+        >>> stats = bn.running_mean, bn.running_var
+        >>> y = bn_act(x, *stats, bn.weight, bn.bias, training=True, residual=x)  # x's shape
     """
     norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps)
     return bn_act_norms(x, norm, residual, residual_norm, act, backend)
@@ -442,8 +450,9 @@ def bn_act_norms(
     try:
         return _run(x, norm, residual, residual_norm, act, backend)
     except Exception:
-        # An op checks what it is given before it does anything, and in fewer words: what costs a
-        # third of a small call here is only said when it is needed.
+        # The op checks its arguments before it does anything, with short messages. These checks
+        # have full messages and take a third of a small call's time, so only a failed call runs
+        # them.
         _check(x, norm, residual, residual_norm, act)
         raise
 
@@ -452,15 +461,15 @@ def _wants_grad(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad
 
 
-# In training on a CPU, forward and backward in float32, channels_last, of a bare BatchNorm: with
-# 256 to 2048 channels 0.71 to 1.13 times as fast as PyTorch's at 0.8 million elements, 0.95 to 1.5
-# at 1.6 to 13 million; with 32 and 64 channels 1.05 to 1.36.
+# A BatchNorm with nothing after it, in training on a CPU, float32 channels_last, forward and
+# backward. The speed of bn_act over PyTorch's: with 256 to 2048 channels 0.71 to 1.13 at 0.8
+# million elements and 0.95 to 1.5 at 1.6 to 13 million; with 32 and 64 channels 1.05 to 1.36.
 BARE_CHANNELS = 128
 BARE_ELEMENTS = 1 << 20
 
 
 def _is_better_bare(x: Tensor, norm: Norm) -> bool:
-    """Whether ``auto`` leaves a BatchNorm that nothing follows to PyTorch."""
+    """Whether PyTorch runs a BatchNorm with nothing after it faster; ``auto`` asks."""
     return (
         norm.training
         and x.is_cpu

@@ -1,11 +1,17 @@
 """Convolution + BatchNorm + residual + ReLU for inference, as one kernel: the op ``conv_bn_act``.
 
-``reference.conv_bn_act`` is the specification. Where a gradient is wanted ATen runs the convolution
-and ``bn_act`` the rest. An *implementation* is one way to run a call: ``triton``
-(``kernels/conv_bn_act.py``), ``cudnn``, ``onednn`` (their convolutions with the rest in the
-epilogue), ``conv_halo`` (``csrc/cuda/conv_halo.cu``), ``winograd2`` and ``winograd4``
-(``csrc/cpu/winograd.cpp``), ``bn_act`` (ATen's convolution, then that op). A backend has one or
-more. ``fused_res.dispatch.inference_conv`` picks one.
+``reference.conv_bn_act`` is the specification. With gradients, ATen runs the convolution and
+``bn_act`` the rest.
+
+An *implementation* is one way to run a call; a backend has one or more, and
+``fused_res.dispatch.inference_conv`` picks one:
+
+- ``triton``: ``kernels/conv_bn_act.py``;
+- ``cudnn``, ``onednn``: a convolution of cuDNN or oneDNN, the rest in its epilogue;
+- ``conv_halo``: ``csrc/cuda/conv_halo.cu``;
+- ``direct``: ``csrc/cpu/direct.cpp``;
+- ``winograd2``, ``winograd4``: ``csrc/cpu/winograd.cpp``;
+- ``bn_act``: ATen's convolution, then the op ``bn_act``.
 """
 
 from __future__ import annotations
@@ -28,19 +34,20 @@ from . import conv_halo, direct, library, winograd  # noqa: F401  define the ops
 from .bn_act import _check_norm, bn_act_norms
 from .convolutions import convolution, nhwc
 
-# parameters of each convolution, the shortcut's last: weight and bias, the BatchNorm's weight and
-# bias, running mean and variance (None: no BatchNorm). integers: stride, padding and dilation
-# (2 each) and groups. eps: the BatchNorm's.
+# The lists have an entry for each convolution, the shortcut's last.
+# parameters: the convolution's weight and bias, the BatchNorm's weight, bias, running mean and
+# running variance (None: no BatchNorm).
+# integers: stride, padding and dilation (2 each) and groups. eps: the BatchNorm's.
 library.define(
     "conv_bn_act(Tensor x, Tensor?[] parameters, int[] integers, float[] eps, Tensor? residual, "
     "bool concat, int act, str backend) -> Tensor"
 )
 _PARAMETERS, _INTEGERS = 6, 7
-PLAIN = (Tensor, torch.nn.Parameter)  # a subclass has its own convolution
+PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may define its own convolution
 
 
 class Call(NamedTuple):
-    """The arguments of one call: what an implementation is chosen by."""
+    """The arguments of one call; the choice of an implementation depends on nothing else."""
 
     x: Tensor
     conv: ConvNorm
@@ -51,20 +58,20 @@ class Call(NamedTuple):
 
 
 def _channels_last(t: Tensor) -> bool:
-    """Whether PyTorch's convolutions take a tensor as channels_last."""
+    """Whether PyTorch's convolutions read a tensor as channels_last."""
     return t.stride(1) == 1 and t.size(1) > 1 and not t.is_contiguous()
 
 
 def _layout(call: Call) -> torch.memory_format:
-    """That of the output: PyTorch's."""
+    """The memory format of the output: the one that PyTorch gives it."""
     last = _channels_last(call.x) or _channels_last(call.conv.weight)
-    if call.concat:  # of a mixture torch.cat makes NCHW
+    if call.concat:  # torch.cat makes NCHW of a mixture
         last = last and _channels_last(call.residual)
     return torch.channels_last if last else torch.contiguous_format
 
 
 def out_shape(x: Tensor, conv: ConvNorm) -> tuple[int, int, int, int]:
-    """(N, K, P, Q) that a convolution makes of ``x``."""
+    """(N, K, P, Q) of a convolution of ``x``."""
     n, _, h, w = x.shape
     k, _, r, s = conv.weight.shape
     (sh, sw), (ph, pw), (dh, dw) = conv.stride, conv.padding, conv.dilation
@@ -76,14 +83,14 @@ def out_shape(x: Tensor, conv: ConvNorm) -> tuple[int, int, int, int]:
     )
 
 
-# --- implementations. From a call each prepares a function of x and the residual, for calls of the
-# same dtype and sizes. It is valid while the convolutions' parameters are unchanged.
+# --- implementations. Each prepares a function of x and the residual from a call. The function runs
+# calls of the same dtype and sizes, while the convolutions' parameters stay unchanged.
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def _folded(conv: ConvNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias with BatchNorm in them."""
+    """Weight and bias with the BatchNorm folded in."""
     scale, shift = scale_and_shift(conv)
     weight = conv.weight.double()
     if scale is not None:
@@ -94,7 +101,8 @@ def _folded(conv: ConvNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _apply_rest(z: Tensor, residual: Tensor | None, concat: bool, act: str) -> Tensor:
-    """What follows the convolution and BatchNorm, in PyTorch's ops; ``z`` is overwritten."""
+    """The residual and the ReLU in PyTorch's ops, after convolution and BatchNorm; overwrites
+    ``z``."""
     if act == "relu_before_add":
         z = z.relu_()
     if residual is not None:
@@ -120,7 +128,7 @@ def _onednn(call: Call) -> Run:
 
     weight, bias = packed_weights(conv, ("onednn", x.shape, *sizes), pack)
     shortcut = _shortcut(call, _onednn)
-    # Its ReLU makes 0 of NaN. Its add has no kernel for some grouped convolutions.
+    # oneDNN's ReLU makes 0 of NaN. Its add has no kernel for some grouped convolutions.
     apart = residual is None or concat or act == "relu_before_add" or conv.groups > 1
     shape = out_shape(x, conv)
     ops = torch.ops.mkldnn
@@ -217,7 +225,7 @@ def _direct_why_not(call: Call) -> str | None:
 
 
 def _with_bn_act(call: Call, backend: str | None) -> Tensor:
-    """ATen's convolution and ``bn_act``: with gradients."""
+    """ATen's convolution, then ``bn_act``; has gradients."""
 
     def bn_act(x, norm, residual=None, residual_norm=None, act="relu"):
         if residual is not None and residual.dtype != x.dtype:  # PyTorch's rules of promotion
@@ -236,7 +244,7 @@ def _cudnn(call: Call) -> Tensor:
     if shortcut is not None:
         residual = _cudnn(Call(residual, shortcut, act="none"))
     x = nhwc(x)
-    weight, bias = _folded(conv, x.dtype)  # at every call: in a CUDA graph too
+    weight, bias = _folded(conv, x.dtype)  # at every call, so that a CUDA graph does it too
     sizes = conv.stride, conv.padding, conv.dilation, conv.groups
     if residual is not None and not concat and act == "relu":
         return torch.cudnn_convolution_add_relu(x, weight, nhwc(residual), 1.0, bias, *sizes)
@@ -273,7 +281,7 @@ def _triton(call: Call, config=None) -> Tensor:
     from ..kernels import conv_bn_act as kernels
 
     if config is not None and config not in kernels.candidates(*call):
-        config = None  # it is of another address, which descriptors cannot take
+        config = None  # it reads by tensor descriptors, which cannot take this address
     return kernels.forward(*call, config)
 
 
@@ -290,7 +298,7 @@ def _triton_why_not(call: Call) -> str | None:
 
 
 def _anew(run: Callable[..., Tensor]) -> Callable[..., Run]:
-    """Of an implementation that keeps nothing of what it is made for."""
+    """``prepare`` of an implementation that keeps nothing between calls."""
 
     def prepare(call, *config):
         call = call._replace(x=None, residual=None)
@@ -299,7 +307,7 @@ def _anew(run: Callable[..., Tensor]) -> Callable[..., Run]:
     return prepare
 
 
-# Of a backend ATen's, cuDNN's or oneDNN's first.
+# The first implementation of a backend is oneDNN's or cuDNN's, if there is one.
 register("onednn", "cpu", _onednn, _onednn_why_not)
 register("direct", "cpu", _direct, _direct_why_not)
 register("winograd2", "cpu", partial(_winograd, 2), partial(_winograd_why_not, 2))
@@ -358,7 +366,7 @@ def _run(call: Call, backend: str) -> Tensor:
 
 
 def run_as(call: Call, choice: inference_conv.Candidate) -> Tensor:
-    """A call by an implementation that can run it."""
+    """Runs a call by an implementation that can run it."""
     if choice.implementation == "eager":
         y = reference.conv_bn_act(*call)
     else:
@@ -369,7 +377,7 @@ def run_as(call: Call, choice: inference_conv.Candidate) -> Tensor:
 
 
 def under_modes(x: Tensor) -> bool:
-    """Whether something wants to see, or to change, the ops that ``x`` goes through."""
+    """Whether a subclass, transform or mode may see or change the ops that ``x`` goes through."""
     return (
         type(x) not in PLAIN
         or why_not_tensors(x) is not None
@@ -380,19 +388,22 @@ def under_modes(x: Tensor) -> bool:
 
 
 def fuses_convolutions(x: Tensor, backend: str | None) -> bool:
-    """Whether ``conv_bn_act`` is for such tensors; where not, ``bn_act`` may be."""
+    """Whether a block calls ``conv_bn_act`` for such tensors, or else ``bn_act``."""
     name = backend or named()
     if name == "eager" or (x.is_cpu and _autocasts(x)):
         return False
     if x.is_cpu and name in ("auto", "cpu"):
-        return x.dtype == torch.float32  # others run bn_act, for which there is a faster way
-    # a graph asks for the op, which finds out; else a GPU that is not measured runs bn_act's ways
+        return x.dtype == torch.float32  # for 16 bits the paths of bn_act are faster
+    # Inside a compiled graph the op decides when it runs. A GPU without measurements runs bn_act.
     return name != "auto" or torch.compiler.is_compiling() or inference_conv.knows(x.device)
 
 
 def prepared(call: Call, backend: str | None) -> Run | None:
-    """What runs calls of this one's sizes on a CPU, without gradients, while nothing changes that
-    the convolutions are made of; None where there is no such thing: ``conv_bn_act`` runs it."""
+    """A function for calls of these sizes on a CPU, without gradients.
+
+    It is valid while the convolutions' parameters stay unchanged. None: there is no such function,
+    and ``conv_bn_act`` runs the call.
+    """
     x = call.x
     if not x.is_cpu or x.numel() == 0 or not _channels_last(x):
         return None
@@ -492,7 +503,7 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def _autocast(call: Call) -> Call:
-    """What autocast does to the convolutions' operands."""
+    """The call with its convolutions' operands cast as autocast casts them."""
     if not _autocasts(call.x) or call.x.dtype == torch.float64:
         return call
     dtype = torch.get_autocast_dtype(call.x.device.type)
@@ -511,30 +522,38 @@ def conv_bn_act(
     act: Act = "relu",
     backend: str | None = None,
 ) -> Tensor:
-    """Convolution, BatchNorm by its running statistics, residual add (or concatenation) and ReLU.
+    """Convolution, BatchNorm by its running statistics (Ioffe and Szegedy, 2015), residual add (or
+    concatenation) and ReLU.
 
-    One kernel where no gradient is wanted. Where one is (frozen BatchNorm, gradients of the input),
-    and for 16-bit tensors on a CPU, ATen's convolution and ``bn_act``.
+    Without gradients it is one kernel. With gradients (a frozen BatchNorm), and for 16-bit tensors
+    on a CPU, it is ATen's convolution and ``bn_act``.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64, NCHW or channels_last.
         conv: weight (K, C / groups, R, S), bias (K,) or None, stride, padding, dilation (pairs),
             groups, and a ``Norm`` with ``training=False``, or None.
         residual: (N, K, P, Q) to add; optional.
-        shortcut: a convolution and BatchNorm of ``residual``, whose result is added in its place
-            (the projection shortcut); optional.
-        concat: put ``residual``, (N, any, P, Q), before the channels instead of adding it.
+        shortcut: the projection shortcut, a convolution and BatchNorm of ``residual``. Its output,
+            (N, K, P, Q), is added instead of ``residual``; optional.
+        concat: put ``residual``, (N, any, P, Q), before the K channels instead of adding it.
         act: ``relu`` (after the add or concatenation), ``relu_before_add``, or ``none``.
-        backend: auto, cpu, cuda, triton or eager; default: what ``fused_res.backend`` or
-            ``FUSED_RES_BACKEND`` says.
+        backend: auto, cpu, cuda, triton or eager; default: set by ``fused_res.backend`` or
+            ``FUSED_RES_BACKEND``, else auto.
 
     Returns:
-        (N, K, P, Q), with ``concat`` more channels, in the memory format PyTorch gives it.
+        (N, K, P, Q) of x's dtype, with ``concat`` more channels, in the memory format PyTorch
+            gives it.
 
     Raises:
         ValueError: a shape, device or value does not fit; a BatchNorm with ``training=True``.
         TypeError: a dtype does not fit.
         BackendUnavailable: the backend was named and cannot run this.
+
+    Example:
+        >>> norm = Norm(torch.zeros(64), torch.ones(64))  # running mean and variance
+        >>> conv = ConvNorm(torch.randn(64, 64, 3, 3), None, (1, 1), (1, 1), (1, 1), 1, norm)
+        >>> x = torch.randn(8, 64, 14, 14)
+        >>> y = conv_bn_act(x, conv, residual=x)  # (8, 64, 14, 14)
     """
     call = Call(x, conv, residual, shortcut, concat, act)
     if torch.compiler.is_compiling():
@@ -543,8 +562,8 @@ def conv_bn_act(
     try:
         return _dispatch(call, backend)
     except Exception:
-        # The kernels check what they are given, in fewer words: what costs half a small call here
-        # is only said when it is needed.
+        # The kernels check their arguments with short messages. These checks have full messages and
+        # take half of a small call's time, so only a failed call runs them.
         _check(call)
         raise
 
@@ -554,7 +573,7 @@ def _dispatch(call: Call, backend: str | None) -> Tensor:
     tensors = _tensors(call)
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     tracing = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    # a graph has symbols for sizes: what is taken for each is chosen when it runs
+    # a compiled graph has symbols for sizes: the op chooses when it runs
     name = "eager"
     if not wants_grad:
         name = (choose if tracing else asked_for)("conv_bn_act", backend, *tensors)

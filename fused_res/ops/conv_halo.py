@@ -1,8 +1,8 @@
 """A convolution of few channels in CUDA C++: for ``conv_bn_act``, and for training.
 
-1x1 or 3x3, of stride 1, to a map of the same size, of up to 64 channels in and out, channels_last.
-Each patch of the map is read once, into shared memory, where the weights are too:
-``csrc/cuda/conv_halo.cu``. Parameters are read as they are at every call.
+It is 1x1 or 3x3 with stride 1, keeps the size of the map, has at most 64 channels in and out, and
+is channels_last. ``csrc/cuda/conv_halo.cu`` keeps the weights in shared memory and reads each patch
+of the map into it once. Every call reads the parameters anew.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ library.define(
     "Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? residual, int act, bool tf32) "
     "-> Tensor"
 )
-# The convolution and, of y as it is rounded, mean, sum of squared deviations and number of values
-# of each thread block's part, (blocks, 3, K) in float32: as kernels/training_convolution.py has it.
+# partial: (blocks, 3, K), float32: mean, sum of squared deviations and number of values of each
+# thread block's share of the rounded y, as in kernels/training_convolution.py.
 library.define(
     "conv_halo_statistics(Tensor x, Tensor weight, Tensor? bias, bool tf32) "
     "-> (Tensor y, Tensor partial)"
 )
-# The gradient of the convolution's input, times the mask of the ReLU that made that of `a` by
-# `stats` of bn_act, (5, C); and of each block its sum and that of it times (a - mean), (blocks, 2,
-# C) in float32.
+# The convolution's input is ReLU(BatchNorm(a)), with bn_act's `stats` of a, (5, C).
+# dx: the gradient of that input, times the ReLU's mask. partial: (blocks, 2, C), float32: each
+# thread block's sums of dx and of dx * (a - mean).
 library.define(
     "conv_halo_gradient(Tensor dy, Tensor weight, Tensor a, Tensor stats, bool tf32) "
     "-> (Tensor dx, Tensor partial)"
 )
-# Whether a CUDA device has the shared memory for it; bytes: of an element.
+# Whether a CUDA device has enough shared memory; bytes: of an element.
 library.define(
     "conv_halo_fits(int device, int bytes, int images, int height, int width, int channels, "
     "int out_channels, int size) -> bool"
@@ -43,7 +43,7 @@ MOST_CHANNELS = 64
 
 
 def unsuited(conv: ConvNorm) -> str | None:
-    """Why it is not for a convolution, whatever its input; None where it is."""
+    """Why the kernel cannot run a convolution of any input; None where it can run some."""
     k, c, r, s = conv.weight.shape
     if (r, s) not in ((1, 1), (3, 3)) or conv.groups != 1:
         return "the convolution is not a 1x1 or 3x3 of one group"
@@ -57,7 +57,7 @@ def unsuited(conv: ConvNorm) -> str | None:
 
 
 def why_not(x: Tensor, conv: ConvNorm) -> str | None:
-    """Why it cannot run a convolution of x; None where it can. Its norm is not looked at."""
+    """Why the kernel cannot run a convolution of x; None where it can. Ignores its norm."""
     if not x.is_cuda:
         return "it is not on a CUDA device"
     reason = unsuited(conv)
@@ -71,7 +71,7 @@ def why_not(x: Tensor, conv: ConvNorm) -> str | None:
 
 
 def trains(x: Tensor, conv: ConvNorm) -> bool:
-    """Whether it can run a convolution of x in training, forward and backward."""
+    """Whether the kernel can run a convolution of x in training, forward and backward."""
     here = x.is_cuda and STATUS["cuda"] is None and x.numel() > 0 and conv.weight.dtype == x.dtype
     if not here or not x.is_contiguous(memory_format=torch.channels_last):
         return False
@@ -81,13 +81,13 @@ def trains(x: Tensor, conv: ConvNorm) -> bool:
 
 
 def convolve(x: Tensor, conv: ConvNorm) -> tuple[Tensor, Tensor]:
-    """The convolution, and its statistics: ``conv_halo_statistics``."""
+    """The convolution and its partial statistics: ``conv_halo_statistics``."""
     op = torch.ops.fused_res.conv_halo_statistics
     return op(x, conv.weight, conv.bias, allows_tf32())
 
 
 def input_gradient(dy: Tensor, conv: ConvNorm, a: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``conv_halo_gradient`` returns."""
+    """The masked gradient of the input and its partial sums: ``conv_halo_gradient``."""
     return torch.ops.fused_res.conv_halo_gradient(dy, conv.weight, a, stats, allows_tf32())
 
 

@@ -1,8 +1,9 @@
 """Native convolutions on a CPU, one after the other without a return to Python.
 
 Each is direct (``ops/direct.py``) or Winograd's (``ops/winograd.py``), with BatchNorm in its
-weight and its residual and ReLU in its epilogue. A call of an op between two that read a network's
-weights takes 20 us: what it runs through is in no cache. A block's are one call.
+weight and with residual and ReLU in its epilogue. In a network an op's call takes 20 us: between
+two calls the network's weights push the interpreter's code and data out of the caches. So one call
+runs all convolutions of a block.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import Tensor
 from ..reference import ACTS, Act
 from . import library
 
-# program, of each convolution: Winograd's tile or 0 for a direct one; channels out; act, of
-# reference.ACTS; what it does with the residual, of RESIDUALS; how many sizes follow, and they:
-# padding of Winograd's; of a direct one and what it adds each input channels, kernel, stride,
-# padding and dilation (1 + 2 + 2 + 2 + 2).
+# program has for each convolution: Winograd's tile, or 0 for a direct one; channels out; act, an
+# index in reference.ACTS; the residual's role, an index in RESIDUALS; the number of sizes, then
+# the sizes. Winograd's: padding (2). A direct one's: input channels, kernel, stride, padding and
+# dilation (1 + 2 + 2 + 2 + 2), then the same of the convolution of the residual, if there is one.
 library.define(
     "convolutions(Tensor x, Tensor? residual, Tensor[] weights, Tensor?[] biases, int[] program) "
     "-> Tensor"
@@ -53,7 +54,7 @@ def convolution(
     residual: str,
     sizes: Sequence[int],
 ) -> Convolutions:
-    """One, of what the op ``convolutions`` says. ``residual``: of ``RESIDUALS``."""
+    """One convolution; the arguments are those of ``program`` above."""
     numbers = tile, out_channels, ACTS.index(act), RESIDUALS.index(residual), len(sizes), *sizes
     return Convolutions([weight], [bias], list(numbers))
 

@@ -1,13 +1,13 @@
 """A whole residual block in one call each way: the op ``res_block``.
 
 Convolutions run in cuDNN or oneDNN, or on a CPU in native kernels where these are faster
-(``csrc/cpu/training_convolution.cpp``). ``bn_act`` is all the rest. One call saves the host's work
+(``csrc/cpu/training_convolution.cpp``). ``bn_act`` does the rest. One call saves the host's work
 between the kernels, which takes several times as long as a small kernel.
 ``reference.res_block`` is the specification; ``csrc/res_block.h`` runs the stages.
 
-For the backward pass are kept the outputs of the convolutions, statistics, and one bit an element
-of y. The activations between the convolutions are computed again when their turn comes, bit by bit
-the same; with ``recompute="last"`` the last convolution's output too.
+The forward pass saves the convolutions' outputs, the statistics, and one bit for each element of y.
+The backward pass computes the activations between the convolutions again, bit by bit the same. With
+``recompute="last"`` it computes the last convolution's output again too.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ from ..reference import ACTS, Act, ConvNorm, Norm, Shortcut
 from . import conv_halo, library
 from .bn_act import bn_act_norms, is_nchw, laid_out
 
-# Of each stage, the shortcut's last. parameters: the convolution's weight and bias, the BatchNorm's
-# weight and bias. running: mean and variance. counters: num_batches_tracked of each BatchNorm that
-# trains, or none. integers: the convolution's stride, padding and dilation (2 each) and groups;
-# whether the BatchNorm trains. numbers: momentum and eps.
-# shortcut: what is added to the branch, IDENTITY, PROJECTION (the last stage) or NOTHING.
-# act: of the end; a ReLU follows each stage before.
-# Returns y and, if `save`, what backward needs: the convolutions' outputs (but the branch's last if
-# `recompute`), the stats of each bn_act and the last one's mask. Or nothing: the stages do not take
-# x, or not as they are, and nothing was done.
+# The lists have an entry for each stage, the shortcut's last.
+# parameters: the convolution's weight and bias, the BatchNorm's weight and bias.
+# running: the running mean and variance.
+# counters: num_batches_tracked of each BatchNorm that trains; may be empty.
+# integers: the convolution's stride, padding and dilation (2 each) and groups; 1 if the BatchNorm
+# trains. numbers: momentum and eps.
+# shortcut: IDENTITY (the op adds x), PROJECTION (it adds the last stage's output) or NOTHING.
+# act: of the last stage; a ReLU follows each other stage of the branch.
+# The op returns y. With `save` it also returns the convolutions' outputs (without the branch's last
+# one if `recompute`), the stats of each bn_act, and the last bn_act's mask.
+# It returns an empty list, and does nothing, where x does not fit the stages.
 _FWD = (
     "(Tensor x, Tensor?[] parameters, Tensor(a!)[] running, Tensor(b!)[] counters, int[] integers, "
     "float[] numbers, int shortcut, int act, bool save, bool recompute) -> Tensor[]"
 )
-# needs: bit 0 for x, then three for each stage: the convolution's weight, its bias, the BatchNorm.
-# Returns the gradients asked for in that order. x's are two where they are still to be added; the
-# second is empty where it is dy itself.
+# needs: bit 0 for x, then three bits for each stage: the convolution's weight, its bias, the
+# BatchNorm. The op returns the gradients that these bits ask for, in this order. The gradient of x
+# may come as two tensors, which the caller adds; an empty second one stands for dy.
 _BWD = (
     "(Tensor dy, Tensor x, Tensor?[] parameters, Tensor[] saved, int[] integers, int shortcut, "
     "int act, bool recompute, int needs) -> Tensor[]"
@@ -52,12 +54,12 @@ MOST_STAGES = 20  # bits of needs
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 library.define(f"res_block_fwd{_FWD}")
 library.define(f"res_block_bwd{_BWD}")
-# Triton's, as in bn_act. plan: of each stage what runs its convolution, forward and backward:
-# `Choice` of kernels/res_block.py. The gradient of x is one.
+# Triton's kernels have separate ops, as in bn_act. plan: for each stage two numbers, the `Choice`
+# of kernels/res_block.py, for its convolution forward and backward. x's gradient is one tensor.
 for _name, _schema in (("res_block_fwd", _FWD), ("res_block_bwd", _BWD)):
     library.define(f"{_name}_triton{_schema.replace(') ->', ', int[] plan) ->')}")
-# How many of a branch's convolutions have sizes for native kernels. sizes: each one's weight (4),
-# stride, padding and dilation (2 each) and groups.
+# The number of a branch's convolutions that native kernels run. sizes, for each convolution: its
+# weight's shape (4), stride, padding and dilation (2 each) and groups.
 library.define("training_convolutions(int[] image, int[] sizes) -> int")
 _forward = torch.ops.fused_res.res_block_fwd.default
 _backward = torch.ops.fused_res.res_block_bwd.default
@@ -139,7 +141,7 @@ def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, plan)
 
 
 def _takes(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut) -> bool:
-    """Whether x can go through, as in ``csrc/res_block.h``."""
+    """Whether the stages can run on x, by the rules of ``csrc/res_block.h``."""
     if x.dim() != 4 or x.numel() == 0:
         return False
 
@@ -180,7 +182,7 @@ def _takes(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut) -> bool:
 
 
 class _Call(NamedTuple):
-    """What a call has beside the tensors that may want gradients."""
+    """The arguments of a call, without the tensors that may need gradients."""
 
     running: list[Tensor]
     counters: list[Tensor]
@@ -208,7 +210,7 @@ def _flatten(branch, shortcut, act, counters, recompute, plan) -> tuple[_Call, l
 
 
 def _stages(call: _Call, parameters) -> tuple[list[ConvNorm], Shortcut]:
-    """The other way round."""
+    """The branch and the shortcut of a call: the inverse of ``_flatten``."""
     stages = []
     for i in range(len(call.numbers) // 2):
         conv_weight, conv_bias, weight, bias = parameters[PARAMETERS * i : PARAMETERS * (i + 1)]
@@ -236,7 +238,10 @@ def _run(x, parameters, call, save) -> list[Tensor]:
 
 
 def _in_pytorchs_terms(op, *args):
-    """Runs ``op``; an error inside ATen reaches it as text alone (torch 2.13 and newer)."""
+    """Runs ``op`` and restores the type of an out-of-memory error.
+
+    Errors inside ATen pass through the C interface as text alone (torch 2.13 and newer).
+    """
     try:
         return op(*args)
     except torch.OutOfMemoryError:
@@ -250,9 +255,9 @@ def _in_pytorchs_terms(op, *args):
 def _differentiable_bwd(call, x, parameters, wanted, dy):
     """The backward pass in PyTorch's ops, for a second derivative or a batch of gradients.
 
-    The block is computed again, on aliases: a tensor may depend on another one, or be there twice.
+    The block is computed again, on aliases: one tensor may depend on another or appear twice.
     """
-    # running statistics only where they are read
+    # running statistics only for the norms that read them
     trains = [t for t in call.integers[INTEGERS - 1 :: INTEGERS] for _ in range(2)]
     running = [None if t else r for t, r in zip(trains, call.running, strict=True)]
     call = call._replace(running=running)
@@ -276,7 +281,7 @@ class _ResBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, x, *parameters):
         y, *saved = _run(x, parameters, call, True)
-        # As in PyTorch x may be overwritten where its values are in no gradient.
+        # As in PyTorch, a later op may overwrite x where no gradient depends on its values.
         ctx.x = None if _reads_x(call, ctx.needs_input_grad[2:]) else (x.detach(), x._version)
         ctx.save_for_backward(None if ctx.x else x, *parameters, *saved)
         ctx.call = call
@@ -344,17 +349,17 @@ def _convolves(x: Tensor, branch: list[ConvNorm]) -> bool:
 def _whole_in(
     x: Tensor, branch: list[ConvNorm], backend: str | None, recompute, is_bare: bool
 ) -> str | None:
-    """The backend that runs a block in one call here; None where it is run stage by stage.
+    """The backend that runs a block in one call here; None where it runs stage by stage.
 
     Args:
-        is_bare: it is one convolution and a BatchNorm that nothing follows, which may be faster in
-            PyTorch (``bn_act``).
+        is_bare: the block is one convolution and a BatchNorm with nothing after it. PyTorch may run
+            that faster (``bn_act``).
 
     Raises:
         BackendUnavailable: a backend was named and cannot run bn_act.
     """
-    # the compiler, and modes that count or choose ops, want to see convolutions; forward-mode AD's
-    # tangents may be the parameters'
+    # The compiler, and modes that count or choose ops, must see the convolutions. In forward-mode
+    # AD a parameter may have a tangent.
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -370,7 +375,7 @@ def _whole_in(
 
 
 def _autocast(x: Tensor, branch, shortcut, dtype: torch.dtype):
-    """What autocast does to the convolutions' operands."""
+    """x, branch and shortcut with the convolutions' operands cast as autocast casts them."""
 
     def narrowed(stage: ConvNorm) -> ConvNorm:
         bias = None if stage.bias is None else stage.bias.to(dtype)
@@ -391,24 +396,29 @@ def res_block(
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64, NCHW or channels_last.
-        branch: its stages, one or more; a ReLU follows each but the last.
-        shortcut: a convolution and BatchNorm of ``x`` to add; None: ``x`` itself; False: nothing is
-            added.
+        branch: convolutions with BatchNorms, one or more; a ReLU follows each but the last.
+        shortcut: a convolution and BatchNorm of ``x``, added to the branch; None: ``x`` itself is
+            added; False: nothing is added.
         act: ``relu`` (after the add), ``relu_before_add``, or ``none``.
-        backend: auto, cpu, cuda, triton or eager; default: what ``fused_res.backend`` or
-            ``FUSED_RES_BACKEND`` says.
-        recompute: ``last``: the backward pass computes the last convolution of the branch again
-            instead of keeping its output; None: it does not. A block that is run stage by stage
-            (while a compiler looks on, say) keeps it.
+        backend: auto, cpu, cuda, triton or eager; default: set by ``fused_res.backend`` or
+            ``FUSED_RES_BACKEND``, else auto.
+        recompute: ``last``: the backward pass computes the branch's last convolution again, and its
+            output is not kept; None: it is kept. A block that runs stage by stage (inside
+            ``torch.compile``, for example) always keeps it.
 
     Returns:
-        (N, K, P, Q), as the convolutions make it.
+        (N, K, P, Q) of x's dtype, in the memory format of the last convolution's output.
 
     Raises:
         ValueError: a shape, device or value does not fit; training with one value per channel.
         TypeError: a dtype does not fit.
-        RuntimeError: a convolution cannot take its input, in PyTorch's words.
+        RuntimeError: a convolution cannot take its input; the message is PyTorch's.
         BackendUnavailable: the backend was named and cannot run this.
+
+    Example:
+        >>> norm = Norm(None, None, torch.ones(64), torch.zeros(64), training=True)
+        >>> conv = ConvNorm(torch.randn(64, 64, 3, 3), None, (1, 1), (1, 1), (1, 1), 1, norm)
+        >>> y = res_block(torch.randn(8, 64, 14, 14), [conv, conv])  # a basic block
     """
     if not branch:
         raise ValueError("branch must have at least one stage, got none")
@@ -427,8 +437,10 @@ def check_recompute(recompute: str | None) -> str | None:
 
 
 def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor | None:
-    """``res_block`` in one call, which adds one to ``counters`` too: one of each BatchNorm that
-    trains, or none. None where it must be run stage by stage, and nothing is done."""
+    """``res_block`` in one call; None, and nothing is done, where it must run stage by stage.
+
+    counters: num_batches_tracked of each BatchNorm that trains, or empty; each is increased by one.
+    """
     is_bare = shortcut is False and act == "none" and len(branch) == 1
     name = _whole_in(x, branch, backend, recompute, is_bare)
     if name is None:
@@ -436,10 +448,10 @@ def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         if shortcut is None and x.dtype != dtype:
-            return None  # to PyTorch's promotion rules: the convolutions' output is of another type
+            return None  # x and the branch differ in dtype: PyTorch's rules of promotion
         stages = (*branch, shortcut) if shortcut else branch
         if any(stage.weight.dtype == torch.float64 for stage in stages):
-            return None  # which autocast leaves as they are
+            return None  # autocast does not cast float64
         x, branch, shortcut = _autocast(x, branch, shortcut, dtype)
     plan = None
     if name == "triton":
@@ -448,7 +460,7 @@ def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor
     if (
         any(t is None for t in call.running)
         or len(parameters) > PARAMETERS * MOST_STAGES
-        # a subclass has its own convolution
+        # a subclass may define its own convolution
         or any(type(t) not in _PLAIN for t in (x, *parameters))
     ):
         return None

@@ -1,11 +1,13 @@
 """Residual blocks one after the other in one call: the op ``res_chain``, for inference.
 
-A net of many small blocks spends its time starting kernels, and moving maps that a core's cache
-could hold. On a CPU each thread takes a few images through all of the blocks; where there are fewer
-images than threads, all threads share each convolution, and wait for each other in between.
-``csrc/cpu/res_chain.cpp`` computes it. On a CUDA device, where backend ``cuda`` is named, a thread
-block takes a few images through all of the blocks, their maps in its shared memory:
-``csrc/cuda/res_chain.cu``. Elsewhere it is ``conv_bn_act`` by ``conv_bn_act``.
+A net of many small blocks spends its time on starting kernels and on moving maps that a core's
+cache could keep.
+
+- CPU (``csrc/cpu/res_chain.cpp``): each thread takes a few images through all blocks. With fewer
+  images than threads, all threads share each convolution and wait for each other after it.
+- CUDA (``csrc/cuda/res_chain.cu``), where backend ``cuda`` is named: a thread block takes a few
+  images through all blocks, with their maps in its shared memory.
+- Elsewhere: one ``conv_bn_act`` for each convolution.
 """
 
 from __future__ import annotations
@@ -24,21 +26,22 @@ from . import library
 from .conv_bn_act import PLAIN, Call, conv_bn_act, out_shape, under_modes
 from .convolutions import nhwc
 
-# What res_chain takes of inputs with so many channels, behind a tensor of bytes. program, of each
-# convolution: Winograd's tile or 0 for a direct one; kernel size, 1 or 3; channels out; act, of
-# reference.ACTS; whether it is a block's last: then it adds the block's input.
+# Packs a chain for inputs of so many channels into one tensor of bytes, which res_chain reads.
+# program has for each convolution: Winograd's tile, or 0 for a direct one; kernel size, 1 or 3;
+# channels out; act, an index in reference.ACTS; 1 for a block's last one, which adds the block's
+# input.
 library.define(
     "packed_chain(Tensor[] weights, Tensor?[] biases, int[] program, int channels) -> Tensor"
 )
 library.define("res_chain(Tensor x, Tensor chain) -> Tensor")
-# The same in one call, of parameters as they are. norms: mean, variance, weight and bias of each
-# convolution, None without a BatchNorm; program: kernel size, channels out, act, whether it is a
-# block's last.
+# A chain of parameters that are not packed. norms has for each convolution: the BatchNorm's running
+# mean, running variance, weight and bias (None: no BatchNorm). program has for each: kernel size,
+# channels out, act, 1 for a block's last one.
 library.define(
     "res_chain_params(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] norms, float[] eps, "
     "int[] program, bool tf32) -> Tensor"
 )
-# Whether that takes maps of such channels, height and width, `bytes` an element, on a CUDA device.
+# Whether res_chain_params can run on such maps on a CUDA device; bytes: of an element.
 library.define(
     "res_chain_fits(int device, int bytes, int channels, int height, int width, int[] program) "
     "-> bool"
@@ -56,15 +59,18 @@ def _(x, weights, biases, norms, eps, program, tf32):
 
 
 class Link(NamedTuple):
-    """A residual block with an identity shortcut: its convolutions, a ReLU after each but the last,
-    and what follows that: ``relu`` (after the add), ``relu_before_add``, or ``none``."""
+    """A residual block with an identity shortcut.
+
+    convs: its convolutions; a ReLU follows each but the last.
+    act: after the last one: ``relu`` (after the add), ``relu_before_add``, or ``none``.
+    """
 
     convs: Sequence[ConvNorm]
     act: Act = "relu"
 
 
 class Chain:
-    """``x -> y`` of packed weights, while nothing changes that they are made of."""
+    """``x -> y`` with packed weights; valid while the parameters stay unchanged."""
 
     def __init__(self, weights: list, biases: list, program: list[int], channels: int) -> None:
         pack = torch.ops.fused_res.packed_chain
@@ -76,7 +82,7 @@ class Chain:
 
 
 def _implementation(call: Call) -> tuple[str, int]:
-    """The implementation that is expected to be the fastest in a chain; Winograd's tile or 0."""
+    """The implementation that the rules expect to be the fastest in a chain, and its tile or 0."""
     names = {0: "direct", 2: "winograd2", 4: "winograd4"}
     able = [tile for tile, name in names.items() if IMPLEMENTATIONS[name].why_not(call) is None]
     tile = expected_tile(call.x.shape, call.conv.weight.shape, able, in_chain=True)
@@ -95,7 +101,7 @@ def _keeps_size(conv: ConvNorm) -> bool:
 
 
 def is_for(x: Tensor) -> bool:
-    """Whether a kernel takes a tensor; on a CUDA device where its backend is named."""
+    """Whether a kernel can run on such a tensor; on a CUDA device only where ``cuda`` is named."""
     return (
         (x.is_cuda or (x.is_cpu and x.dtype == torch.float32))
         and x.dim() == 4
@@ -106,7 +112,7 @@ def is_for(x: Tensor) -> bool:
 
 
 def fits(x: Tensor, block: Link) -> bool:
-    """Whether the kernel takes a block, of inputs of x's size."""
+    """Whether the kernel can run a block on inputs of x's size."""
     if x.is_cuda:
         return _is_identity(block, x.size(1)) and all(_belongs(conv, x) for conv in block.convs)
     widest = max((n for conv in block.convs for n in conv.weight.shape[:2]), default=0)
@@ -114,7 +120,7 @@ def fits(x: Tensor, block: Link) -> bool:
 
 
 def _is_identity(block: Link, channels: int) -> bool:
-    """Whether a block's convolutions are such as the kernels take, from and to so many channels."""
+    """Whether the kernels can run a block's convolutions, from and to so many channels."""
     first = channels
     for conv in block.convs:
         weight = conv.weight
@@ -132,17 +138,18 @@ def _is_identity(block: Link, channels: int) -> bool:
 def prepared_chain(
     x: Tensor, blocks: Sequence[Link], backend: str | None
 ) -> Chain | CudaChain | None:
-    """What runs the blocks on inputs of x's size, without gradients, while nothing changes that
-    they are made of, on a CUDA device while no tensor is replaced; None where they are run one by
-    one.
+    """A function that runs the blocks on inputs of x's size, without gradients.
+
+    On a CPU it is valid while the parameters stay unchanged, on a CUDA device while they stay the
+    same tensors. None: the blocks must run one by one.
 
     Raises:
-        as ``conv_bn_act``, of any of the convolutions.
+        as ``conv_bn_act``, for any of the convolutions.
     """
     if not is_for(x) or not all(fits(x, block) for block in blocks):
         return None
     name = asked_for("conv_bn_act", backend, x)
-    if x.is_cuda:  # not `auto`: it was never timed against others
+    if x.is_cuda:  # not for `auto`: there are no timings of it
         return _cuda_chain(x, blocks) if name == "cuda" else None
     if name not in ("auto", "cpu"):
         return None
@@ -151,7 +158,7 @@ def prepared_chain(
         shape = x.shape
         for i, conv in enumerate(block.convs):
             last = i + 1 == len(block.convs)
-            z = x.new_empty(()).expand(shape)  # of an activation, its size
+            z = x.new_empty(()).expand(shape)  # stands for the activation; has its size alone
             call = Call(z, conv, x if last else None, act=block.act if last else "relu")
             shape = out_shape(z, conv)
             implementation, tile = _implementation(call)
@@ -163,7 +170,7 @@ def prepared_chain(
 
 
 class CudaChain(NamedTuple):
-    """``x -> y`` of convolutions' parameters as they are."""
+    """``x -> y`` with the parameters themselves, not packed."""
 
     weights: list[Tensor]
     biases: list[Tensor | None]
@@ -196,7 +203,7 @@ def _cuda_chain(x: Tensor, blocks: Sequence[Link]) -> CudaChain | None:
 
 
 def _belongs(conv: ConvNorm, x: Tensor) -> bool:
-    """Whether a convolution's tensors are as the CUDA kernel takes them with ``x``."""
+    """Whether the dtypes, shapes and devices of a convolution suit the CUDA kernel and ``x``."""
     if conv.norm is not None and (conv.norm.training or conv.norm.running_mean is None):
         return False
     channels = [t for t in (conv.bias, *(conv.norm or ())[:4]) if t is not None]
@@ -209,27 +216,32 @@ def _belongs(conv: ConvNorm, x: Tensor) -> bool:
 
 
 def res_chain(x: Tensor, blocks: Sequence[Link], backend: str | None = None) -> Tensor:
-    """Residual blocks with identity shortcuts, one after the other, BatchNorm by its running
-    statistics.
+    """Residual blocks with identity shortcuts (He et al., 2016), one after the other, BatchNorm by
+    its running statistics.
 
-    One kernel on a CPU in float32 where no gradient is wanted, every convolution is 1x1 or 3x3 and
-    keeps its map's size, and maps and weights are small; likewise on a CUDA device, in float32,
-    bfloat16 or float16 and channels_last, where backend ``cuda`` is named and a map fits in shared
-    memory. Elsewhere one ``conv_bn_act`` for each.
+    It is one kernel for channels_last tensors without gradients, if every convolution is 1x1 or 3x3
+    and keeps the map's size: on a CPU in float32, for small maps and weights; on a CUDA device in
+    float32, bfloat16 or float16, if backend ``cuda`` is named and a map fits in shared memory.
+    Otherwise it is one ``conv_bn_act`` for each convolution.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64, NCHW or channels_last.
-        blocks: convolutions with a ``Norm`` of ``training=False``, or None.
-        backend: auto, cpu, cuda, triton or eager; default: what ``fused_res.backend`` or
-            ``FUSED_RES_BACKEND`` says.
+        blocks: at least one; the ``Norm`` of each convolution has ``training=False`` or is None.
+        backend: auto, cpu, cuda, triton or eager; default: set by ``fused_res.backend`` or
+            ``FUSED_RES_BACKEND``, else auto.
 
     Returns:
-        (N, C, H, W), in the memory format PyTorch gives it.
+        (N, C, H, W) of x's dtype, in the memory format PyTorch gives it.
 
     Raises:
         ValueError: a shape, device or value does not fit; a BatchNorm with ``training=True``.
         TypeError: a dtype does not fit.
         BackendUnavailable: the backend was named and cannot run this.
+
+    Example:
+        >>> norm = Norm(torch.zeros(16), torch.ones(16))  # running mean and variance
+        >>> conv = ConvNorm(torch.randn(16, 16, 3, 3), None, (1, 1), (1, 1), (1, 1), 1, norm)
+        >>> y = res_chain(torch.randn(8, 16, 32, 32), 3 * [Link([conv, conv])])  # three blocks
     """
     if not blocks or not all(block.convs for block in blocks):
         raise ValueError("blocks must be at least one, each of at least one convolution")

@@ -1,10 +1,10 @@
 """``bn_act`` by the statistics of all processes of a group: ``nn.SyncBatchNorm`` + residual add +
 ReLU.
 
-Forward: the mean, sum of squared deviations and number of values of each process, one all_gather,
-and ``bn_act``'s pass over the elements. Backward: ``bn_act``'s sums, one all_reduce, and its pass
-over the elements. The residual's BatchNorm shares both. As in PyTorch, batches may differ in size
-or be empty, and the parameters' gradients are of the process's own batch:
+Forward: mean, sum of squared deviations and number of values in each process, one all_gather, then
+``bn_act``'s pass over the elements. Backward: ``bn_act``'s sums, one all_reduce, then its pass over
+the elements. The residual's BatchNorm shares both collectives. As in PyTorch, batches may differ in
+size or be empty, and a process computes the parameters' gradients of its own batch:
 DistributedDataParallel averages them.
 """
 
@@ -31,7 +31,7 @@ _STATISTICS = {
 
 
 class _Call(NamedTuple):
-    """What a call has beside the tensors that may want gradients."""
+    """The arguments of a call, without the tensors that may need gradients."""
 
     norm: Norm
     residual_norm: Norm | None
@@ -47,8 +47,8 @@ def _moments(x: Tensor, backend: str) -> Tensor:
 
 
 def _frozen(norm: Norm, mean: Tensor, var: Tensor, dtype: torch.dtype) -> Norm:
-    """``norm`` by statistics that are known, in the kernels' type; what rounding the mean loses
-    goes into the bias."""
+    """``norm`` with given statistics in the kernels' dtype; the bias makes up for the rounding of
+    the mean."""
     rounded = mean.to(dtype)
     weight = torch.ones_like(rounded) if norm.weight is None else norm.weight.to(dtype)
     bias = (rounded - mean) * (var + norm.eps).rsqrt() * weight
@@ -58,7 +58,7 @@ def _frozen(norm: Norm, mean: Tensor, var: Tensor, dtype: torch.dtype) -> Norm:
 
 
 def _fwd_sync(x: Tensor, residual: Tensor | None, call: _Call, save_mask: bool):
-    """y, mask and stats as of ``bn_act_fwd``, and the share that x has of all values, (C,)."""
+    """y, mask and stats of ``bn_act_fwd``, and x's share of all processes' values, (C,)."""
     norms = [n for n in (call.norm, call.residual_norm) if n is not None]
     local = torch.stack([_moments(t, call.backend) for t in (x, residual)[: len(norms)]])
     means, m2s, counts = reference.merged(all_gather(local, call.group))
@@ -75,9 +75,9 @@ def _fwd_sync(x: Tensor, residual: Tensor | None, call: _Call, save_mask: bool):
 
 
 def _bwd_sync(call: _Call, dy, x, weight, residual, residual_weight, stats, mask, share, need):
-    """``bn_act_bwd``, its sums added up over the processes between its two passes.
+    """``bn_act_bwd``, with its sums reduced over the processes between its two passes.
 
-    need: of x, residual (in another form than dy) and the parameters.
+    need: whether x, the residual (where its gradient is not dy) and the parameters need gradients.
     """
     second = call.residual_norm is not None
     need_x, need_residual, need_parameters = need
@@ -89,7 +89,7 @@ def _bwd_sync(call: _Call, dy, x, weight, residual, residual_weight, stats, mask
         zeros = [None if w is None else torch.zeros_like(w) for w in (weight, residual_weight)]
         return dy, zeros[0], zeros[0], dy, zeros[1], zeros[1]
 
-    # in the statistics' type, and never None: their gradients are the sums
+    # in the statistics' dtype, and never None: the gradients of the weights are the sums
     w = [torch.ones_like(stats[0]) if w is None else w.to(stats.dtype) for w in weights]
     run = partial(
         _op(call.backend, 1), dy, x, w[0], True, residual, second, w[1] if second else None, second,
@@ -137,7 +137,7 @@ class _SyncBnAct(torch.autograd.Function):
         call, need = ctx.call, ctx.needs_input_grad[1:]
         x, weight, residual, residual_weight, stats, mask, share = ctx.saved_tensors
         x = laid_out(x, ctx.nchw)
-        passes = call.residual_norm is None and call.act != "relu"  # as of bn_act
+        passes = call.residual_norm is None and call.act != "relu"  # as in bn_act
         if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
             grads = _differentiable_bwd(call, dy, x, weight, residual, residual_weight, mask)
         else:
@@ -154,7 +154,7 @@ def _eager(x, running_mean, running_var, weight, bias, training, momentum, eps, 
     if x.is_cpu:
         norm = running_mean, running_var, weight, bias, training, momentum, eps
         return reference.sync_batch_norm(x, *norm, group=group)
-    # PyTorch's own, which takes no CPU tensors
+    # PyTorch's SyncBatchNorm takes no CPU tensors
     return SyncBatchNorm.apply(
         x, weight, bias, running_mean, running_var, eps, momentum, group, dist.get_world_size(group)
     )
@@ -169,22 +169,23 @@ def sync_bn_act(
     act: Act = "relu",
     backend: str | None = None,
 ) -> Tensor:
-    """``bn_act`` in training, by the statistics of all processes of a group.
+    """``bn_act`` in training, by the statistics of all processes of a group (as in
+    ``nn.SyncBatchNorm``).
 
     Every process of the group must call it, and backward, for tensors of the same number of
-    channels. Where no backend is named the choice is ``auto``'s for tensors that were not measured:
-    it must not depend on the size of a process's batch. A CUDA tensor runs PyTorch's own
-    SyncBatchNorm then.
+    channels. All processes must choose the same backend, whatever the sizes of their batches. So
+    ``auto`` ignores timings here: CPU tensors (but float64) run the fused kernels, CUDA tensors
+    PyTorch's SyncBatchNorm.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64, NCHW or channels_last; N may be 0.
-        norm: its BatchNorm, with ``training=True``; running statistics are updated in place.
+        norm: x's BatchNorm, with ``training=True``; running statistics are updated in place.
         group: processes with a batch each, of any size.
-        residual: (N, C, H, W) of x's dtype and device, added to the result.
+        residual: (N, C, H, W) of x's dtype and device, added to the normalised x.
         residual_norm: a second BatchNorm, of ``residual``, by the statistics of the same processes.
         act: ``relu`` (after the add), ``relu_before_add``, or ``none``.
-        backend: auto, cpu, cuda, triton or eager; default: what ``fused_res.backend`` or
-            ``FUSED_RES_BACKEND`` says.
+        backend: auto, cpu, cuda, triton or eager; default: set by ``fused_res.backend`` or
+            ``FUSED_RES_BACKEND``, else auto.
 
     Returns:
         (N, C, H, W) of x's dtype and memory format.
@@ -193,6 +194,11 @@ def sync_bn_act(
         ValueError: a shape, device or value does not fit.
         TypeError: a dtype does not fit.
         BackendUnavailable: the backend was named and cannot run this.
+
+    Example:
+        >>> norm = Norm(torch.zeros(64), torch.ones(64), training=True)
+        >>> x = torch.randn(8, 64, 14, 14)
+        >>> y = sync_bn_act(x, norm, torch.distributed.group.WORLD)  # in each process
     """
     _check(x, norm, residual, residual_norm, act, alone=False)
     backend = choose("bn_act", backend, x, residual, norm.weight, norm.bias, by_shape=False)

@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check_named(args: argparse.Namespace, settings: Settings, last: Path) -> None:
-    """That the command line names what ``last`` must not name alone."""
+    """Checks that the command line names everything that ``last`` must not name alone."""
     missing = [name for name in trust.untrusted(settings) if not hasattr(args, name)]
     if missing:
         command = _resuming(settings, args.out)
@@ -103,7 +103,7 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: P
             )
     some = prepare(pictures.train_images[:2], *statistics, None, None)
     nets.check(models[kinds[0]], settings.model, some, len(pictures.classes))
-    if settings.compare:  # a user's model may draw its weights in a way of its own
+    if settings.compare:  # a user's model may draw its weights without the seed
         models["plain"].load_state_dict(models["fused"].state_dict())
     kept = {
         "arguments": arguments,
@@ -158,7 +158,7 @@ def _check_resumed(state: dict[str, Any], last: Path, pictures: data.Data, place
 
 
 def _check_log(last: Path, size: int) -> None:
-    """That the log, if it is there, has a line that ends where it will be cut off."""
+    """Checks that a line of the log ends at byte ``size``, where resuming cuts the log off."""
     with contextlib.suppress(FileNotFoundError), open(last.with_name("log.jsonl"), "rb") as file:
         file.seek(size - 1)
         if file.read(1) not in (b"\n", b""):
@@ -169,7 +169,7 @@ def _check_log(last: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def _log(out: Path, state: dict[str, Any] | None, place: Place) -> Iterator[Log | None]:
-    """The log of the first process, cut off where ``state`` was saved; None for the others."""
+    """The log, cut off where ``state`` was saved; None in all processes but the first."""
     if place.rank:
         yield None
         return

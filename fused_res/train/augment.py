@@ -1,4 +1,4 @@
-"""Batches as a net takes them: normalised and, in training, cropped, flipped and cut out."""
+"""Prepares batches for a net: normalises them and, in training, crops, flips and cuts out."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class Augment(NamedTuple):
-    """What is drawn anew for each image.
+    """The random changes of an image.
 
-    crop: as many rows and columns are padded on every side before an image's own size is cropped
-        at random (He et al. 2016); 0: none.
-    flip: left and right change places in half of the images.
-    cutout: side of the square that is blanked, anywhere and partly outside (DeVries and Taylor
-        2017); 0: none.
+    crop: pixels of padding on every side; a random crop then has the image's size again (He et al.,
+        2016). 0: none.
+    flip: mirror half of the images.
+    cutout: side of a blanked square in pixels; it may lie partly outside (DeVries and Taylor,
+        2017). 0: none.
     """
 
     crop: int = 4
@@ -33,14 +33,13 @@ def prepare(
 ) -> Tensor:
     """Normalises a batch and augments it, on its device.
 
-    What is padded or cut out is 0 after normalisation, that is the mean colour.
+    Padding and cut-outs are 0 after normalisation, the mean colour.
 
     Args:
         images: (N, 3, H, W), uint8.
         mean, std: (3,), of pixels from 0 to 1.
-        augment: ``None`` to validate.
-        generator: on the CPU, so that its numbers are the same on every device;
-            not used to validate.
+        augment: None in validation.
+        generator: on the CPU, so that every device gets the same numbers; unused in validation.
 
     Returns:
         (N, 3, H, W), ``dtype``, channels_last.
@@ -66,7 +65,7 @@ def prepare(
     columns = torch.arange(width, device=device) + left - augment.crop
     if augment.flip:
         columns = torch.where(flipped == 1, columns.flip(1), columns)
-    # two indices with a slice between them: (N, H, W, 3), as channels_last has it in memory
+    # two indices with a slice between them give (N, H, W, 3), the order of channels_last
     image = torch.arange(n, device=device)[:, None, None]
     pixels = images[
         image, :, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None]

@@ -1,4 +1,4 @@
-"""Checkpoints: replaced as a whole or not at all, and checked before anything in them is used."""
+"""Checkpoints. A new one replaces the old one whole, and a loaded one is checked before its use."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KEYS = {
     "ranks": list, "best": float, "log": int,
 }  # fmt: skip
 LARGE = 2**53
-# What each key must be. What depends on the model and the data, a ``Trainer`` checks in ``load``.
+# The rule of each key. ``Trainer.load`` checks the rest, which depends on the model and the data.
 RULES = {
     "classes": each(list, CLASSES, 2, 100_000),
     "mean": tensor(torch.float32, (3,), 0, 1),
@@ -74,15 +74,15 @@ TENSOR_NAME = Rule(
     "names with dots between them",
     lambda value: type(value) is str and re.fullmatch(r"[\w.]{1,200}", value) is not None,
 )
-COUNTS = ("running_var", "num_batches_tracked", "n_averaged")  # they are never negative
+COUNTS = ("running_var", "num_batches_tracked", "n_averaged")  # never negative
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of ``path`` once all of it is on the disk.
+    """A file to write to. It replaces ``path`` once all of it is on the disk.
 
     Raises:
-        OSError: it cannot be written, with the name of ``path``, which stays as it was.
+        OSError: it cannot be written; names ``path``, which stays as it was.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -95,17 +95,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere folders cannot be opened
+    if os.name == "posix":  # other systems cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name too
+            os.fsync(folder)  # writes the new name to the disk
         finally:
             os.close(folder)
 
 
 class _Written(io.FileIO):
-    """A new file. What ``write`` raises is what leaving it raises: from ``torch.save`` comes a
-    RuntimeError that does not say why."""
+    """A new file. On leaving it raises the error of ``write`` again: ``torch.save`` replaces that
+    with a RuntimeError that does not say why."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "wb")
@@ -128,18 +128,17 @@ class _Written(io.FileIO):
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes ``state``, the ``KEYS``, for ``torch.load(path, weights_only=True)``."""
+    """Writes ``state``, a dict of the ``KEYS``, for ``torch.load(path, weights_only=True)``."""
     with replacing(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, **state}, file)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What ``save`` wrote, on the CPU, ``settings`` as ``Settings``.
+    """Reads the state that ``save`` wrote, on the CPU, with ``settings`` as ``Settings``.
 
     Raises:
-        CheckpointError: it cannot be read, is damaged (``torch.load`` does not look at the
-            checksums in the file), is another program's or version's, or holds a value that it
-            must not.
+        CheckpointError: the file cannot be read; it is damaged (``torch.load`` ignores the file's
+            checksums); another program or version wrote it; or a value breaks its rule.
     """
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path} is not a file")
@@ -220,10 +219,10 @@ def _fields(found: dict[Any, Any], rules: dict[str, Rule], where: str) -> None:
 
 
 def load_weights(model: nn.Module, weights: Any, where: str) -> None:
-    """``load_state_dict``, which says in one line what does not fit.
+    """``load_state_dict`` with an error of one line.
 
     Args:
-        model: takes the weights, on the device it is on.
+        model: on any device.
         weights: a state_dict.
         where: the file and the key of ``weights`` in it.
     """
@@ -236,7 +235,7 @@ def load_weights(model: nn.Module, weights: Any, where: str) -> None:
             raise CheckpointError(f"{where}.{named} {words}")
     for key, t in wanted.items():
         found = weights[key]
-        if not isinstance(t, Tensor):  # get_extra_state's
+        if not isinstance(t, Tensor):  # from get_extra_state
             continue
         if not isinstance(found, Tensor) or found.shape != t.shape:
             shape = tuple(getattr(found, "shape", ()))
@@ -245,7 +244,7 @@ def load_weights(model: nn.Module, weights: Any, where: str) -> None:
             )
         if not is_like(found, t.dtype, t.shape):
             raise CheckpointError(f"{where}.{key} must be a dense tensor of {t.dtype}")
-        # a model may have infinities of its own, in a mask for example
+        # a model may contain infinities, in a mask for example
         wrong = ~found.isfinite() & t.isfinite().to(found.device)
         if key.rpartition(".")[2] in COUNTS:
             wrong |= found < 0
@@ -255,7 +254,7 @@ def load_weights(model: nn.Module, weights: Any, where: str) -> None:
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed for each tuple of numbers, as if by chance."""
+    """A pseudo-random seed for each tuple of numbers."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little") >> 1
 
 
@@ -288,7 +287,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _is_rng_state(state: dict[Any, Any]) -> bool:
-    """Whether generators take it, tried on others than those in use."""
+    """Whether fresh generators accept ``state``."""
     if not {"torch", "python"} <= state.keys() <= {"torch", "python", "cuda", "numpy"}:
         return False
     if not is_like(state["torch"], torch.uint8, torch.get_rng_state().shape):

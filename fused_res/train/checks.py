@@ -1,4 +1,4 @@
-"""What a value must be, said once: for a flag on the command line and for a key of a checkpoint."""
+"""Rules for values. A flag of the command line and a key of a checkpoint share one rule."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from ..cli import CommandError
 
 
 class CheckpointError(CommandError):
-    """A file that is no checkpoint, or is damaged, or does not fit. Names the file and the key."""
+    """A file is no checkpoint, is damaged or does not fit; the message names the file and the
+    key."""
 
 
 class Rule(NamedTuple):
-    """A value must be ``words``; ``accepts`` tells, and never raises whatever the value is."""
+    """``words``: a description of the values that ``accepts`` accepts; ``accepts`` never raises."""
 
     words: str
     accepts: Callable[[Any], bool]
@@ -27,11 +28,11 @@ class Rule(NamedTuple):
     def check(self, value: Any, where: str) -> None:
         """
         Args:
-            value: of a checkpoint.
-            where: the file, and the key in it.
+            value: from a checkpoint.
+            where: the file and the key in it.
 
         Raises:
-            CheckpointError: the value does not hold.
+            CheckpointError: the value breaks the rule.
         """
         if not self.accepts(value):
             raise CheckpointError(f"{where} must be {self.words}, is {shown(value)}")
@@ -107,7 +108,7 @@ def tensor(
 def is_like(
     value: Any, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None
 ) -> bool:
-    """Whether it is a dense tensor, of this type and shape; looks at none of its values."""
+    """Whether ``value`` is a dense tensor of this dtype and shape; ignores its values."""
     return (
         type(value) in (Tensor, torch.nn.Parameter)
         and value.layout is torch.strided
@@ -122,8 +123,8 @@ IDENTIFIER = Rule("a name", lambda value: type(value) is str and value.isidentif
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is made of what Python's literals are made of, and is small. An end is found to
-    lists that hold themselves, and to those that hold another one often."""
+    """Whether ``value`` is small and made of Python's literals. Stops at lists that contain
+    themselves, or another list many times."""
     left, todo = 10_000, [(value, 0)]
     while todo:
         value, depth = todo.pop()
@@ -147,7 +148,7 @@ def is_plain(value: Any) -> bool:
 
 
 class _Repr(reprlib.Repr):
-    """Short, in one line, whatever the value is."""
+    """Makes a short text of one line of any value."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pictures to train on: scikit-learn's digits, CIFAR from its own files, or a folder of images."""
+"""Pictures to train on: scikit-learn's digits, CIFAR from its files, or a folder of images."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from ..cli import CommandError
 
 
 class DataError(CommandError):
-    """Data that is not there or cannot be read. Names the argument, or the file and where in it."""
+    """Data is missing or cannot be read; the message names the argument, or the file and the place
+    in it."""
 
 
 class Data(NamedTuple):
     """Pictures (N, 3, H, W), uint8, and their classes (N,), int64, on the CPU.
 
-    fingerprint: SHA-256 of all the rest, in hexadecimal: whether data is the same.
+    fingerprint: SHA-256 of all other fields, in hexadecimal, to recognise the same data.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Data(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """All labels of a part, and what reads the pictures at given indices (N,)."""
+    """All labels of a part, and a function that reads the pictures at indices (N,)."""
 
     labels: Tensor
     read: Callable[[Tensor], Tensor]
@@ -64,18 +65,18 @@ def load(
 
     Args:
         source: ``None`` or ``"digits"``: scikit-learn's 1797 handwritten digits in colour, split
-            4 : 1. Else a folder: CIFAR-10 or CIFAR-100 (Krizhevsky 2009), unpacked, the binary or
-            the Python version, there or in the folder that the archive makes; or
-            ``train/<class>/`` and ``val/<class>/`` (or ``valid``, ``test``) with images.
+            4 : 1. Otherwise a folder with CIFAR-10 or CIFAR-100 (Krizhevsky, 2009), the unpacked
+            binary or Python version, directly or in the archive's folder; or a folder with images
+            in ``train/<class>/`` and ``val/<class>/`` (or ``valid``, ``test``).
         classes: the classes to keep, at least two, numbered in this order; default: all.
-        size: height and width: the digits are enlarged, images of a folder resized and cropped in
-            the middle, both to 32 by default; CIFAR's are 32.
-        images: how many training images to take, and a quarter as many to validate (or all, where
-            there are fewer); default: all.
-        seed: of the digits' split and colours, and of which ``images`` are taken.
+        size: height and width in pixels. The digits are enlarged; images of a folder are resized
+            and cropped in the middle. Default: 32. CIFAR's images are always 32.
+        images: number of training images; validation takes a quarter as many, or all if there are
+            fewer. Default: all.
+        seed: for the digits' split and colours, and for the selection of ``images``.
 
     Raises:
-        DataError: see there.
+        DataError: an argument does not fit, or a file is missing or damaged.
     """
     for name, value in (("size", size), ("images", images)):
         if value is not None and value < 1:
@@ -115,7 +116,7 @@ def load(
 
 
 def _check_memory(count: int, size: int | None, of_pixel: int = 3) -> None:
-    """That this many images, of so many bytes a pixel, may fit into the machine's memory."""
+    """Raises DataError if the images cannot fit into the machine's memory; ``of_pixel``: bytes."""
     try:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows
@@ -129,10 +130,10 @@ def _check_memory(count: int, size: int | None, of_pixel: int = 3) -> None:
 
 
 def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, pixels being 0 to 1.
+    """Mean and standard deviation of each channel, for pixels from 0 to 1.
 
-    Exact sums over the counts of each value, in float64. The deviation divides by the number of
-    pixels; that of a channel of one value is given as 1, so that normalised it is 0.
+    Sums are exact, over the counts of each value, in float64. The deviation divides by the number
+    of pixels. For a channel with a single value it is 1, so that the normalised channel is 0.
 
     Args:
         images: (N, 3, H, W), uint8.
@@ -149,7 +150,7 @@ def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _digits(size: int, seed: int) -> _Source:
-    """Each has an ink and a paper colour of its own, so that colour says nothing of the class."""
+    """The digits, each in random ink and paper colours, so that colour does not tell the class."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -267,7 +268,7 @@ def _binary(path: Path, prefix: int, classes: int) -> tuple[Tensor, Tensor]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes builtin containers and NumPy's arrays: what else a pickle names is never called."""
+    """Makes builtin containers and NumPy's arrays, and calls nothing else that a pickle names."""
 
     ALLOWED = frozenset(
         {
@@ -349,7 +350,7 @@ def _image_folder(folder: Path, size: int) -> _Source:
 
 
 def _listing(place: Path) -> dict[str, list[Path]]:
-    """The images of each class. Hidden files are none, nor are pipes, sockets and folders."""
+    """The images of each class, without hidden files, pipes, sockets and folders."""
     out = {}
     for folder in sorted(place.iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
@@ -358,7 +359,7 @@ def _listing(place: Path) -> dict[str, list[Path]]:
                 for path in folder.rglob("*")
                 if path.suffix.lower() in _SUFFIXES
                 and not path.name.startswith(".")
-                and (path.is_file() or not path.exists())  # a link to nothing is an error
+                and (path.is_file() or not path.exists())  # reading a broken link raises later
             )
             if not out[folder.name]:
                 raise DataError(f"{folder}: a class without images ({', '.join(_SUFFIXES)})")
@@ -380,7 +381,7 @@ def _picture(path: Path, size: int) -> Tensor:
 
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # conversion would cut values off at 255
+            if image.mode.startswith(("I", "F")):  # conversion would clip values at 255
                 raise ValueError(f"mode {image.mode} must be of 8 bits a channel")
             fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
     except Exception as error:  # broken bytes can raise anything

@@ -34,11 +34,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Interrupted(Exception):
-    """Ctrl-C, and what was trained is saved."""
+    """Ctrl-C was pressed; the training so far is saved."""
 
 
 class _CtrlC:
-    """While it is entered, a first Ctrl-C asks to stop after the step, a second one stops."""
+    """Inside this context a first Ctrl-C asks to stop after the step; a second one stops at
+    once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -85,14 +86,14 @@ def _schedule(
 
 
 class Net:
-    """A model with all that trains it.
+    """A model with its optimizer, schedule, scaler and averaged weights.
 
     Args:
         name: ``fused`` or ``plain``.
         model: on any device; it is moved.
         settings: of the run.
         place: of the run.
-        steps: of the optimizer, in an epoch.
+        steps: steps of the optimizer in an epoch.
     """
 
     def __init__(
@@ -138,11 +139,10 @@ class Net:
         }
 
     def load(self, state: dict[str, Any], where: str) -> None:
-        """Takes what ``state`` gave; ``where`` names it in errors.
+        """Takes a result of ``state``; ``where`` names it in errors.
 
         Raises:
-            CheckpointError: something is not of the sizes, or not in the range, that it has in this
-                net with these settings.
+            CheckpointError: a size or value does not fit this net and these settings.
         """
         checkpoint.load_weights(self.model, state["model"], f"{where}.model")
         if self.average is not None:
@@ -180,7 +180,7 @@ class Net:
         return {"state": state, **groups}
 
 
-# what an optimizer keeps of each parameter, and the least that its values may be
+# the state that an optimizer keeps for each parameter, and the least value in it
 OPTIMIZER_STATE = {
     "sgd": {"momentum_buffer": -math.inf},
     "adamw": {"step": 0, "exp_avg": -math.inf, "exp_avg_sq": 0},
@@ -188,7 +188,7 @@ OPTIMIZER_STATE = {
 
 
 def _progress(settings: Settings, steps: int) -> dict[str, Rule]:
-    """What the values must be that change as an optimizer, a schedule and a scaler go on."""
+    """Rules for the values that an optimizer, a schedule and a scaler change in training."""
     slack = 1e-6 * settings.lr
     rate = number(float, -slack, settings.lr + slack)
     total = steps * settings.epochs
@@ -208,10 +208,10 @@ def _progress(settings: Settings, steps: int) -> dict[str, Rule]:
 
 
 def _fitted(found: Any, fresh: Any, rules: dict[str, Rule], where: str) -> Any:
-    """``fresh`` with what ``found``, of a checkpoint, has for the keys in ``rules``.
+    """``fresh`` with the values that ``found``, from a checkpoint, has for the keys in ``rules``.
 
-    All else must be the same in both, but for constants that one version of PyTorch keeps and
-    another does not.
+    All other values must be the same in both, except for constants that only some versions of
+    PyTorch keep.
     """
     if isinstance(fresh, dict):
         checkpoint.IS_DICT.check(found, where)
@@ -250,7 +250,7 @@ def evaluate(
     settings: Settings,
     place: Place,
 ) -> tuple[float, Tensor]:
-    """How good ``model`` is, in eval mode, by all processes together.
+    """Evaluates ``model`` in eval mode, with all processes together.
 
     Args:
         model: (N, 3, H, W) -> (N, ``classes``).
@@ -259,8 +259,8 @@ def evaluate(
         settings: batch size, layout and autocast.
 
     Returns:
-        The mean cross entropy, and the confusion matrix (``classes``, ``classes``), int64: how many
-        images of the class of a row were taken for that of a column.
+        The mean cross entropy, and the confusion matrix (``classes``, ``classes``), int64: the
+        number of images by true class (row) and predicted class (column).
     """
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=place.device)
@@ -283,15 +283,15 @@ def accuracy(confusion: Tensor) -> float:
 
 
 class Trainer:
-    """Trains nets in place, an epoch of one after an epoch of the other, on the same batches.
+    """Trains nets in place on the same batches; the nets take turns at every epoch.
 
     Args:
-        models: by ``fused`` or ``plain``; the first one's accuracy says which epoch is the best.
+        models: by ``fused`` or ``plain``; the first one's accuracy decides which epoch is the best.
         data: pictures and classes.
         settings: of the run.
         place: of the run.
-        folder: where checkpoints go.
-        kept: what else they hold, ``mean`` and ``std`` of the pictures among it.
+        folder: for checkpoints.
+        kept: further keys of the checkpoints, among them the pictures' ``mean`` and ``std``.
 
     Raises:
         CommandError: there are more processes than images in a batch.
@@ -324,7 +324,7 @@ class Trainer:
         self.augment = None
         if settings.augment:
             self.augment = Augment(settings.crop, settings.flip, settings.cutout)
-        # what comes next: this step of this net in this epoch, all from 0
+        # the next step, by epoch, net and step, all from 0
         self.epoch = self.net = self.step = 0
         self.best = -1.0
         self._reset_sums()
@@ -334,7 +334,7 @@ class Trainer:
             self._settle(steps[0])
 
     def state(self) -> dict[str, Any]:
-        """What ``load`` takes. Every process must call it."""
+        """The state for ``load``. Every process must call it."""
         mine = {"rng": checkpoint.rng_state(), "sums": self.sums.cpu(), "seconds": self.seconds}
         return {
             **self.kept,
@@ -350,10 +350,10 @@ class Trainer:
         }
 
     def load(self, state: dict[str, Any], where: str) -> None:
-        """Goes to where ``state``, of the file ``where``, was taken.
+        """Continues from ``state``, of the file ``where``.
 
         Raises:
-            CheckpointError: what a key holds does not fit.
+            CheckpointError: the value of a key does not fit.
         """
         steps, rank = self._steps(), self.place.rank
         number(int, 0, len(steps)).check(state["step"], f"{where}: step")
@@ -383,10 +383,10 @@ class Trainer:
         """Trains until the last epoch is done.
 
         Args:
-            log: None in all but the first process.
+            log: None in all processes but the first.
 
         Returns:
-            A record of the end for each net, as in the log.
+            The last record of each net, as in the log.
 
         Raises:
             Interrupted: Ctrl-C was pressed.
@@ -394,19 +394,19 @@ class Trainer:
         """
         self.log = log
         with _CtrlC() as self.ctrl_c, warnings.catch_warnings():
-            # GradScaler leaves out steps whose gradients are not finite, the first ones often
+            # GradScaler skips steps with gradients that are not finite, often the first ones
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             while self.epoch < self.settings.epochs:
                 self._run_epoch(self.nets[self.net])
         return [self._end(net) for net in self.nets]
 
     def _reset_sums(self) -> None:
-        """Cross entropy, right answers and images of this process in the epoch so far."""
+        """Sets the sums of this process's epoch to 0: cross entropy, right answers, images."""
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.place.device)
         self.seconds = 0.0
 
     def _run_epoch(self, net: Net) -> None:
-        """What is left of an epoch of one net, and its evaluation."""
+        """Trains one net for the rest of an epoch and evaluates it."""
         steps = self._steps()
         net.wrapped.train()
         if self.step == 0:  # dropout is the same for each net
@@ -441,8 +441,8 @@ class Trainer:
             raise Interrupted
 
     def _steps(self) -> list[list[Tensor]]:
-        """Indices (N,) of the batches of each step of the optimizer, in an epoch. Images that fill
-        no batch are left out, others in every epoch."""
+        """The batches of each step of the optimizer in an epoch, as indices (N,). Images that do
+        not fill a batch are left out; they differ from epoch to epoch."""
         generator = self._generator()
         order = torch.randperm(len(self.train[1]), generator=generator).to(self.place.device)
         batches = [batch for batch in order.split(self.batch_size) if len(batch) == self.batch_size]
@@ -450,14 +450,16 @@ class Trainer:
         return [batches[i : i + n] for i in range(0, len(batches), n)]
 
     def _generator(self, *numbers: int) -> torch.Generator:
-        """What is drawn for all processes, and needs no state to continue from."""
+        """A generator that is the same in all processes, and after resuming."""
         seed = checkpoint.seed_of(self.settings.seed, self.epoch, *numbers)
         return torch.Generator().manual_seed(seed)
 
     def _settle(self, batches: list[Tensor]) -> None:
-        """After its first step DistributedDataParallel lays gradients out anew, which rounds the
-        sums of three and more processes in another way: so that a resumed run does as one that was
-        not interrupted, that step is one that does not count."""
+        """Takes a step that does not count, so that a resumed run equals an uninterrupted one.
+
+        After its first step DistributedDataParallel lays gradients out anew, and the sums of three
+        or more processes round differently.
+        """
         for net in self.nets:
             state = copy.deepcopy(net.state())
             net.wrapped.train()
@@ -466,8 +468,8 @@ class Trainer:
         self._reset_sums()
 
     def _train_step(self, net: Net, batches: list[Tensor]) -> None:
-        """One step of the optimizer: the loss is the mean over the images of all ``batches`` and
-        processes, however they are divided."""
+        """One step of the optimizer. The loss is the mean over the images of all ``batches`` and
+        processes."""
         s, device = self.settings, self.place.device
         images = sum(map(len, batches))
         dtype = DTYPES[s.amp]
@@ -506,7 +508,7 @@ class Trainer:
         return evaluate(model, *part, self.statistics, self.classes, self.settings, self.place)
 
     def _evaluate(self, net: Net) -> dict[str, Any]:
-        """What the records of an epoch and of the end have in common, and the confusion matrix."""
+        """The fields that all records of a net share, and the confusion matrix."""
         loss, confusion = self._evaluated(net.model, self.val)
         found = {"val_loss": loss, "val_accuracy": accuracy(confusion), "confusion": confusion}
         if net.average is not None:
@@ -514,10 +516,10 @@ class Trainer:
         return found
 
     def _record(self, net: Net) -> dict[str, Any]:
-        """Of the epoch that is over."""
+        """The record of the epoch that is over."""
         start = time.perf_counter()
         loss, right, images = self.place.sum(self.sums).tolist()
-        self.seconds += time.perf_counter() - start  # a GPU may not have been done
+        self.seconds += time.perf_counter() - start  # waits for the GPU
         found = self._evaluate(net)
         del found["confusion"]
         if not math.isfinite(loss + found["val_loss"]):

@@ -1,4 +1,4 @@
-"""``fused-res evaluate``: how good the net in a checkpoint is."""
+"""``fused-res evaluate``: the accuracy of the net in a checkpoint."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace, saved: Settings) -> Settings:
-    """Those of the checkpoint, with what the command line names in their place.
+    """The checkpoint's settings; those that the command line names replace them.
 
     Raises:
         UsageError: the command line must name more.

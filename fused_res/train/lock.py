@@ -1,4 +1,4 @@
-"""One trainer in a folder at a time."""
+"""A lock on a folder, so that only one process trains in it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ except ImportError:  # Windows
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds ``folder``, which is made if it is not there. The system lets go of it when the process
-    ends, in whatever way: nothing stays behind that locks.
+    """Locks ``folder``, which is made if it is missing. The system unlocks it when the process
+    ends, even if the process is killed.
 
     Raises:
-        CommandError: another process holds it.
+        CommandError: another process has locked it.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if fcntl is not None:  # while it is held: another that opened it before looks again
+        # Removed while locked: a process that has opened the file before finds it gone and retries.
+        if fcntl is not None:
             path.unlink(missing_ok=True)
         os.close(file)
         if fcntl is None:
@@ -40,7 +41,7 @@ def locked(folder: Path) -> Iterator[None]:
                 path.unlink()
         if made:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # if nothing came of it
+                folder.rmdir()  # removes it only if it is empty
 
 
 def _hold(path: Path) -> int:
@@ -59,11 +60,11 @@ def _hold(path: Path) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # the one who held it took it away
+        os.close(file)  # the process that had locked it has removed it
 
 
 def _lock(file: int) -> bool:
-    """Whether it could be locked."""
+    """Locks the file; returns whether that succeeded."""
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,7 +75,7 @@ def _lock(file: int) -> bool:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             return False
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise  # those: a file system without locks, where nothing can be refused
+            raise  # the three mean a file system without locks: the file counts as locked
     os.lseek(file, 0, os.SEEK_SET)
     return True
 

@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: ``log.jsonl``, and TensorBoard's files where it is there."""
+"""The log of a run: ``log.jsonl``, and TensorBoard's files if TensorBoard is installed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Log:
     """Appends records to ``folder/log.jsonl``, a line of JSON each.
 
     Args:
-        size: bytes of what is there to keep; the rest came after the checkpoint that is resumed.
-        epoch: of that checkpoint, for TensorBoard's.
+        size: bytes of an existing log to keep; the rest is newer than the resumed checkpoint.
+        epoch: of the resumed checkpoint, for TensorBoard.
     """
 
     def __init__(self, folder: Path, size: int, epoch: int) -> None:

@@ -23,7 +23,7 @@ from .trust import is_known
 
 
 def arguments(settings: Settings, classes: int) -> dict[str, Any]:
-    """What the model is made with."""
+    """The arguments of the model."""
     dropout = {} if settings.dropout is None else {"dropout": settings.dropout}
     return {"num_classes": classes, **dropout, **dict(settings.model_arg)}
 
@@ -31,8 +31,7 @@ def arguments(settings: Settings, classes: int) -> dict[str, Any]:
 def make(
     name: str, arguments: dict[str, Any], fused: bool, seed: int
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A model with fresh weights, the same for each ``seed``, fused or plain; and what the log
-    says of it.
+    """A model, fused or plain, and its facts for the log. The same ``seed`` gives the same weights.
 
     Raises:
         UsageError: there is no such model, or it does not take the arguments.
@@ -61,21 +60,21 @@ def make(
 
 @contextlib.contextmanager
 def within(model: str, weights: dict[str, Any], where: str) -> Iterator[None]:
-    """Models that are made while it is entered have about as many parameters and modules as there
-    are ``weights``, a checkpoint's: its arguments could ask for more than a machine has.
+    """Limits models made in this context to about the size of a checkpoint's ``weights``: the
+    checkpoint's arguments could ask for more memory than the machine has.
 
     Args:
-        model: its name; one that only a command line may name does as it likes.
-        where: the checkpoint, in errors.
+        model: its name; a model that only the command line may name has no limit.
+        where: the checkpoint, for errors.
 
     Raises:
-        CheckpointError: one has far more, or cannot be made.
+        CheckpointError: a model is far larger, or cannot be made.
     """
     if not is_known(model):
         yield
         return
     tensors = [t for t in weights.values() if is_like(t)]
-    # 4 and 64: parts that a model makes and then replaces; modules without weights
+    # factors of 4 and 64: models replace modules that they made, and some modules have no weights
     left = {
         "elements": 2**20 + 4 * sum(min(t.numel(), t.untyped_storage().nbytes()) for t in tensors),
         "modules": 2**12 + 64 * len(tensors),
@@ -104,7 +103,7 @@ def within(model: str, weights: dict[str, Any], where: str) -> Iterator[None]:
 
 @torch.no_grad()
 def check(model: nn.Module, name: str, images: Tensor, classes: int) -> None:
-    """That ``model`` takes images (N, 3, H, W) and gives (N, ``classes``)."""
+    """Checks that ``model`` maps images (N, 3, H, W) to (N, ``classes``)."""
     mode = model.training
     try:
         found = model.eval()(images)

@@ -1,4 +1,4 @@
-"""Where a run takes place: a device, and the processes that torchrun started."""
+"""The place of a run: a device, and the processes that torchrun started."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now: imported later, by DDP, it would hold the process group
+import torch.distributed.nn  # here, because a later import by DDP would keep the process group
 from torch import Tensor, nn
 
 from ..cli import UsageError
@@ -26,7 +26,7 @@ class Place(NamedTuple):
     world: int = 1
 
     def share(self, t: Tensor) -> Tensor:
-        """This process's part of a batch: as even as can be, in the order of ranks."""
+        """This process's share of a batch; the shares are equal up to one image, in rank order."""
         return t.tensor_split(self.world)[self.rank]
 
     def sum(self, t: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class Place(NamedTuple):
         return t
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process, over gloo, so that no GPU is waited for."""
+        """Whether ``flag`` is true in any process. Uses gloo, which does not wait for a GPU."""
         return flag if self.world == 1 else bool(self.sum(torch.tensor(int(flag))))
 
     def gather(self, value: Any) -> list[Any]:
@@ -48,7 +48,7 @@ class Place(NamedTuple):
         return values
 
     def share_buffers(self, module: nn.Module) -> None:
-        """Gives every process the first one's buffers: the running statistics that are kept."""
+        """Gives every process the first one's buffers, among them the running statistics."""
         if self.world > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
@@ -65,7 +65,7 @@ def rank() -> int:
 
 @contextlib.contextmanager
 def at(device: str) -> Iterator[Place]:
-    """The place for ``--device``, with the process group where torchrun started the process."""
+    """The place for ``--device``; under torchrun with a process group."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch finds no GPU")
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,7 +75,7 @@ def at(device: str) -> Iterator[Place]:
     local = int(os.environ["LOCAL_RANK"])
     if kind == "cuda":
         torch.cuda.set_device(local)
-    # gloo beside nccl: what is on the CPU is exchanged too
+    # gloo beside nccl, for tensors on the CPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     try:
         where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
@@ -85,7 +85,7 @@ def at(device: str) -> Iterator[Place]:
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """For norms outside fused blocks: PyTorch's own does not run on a CPU."""
+    """For norms outside fused blocks: PyTorch's SyncBatchNorm does not run on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and x.is_cpu):
@@ -94,8 +94,11 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 
 def synchronize_(wrapped: nn.Module) -> None:
-    """Lets all processes share the statistics of every BatchNorm of a model that is wrapped in
-    DistributedDataParallel, which on a CPU refuses one that has a SyncBatchNorm already."""
+    """Makes all processes share the statistics of every BatchNorm of a model.
+
+    The model is wrapped in DistributedDataParallel already, which on a CPU refuses a model with a
+    SyncBatchNorm.
+    """
     nn.SyncBatchNorm.convert_sync_batchnorm(wrapped)
     fused = set()
     for block in wrapped.modules():

@@ -1,4 +1,4 @@
-"""A training as one page: from the log's records to HTML that needs no other file."""
+"""The report of a training: one HTML page, made from the log, that needs no other file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LABELS = {"plain": "PyTorch", "fused": "fused_res"}
-CELLS = 20  # a table of more classes than this is not readable: a picture is drawn
+CELLS = 20  # with more classes a table is not readable, so a picture is drawn
 PAIRS = 10
 
 _STYLE = """
@@ -39,7 +39,7 @@ svg { display: block; width: 100%; height: auto; max-width: 40rem; }
 
 
 class Net(NamedTuple):
-    """What the log says of one net: its part of the start, its epochs in order, its end."""
+    """The records of one net: its part of the start, its epochs in order, its end."""
 
     label: str
     about: dict
@@ -54,7 +54,7 @@ class Net(NamedTuple):
 def read_log(path: str | Path) -> list[dict]:
     """The records of a log, JSON lines.
 
-    A last line that ends in the middle is left out: its process was killed as it wrote.
+    An incomplete last line is left out: the process was killed while it wrote.
 
     Raises:
         CommandError: a line is not a record; names the file and the line.
@@ -77,7 +77,7 @@ def page(records: list[dict]) -> str:
     """The HTML text of a training that has ended or is still running.
 
     Args:
-        records: the log's, from the start on. Of epochs that were run again the last counts.
+        records: all records of the log. If an epoch was run again, its last record counts.
 
     Raises:
         CommandError: there is no record of the start.
@@ -128,7 +128,7 @@ def _net(name: str, about: dict, records: list[dict]) -> Net:
 
 
 def _result_rows(nets: Sequence[Net]) -> list[list[str]]:
-    """(quantity, value of each net, and the difference of the second to the first)."""
+    """(quantity, value of each net, difference between the second and the first)."""
     trained = [net for net in nets if net.epochs]
     planned = f", of {trained[0].epochs[-1]['of']}" if trained else ""
     speeds = [[record["images_per_second"] for record in net.epochs] for net in nets]
@@ -174,7 +174,8 @@ def _result_rows(nets: Sequence[Net]) -> list[list[str]]:
 
 
 def _figure(name: str, caption: str, draw: Callable[[Axes], None], size: tuple = (4.4, 3)) -> str:
-    """An SVG to stand among others: its ids start with ``name``. Always the same bytes."""
+    """An SVG with ids that start with ``name``, so that a page can have several. The same data
+    gives the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -212,7 +213,7 @@ def _curves(nets: Sequence[Net]) -> list[str]:
                             label=f"{net.label}{what}",
                             color=COLORS[net.label],
                             marker="." if len(points) == 1 else None,
-                            # a wide line behind: two that agree both stay visible
+                            # a wide line behind a narrow one: equal curves both stay visible
                             linewidth=3 if net.label == "PyTorch" else 1.5,
                         )
             axes.set_xlabel("epoch")
@@ -248,7 +249,7 @@ def _confusion(net: Net, classes: Sequence[str]) -> str:
         def draw(axes: Axes) -> None:
             from matplotlib.colors import PowerNorm
 
-            norm = PowerNorm(0.5, 0, 1)  # so that a few percent are seen
+            norm = PowerNorm(0.5, 0, 1)  # shows shares of a few percent too
             picture = axes.imshow(shares, cmap="BuGn", norm=norm, interpolation="none")
             axes.set(xlabel="predicted class", ylabel="true class")
             axes.figure.colorbar(picture, label="share of the true class", shrink=0.8)

@@ -1,4 +1,4 @@
-"""Every flag of ``fused-res train`` with its default, and how a run's settings come from them."""
+"""Every flag of ``fused-res train`` with its default, and the settings that a run makes of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .checks import (
 
 
 def parsed(kind: type, least: float, most: float = float("inf"), above: bool = False) -> Callable:
-    """What parses a number that is at least (or above) ``least`` and at most ``most``."""
+    """A parser of numbers that are at least (or above) ``least`` and at most ``most``."""
     rule = number(kind, least, most, above)
 
     def parse(text: str) -> Any:
@@ -55,7 +55,7 @@ def argument(text: str) -> tuple[str, Any]:
 
 
 def _flag(default: Any, help: str, rule: Rule, free: bool = False, **keywords: Any) -> Any:
-    """``rule``: what it must be, on the command line and in a checkpoint."""
+    """``rule``: for the value, on the command line and in a checkpoint."""
     if default is None:
         rule = maybe(rule)
     metadata = {"help": help, "rule": rule, "free": free, "keywords": keywords}
@@ -101,15 +101,15 @@ _ARGUMENTS = Rule(
     "a tuple of (name, value), at most 100, of Python's literals",
     lambda value: type(value) is tuple and len(value) <= 100 and all(map(_is_argument, value)),
 )
-CLASSES = text(1000)  # a name of one
+CLASSES = text(1000)  # the name of a class
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made of. A field is a flag, ``model`` the positional argument.
+    """The settings of a run. Each field is a flag; ``model`` is the positional argument.
 
-    All but the ``free`` ones, which say where it runs and where the data is, stay as they are when
-    it is resumed.
+    A resumed run may change only the ``free`` fields, which say where it runs and where the data
+    is.
     """
 
     model: str = _flag(
@@ -165,7 +165,7 @@ class Settings:
     )
 
     def flags(self) -> dict[str, Any]:
-        """Every flag, by its name on the command line without dashes in front, and its value."""
+        """The value of every flag, by its name without the leading dashes."""
         return {name.replace("_", "-"): value for name, value in asdict(self).items()}
 
     def nets(self) -> list[str]:
@@ -178,8 +178,8 @@ def _spelled(name: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of ``Settings``. What is not given is left out of the namespace, so
-    that a resumed run takes it from its checkpoint."""
+    """Adds a flag for each field of ``Settings``. Flags that are not given stay out of the
+    namespace, so that a resumed run takes them from its checkpoint."""
     for f in fields(Settings):
         keywords = dict(f.metadata["keywords"])
         help = f.metadata["help"]
@@ -197,8 +197,8 @@ def of(args: argparse.Namespace, saved: Settings | None = None, where: str = "")
     """The settings that a command line asks for.
 
     Args:
-        args: what the parser found.
-        saved: those of the run that is resumed, from file ``where``.
+        args: from the parser.
+        saved: the settings of the resumed run, from file ``where``.
 
     Raises:
         UsageError: flags contradict each other or ``saved``.
@@ -227,8 +227,8 @@ def restored(values: dict[str, Any], where: str) -> Settings:
     """The settings in a checkpoint.
 
     Raises:
-        CheckpointError: one is missing, unknown, or not what its flag must be; or two contradict
-            each other.
+        CheckpointError: a setting is missing, unknown, or breaks its rule; or two contradict each
+            other.
     """
     for f in fields(Settings):
         if f.name not in values:

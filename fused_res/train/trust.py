@@ -1,5 +1,5 @@
-"""What a checkpoint may decide by itself. The file may come from a stranger, so whatever could run
-code, open another file or ask the network is taken from the command line alone."""
+"""Decides which settings of a checkpoint are trusted. The file may come from a stranger, so only
+the command line may name things that run code, open another file or use the network."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import nn
 from .checks import shown
 from .settings import Settings
 
-# Arguments of other libraries' models that shape a net and do nothing else. Not among them:
-# pretrained, weights, checkpoint_path, pretrained_cfg, cache_dir, file, trust_remote_code, ...
+# Arguments of other libraries' models that only shape a net. Left out on purpose: pretrained,
+# weights, checkpoint_path, pretrained_cfg, cache_dir, file, trust_remote_code, ...
 ARGUMENTS = frozenset({
     "act_layer", "aux_logits", "avg_down", "base_width", "block_reduce_first", "cardinality",
     "channels", "drop_block_rate", "drop_path_rate", "drop_rate", "dropout", "global_pool",
@@ -27,7 +27,7 @@ LARGEST = 2**20
 
 
 def untrusted(settings: Settings) -> list[str]:
-    """The fields of ``settings``, a checkpoint's, that must be named again."""
+    """The fields of a checkpoint's ``settings`` that the command line must name again."""
     found = [] if is_known(settings.model) else ["model"]
     of_package = ":" not in settings.model  # fused_res.models take no argument that opens something
     if any(not (_shapes(value) and (of_package or key in ARGUMENTS) and not found)
@@ -39,15 +39,15 @@ def untrusted(settings: Settings) -> list[str]:
 
 
 def is_known(model: str) -> bool:
-    """Whether it is made by name, by a library that runs its own code alone and reads no file."""
+    """Whether a library makes the model by name, reads no file, and runs no code but its own."""
     library, colon, name = model.partition(":")
     if not colon:
-        return True  # it is looked up in a list
-    if not re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII):  # of hubs, folders, files
+        return True  # fused_res.models looks it up in a list
+    if not re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII):  # it may be of a hub, folder or file
         return False
     if library in ("torchvision", "timm"):
         return True
-    if library == "transformers":  # its functions download
+    if library == "transformers":  # its functions may download
         try:
             made = getattr(importlib.import_module(library), name, None)
         except Exception:
@@ -57,7 +57,7 @@ def is_known(model: str) -> bool:
 
 
 def _shapes(value: Any) -> bool:
-    """Whether it is of numbers that are not huge, switches, and names without any path in them."""
+    """Whether ``value`` is made of numbers that are not huge, switches, and names without paths."""
     if type(value) in (tuple, list):
         return len(value) <= 100 and all(map(_shapes, value))
     if type(value) is str:
@@ -66,13 +66,13 @@ def _shapes(value: Any) -> bool:
 
 
 def words(settings: Settings, fields: list[str], model: str = "") -> str:
-    """How ``fields`` are given on a command line.
+    """``fields`` as words of a command line.
 
-    Texts that are more than a name are left out: nobody shall run what a stranger wrote by copying
-    it from a message.
+    Texts other than names are left out, so that nobody copies a stranger's code from a message and
+    runs it.
 
     Args:
-        model: the flag that names the model, with a space; default: none is needed.
+        model: the flag that names the model, and a space; default: it is positional.
     """
     found = []
     for field in fields:
@@ -92,11 +92,11 @@ def _quoted(text: str) -> str:
 
 
 def refusal(settings: Settings, fields: list[str], where: str, command: str) -> str:
-    """Why a checkpoint is not used, and what to do.
+    """A message: why a checkpoint is refused, and the command that accepts it.
 
     Args:
         where: the file.
-        command: what uses it, with the fields.
+        command: the command, with the fields.
     """
     values = {"model": settings.model, "model_arg": dict(settings.model_arg), "data": settings.data}
     named = " and ".join(

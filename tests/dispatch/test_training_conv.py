@@ -76,10 +76,10 @@ def shipped(monkeypatch):
 def timed(monkeypatch):
     """Nothing is measured: Triton takes the milliseconds given, in one configuration longer."""
 
-    def use(own=1.0, library=3.0, slower=lambda name: False):
+    def use(own=1.0, aten=3.0, slower=lambda name: False):
         def time(makers, inputs, seconds):
             names = list(makers)
-            return [library, *(own + slower(name) for name in names[1:])]
+            return [aten, *(own + slower(name) for name in names[1:])]
 
         monkeypatch.setattr(tuning, "_time_in_turns", time)
 
@@ -119,11 +119,12 @@ def fused(model):
 
 def own(messages):
     """Of each convolution whether Triton runs it."""
-    return [re.search(r" runs (our own|the library): ", m).group(1) == "our own" for m in messages]
+    runs = [re.search(r" runs (a fused kernel|ATen's convolution): ", m) for m in messages]
+    return [found.group(1) == "a fused kernel" for found in runs]
 
 
 def why(messages):
-    return {re.search(r" runs [a-z ]+: (\w+)", m).group(1) for m in messages}
+    return {re.search(r" runs [A-Za-z' ]+: (\w+)", m).group(1) for m in messages}
 
 
 # --- the choice
@@ -160,7 +161,7 @@ def test_what_is_measured_is_written_and_followed(said, timed, monkeypatch):
     assert [m for m, mine in zip(messages, own(messages), strict=True) if not mine] == [
         m for m in messages if "relu and sums" in m
     ]
-    assert "runs our own: tuned: 1 ms, 3.00x the library" in messages[0]
+    assert "runs a fused kernel: tuned: 1 ms, 3.00x PyTorch" in messages[0]
     # in the fused order of the blocks: forward, then backward
     wide, narrow, point = (12, 8, 3, 3), (8, 8, 3, 3), (12, 8, 1, 1)
     assert [(name, *sizes) for name, *sizes, _ in ran] == [
@@ -237,7 +238,7 @@ def test_cudnn_runs_what_triton_cannot(said, timed):
     for name in ("auto", "triton"):
         with fused_res.backend(name):
             (message, *_) = said(fused(block), image(*SHAPE))
-        assert "runs the library: the convolution has groups" in message
+        assert "runs ATen's convolution: the convolution has groups" in message
 
 
 def test_a_named_backend_runs_triton_where_the_inside_of_a_block_lets_it(monkeypatch):
@@ -308,8 +309,8 @@ def test_all_that_is_timed_is_the_same(case, monkeypatch):
     numbers = (stride,) * 2, pad, (1, 1), 1, True
     call = training_conv.Call(CPU, torch.float32, SHAPE, True, weight, *numbers, backward, end)
     wanted = None
-    library, *ours = Steps(call, values(call, "cpu")).candidates()
-    for choice in (library, *ours):
+    aten, *fused = Steps(call, values(call, "cpu")).candidates()
+    for choice in (aten, *fused):
         steps = Steps(call, values(call, "cpu"))
         found = steps.run(choice)
         wanted = wanted or found
@@ -318,7 +319,7 @@ def test_all_that_is_timed_is_the_same(case, monkeypatch):
             torch.testing.assert_close(
                 t, wanted[name], rtol=1e-3, atol=1e-3, msg=f"{name} {choice}"
             )
-    configs = {conv_tiles.CONFIGS[choice - training_conv.OWN - 1] for choice in ours}
+    configs = {conv_tiles.CONFIGS[choice - training_conv.TRITON - 1] for choice in fused}
     assert ran == configs and len(ran) > 2
 
 
@@ -331,8 +332,8 @@ def test_tune_runs_all_of_it(monkeypatch):
     report = fused_res.tune(block, image(*SHAPE), train=True)
     assert len(report.rows) == 2 and report.chosen == ["eager", "eager"]
     assert "2x8x6x5 to 8, 3x3 stride 1x1 padding 1x1, backward, add, " in str(report)
-    assert ran.count(training_conv.LIBRARY) == 2 and len(ran) == 2 * (
-        1 + len(set(ran) - {training_conv.LIBRARY})
+    assert ran.count(training_conv.ATEN) == 2 and len(ran) == 2 * (
+        1 + len(set(ran) - {training_conv.ATEN})
     )
 
 
@@ -397,13 +398,13 @@ def test_command(timed, monkeypatch, capsys, tmp_path):
     assert "tune: 2 of 2: " in out.err
     nothing = "nothing to choose: "
     assert cli.main([*command, "--no-channels-last"]) == 0
-    assert capsys.readouterr().out == f"{nothing}no convolution of its blocks can be our own\n"
+    assert capsys.readouterr().out == f"{nothing}no convolution of its blocks has a fused kernel\n"
     assert cli.main([*command, "--dtype", "float64"]) == 0
-    assert capsys.readouterr().out.startswith(f"{nothing}training runs in the library's convol")
+    assert capsys.readouterr().out.startswith(f"{nothing}without Triton, ATen runs the convolu")
     monkeypatch.setitem(backends.DEVICE_TYPES, "triton", ("cuda", "xpu"))
     assert cli.main(command) == 0
     assert capsys.readouterr().out == (
-        f"{nothing}on a CPU fixed rules say which convolutions of training are our own\n"
+        f"{nothing}on a CPU fixed rules say which convolutions of training are native\n"
     )
 
 

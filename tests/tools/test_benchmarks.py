@@ -762,7 +762,7 @@ def test_training_convolutions_are_right_and_followed(
     interpreted, suite, measuring, suites, rows, table, tmp_path, monkeypatch
 ):
     """Every configuration is timed; the fastest decides for its call."""
-    configs = importlib.import_module("fused_res.kernels.conv_bn_act").CONFIGS
+    configs = importlib.import_module("fused_res.kernels.conv_tiles").CONFIGS
     calls = {w.call[-2:]: w for w in suites.workloads("training-convs", True, True)}
     names = "STATISTICS", "RELU", "ADD", "ADD_IN_PLACE"
     assert {end for _, end in calls} == {"", *(getattr(training_conv, n) for n in names)}
@@ -793,8 +793,8 @@ def test_training_convolutions_are_right_and_followed(
         for (backward, _), workload in calls.items():
             call = workload.call._replace(device=torch.device("cpu"))
             choice = training_conv._choose(call, False, -1)
-            assert (choice > training_conv.OWN) == backward
-            assert not backward or configs[choice - training_conv.OWN - 1][1:3] == (128, 64)
+            assert (choice > training_conv.TRITON) == backward
+            assert not backward or configs[choice - training_conv.TRITON - 1][1:3] == (128, 64)
     finally:
         shipped_timings.verdict.cache_clear()
         inference_conv.forget()
