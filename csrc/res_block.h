@@ -142,8 +142,8 @@ struct ResBlock {
     return (!shortcut || shortcut->takes(x, to_add)) && (!adds || out == to_add);
   }
 
-  // y; and if `save`: the convolutions' outputs, those of the shortcut last (the last of the branch
-  // not, if they are to be computed again), the stats of each bn_act, and the last one's mask
+  // Returns y. If `save`, then also: the convolutions' outputs, the shortcut's last (without the
+  // branch's last one if `recompute`); the stats of each bn_act; the mask of the last one.
   Tensors forward(const Tensor& x, int64_t act, bool save, bool recompute) const {
     Tensors outputs, kept;
     Tensor z = x;

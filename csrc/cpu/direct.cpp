@@ -217,8 +217,8 @@ Tensor direct_once(const Tensor& x, const Filters& filters, const OptTensor& bia
                     bias, add, channels, false, 0, false);
 }
 
-// Pixels are summed in parts, which threads share, each from first to last and then one part after
-// the other: how many there are depends on the sizes alone, so that sums do not on the threads.
+// Pixels are summed in parts, which threads share; then the parts are summed in order. The number
+// of parts depends on the sizes alone, so the result does not depend on the number of threads.
 Tensor direct_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight,
                               const int64_t* padding) {
   const DirectKernels& kernels = direct_kernels_of_isa();

@@ -8,8 +8,8 @@ namespace fused_res::FUSED_RES_ISA {
 
 using V = Vec<float>;
 
-// Depth summed in registers before it is added to what is in memory: of a sum of 512 in one go the
-// rounding is most of the error, and so much of a panel stays in the first cache.
+// Depth that is summed in registers before it is added to memory. A sum of 512 products in one go
+// makes most of the rounding error; and 128 rows of a panel fit in the first cache.
 constexpr int64_t kSummed = 128;
 
 // Sums that the registers hold, with two vectors and a value beside them

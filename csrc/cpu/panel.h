@@ -4,8 +4,8 @@
 
 #include <utility>
 
-// Each instruction set compiles this header. Of a function that is not inlined the linker keeps one
-// copy for all of them.
+// Each instruction set compiles this header. If a function here were not inlined, the linker would
+// keep the copy of one instruction set for all of them.
 #define FUSED_RES_INLINE inline __attribute__((always_inline))
 
 namespace fused_res {

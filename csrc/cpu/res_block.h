@@ -40,7 +40,7 @@ struct CpuBackend {
   static std::array<Tensor, 3> convolve_backward(const BlockStage& s, const Tensor& dy,
                                                  const Tensor& x, const std::array<bool, 3>& wanted,
                                                  const OptTensor& add, const Later& later) {
-    if (!native_backward(s, dy, x)) {  // any more: a setting was changed
+    if (!native_backward(s, dy, x)) {  // the setting has changed since forward
       if (later) later(0, dy.numel() / dy.size(1));
       return s.convolve_backward<CpuBackend>(dy, x, wanted);
     }

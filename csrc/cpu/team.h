@@ -13,8 +13,8 @@ namespace fused_res {
 
 class Team {
  public:
-  // f(team, member) on up to `most` threads at a time, members 0 to team.size() - 1. There are no
-  // more than cores that no other team has, and in a parallel region one. f must not throw.
+  // f(team, member) on up to `most` threads at a time, members 0 to team.size() - 1. A team has
+  // at most the cores that no other team has; one thread in a parallel region. f must not throw.
   template <class F>
   static void run(int64_t most, const F& f) {
     const ShareOfCores share(most);

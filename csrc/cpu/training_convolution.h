@@ -19,8 +19,8 @@ bool trains_weight(const Tensor& weight);
 Tensor training_convolution(const Tensor& x, const Tensor& weight, const OptTensor& bias,
                             const int64_t* padding);
 
-// Of the convolutions of a branch, how many are of sizes that suit: image is the first one's input,
-// sizes each one's weight (4), stride, padding and dilation (2 each) and groups.
+// The number of a branch's convolutions that native kernels run. image: the first one's input;
+// sizes: each one's weight (4), stride, padding and dilation (2 each) and groups.
 int64_t training_convolutions(const std::vector<int64_t>& image, const std::vector<int64_t>& sizes);
 
 // limits Winograd's tile (FUSED_RES_WINOGRAD): it is 2 here, or there is none. A limit < 0 changes

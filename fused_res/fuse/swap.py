@@ -199,7 +199,7 @@ def fuse_(
         dry_run: make the report, and change nothing.
         recompute: ``last``: in training, the backward pass of a block or segment computes its last
             convolution again, and the forward pass does not keep the output of that convolution
-            (half of the memory that a bottleneck keeps). None: the output is kept.
+            (about 40 % of the memory that a fused bottleneck keeps). None: the output is kept.
 
     Returns:
         FuseReport: names of the fused blocks, of the partly fused ones and of the skipped ones,

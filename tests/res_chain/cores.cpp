@@ -1,6 +1,6 @@
-// csrc/cpu's count of cores, and its teams of threads, for tests/test_cores.py.
-#include "../csrc/cpu/cores.cpp"
-#include "../csrc/cpu/team.h"
+// csrc/cpu's count of cores, and its teams of threads, for test_cpu_threads.py.
+#include "../../csrc/cpu/cores.cpp"
+#include "../../csrc/cpu/team.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
