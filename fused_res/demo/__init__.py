@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             "so that there is a batch to train on"
         )
     args.out.mkdir(parents=True, exist_ok=True)
-    from .run import demo
+    from .side_by_side import demo
 
     demo(args)
     return 0
