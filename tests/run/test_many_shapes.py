@@ -5,6 +5,7 @@ import tracemalloc
 
 import pytest
 import torch
+from sweeps import sweep
 
 import fused_res
 from fused_res import FusedResBlock, Norm
@@ -54,18 +55,18 @@ class Served:
         self.net(x.view(-1, 8, 1, 1))
 
 
-@pytest.mark.parametrize(
-    ("make", "most"),
-    [
-        (lambda: convolve, 5000),
-        (lambda: normalise, 5000),
-        (Inference, 1500),
-        (Training, 1500),
-        (Served, 1200),
-    ],
-    ids=["conv_bn_act", "bn_act", "inference", "training", "served"],
-)
-def test_memory_of_many_sizes_is_bounded(make, most, one_thread):
+CALLS = {  # and the number of sizes
+    "conv_bn_act": (lambda: convolve, 5000),
+    "bn_act": (lambda: normalise, 5000),
+    "inference": (Inference, 1500),
+    "training": (Training, 1500),
+    "served": (Served, 1200),
+}
+
+
+@pytest.mark.parametrize("name", sweep(CALLS, quick=["training", "served"]))
+def test_memory_of_many_sizes_is_bounded(name, one_thread):
+    make, most = CALLS[name]
     run = make()
 
     def kept(sizes):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sweeps import sweep
 
 from fused_res import fuse_, reference
 from fused_res.dispatch import backends, inference_conv, shipped_timings, training_conv
@@ -403,11 +404,14 @@ def test_wrong_net_is_not_timed(measuring, suite, nets, suites, swap, reason):
     assert_refused(measuring, workload, right, wrong, reason)
 
 
-def test_nets_run_the_backend_that_is_named(nets):
+@pytest.mark.parametrize("torchvisions", sweep([False, True], quick=[False]))
+def test_nets_run_the_backend_that_is_named(nets, torchvisions):
     for name, net in nets.NETS.items():
+        if name.startswith("torchvision") != torchvisions:
+            continue
         blocks = [m for m in nets.fused(net.make(), "eager").modules() if hasattr(m, "plan")]
         assert blocks and all(block.backend == "eager" for block in blocks)
-        if name.startswith("torchvision"):
+        if torchvisions:
             continue  # for a CPU, where nothing takes a net apart
         norms = [m for m in nets.sequence(net.make()) if isinstance(m, torch.nn.BatchNorm2d)]
         assert len(norms) <= 1  # the stem's; all others are in blocks

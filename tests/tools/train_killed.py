@@ -19,7 +19,6 @@ from fused_res import cli
 from fused_res.train import checkpoint, engine, report
 from fused_res.train.log import Log
 
-KILLS = 20
 NET = ["resnet", "--model-arg", "counts=1,1", "--model-arg", "width=8", "--size", "8",
        "--images", "64", "--batch-size", "8", "--epochs", "3", "--dropout", "0.2"]  # fmt: skip
 RUNS = {
@@ -110,7 +109,7 @@ def ended(pid, seconds):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def kill_and_resume(name, folder):
+def kill_and_resume(name, most, folder):
     """Prints what was killed and how often."""
     argv = ["train", *RUNS[name], "--threads", "1", "--out"]
     assert len(os.listdir("/proc/self/task")) == 1, "threads would be missing in forks"
@@ -120,9 +119,9 @@ def kill_and_resume(name, folder):
     expected = contents(folder / "whole")
     chance = random.Random(name)
     kills, found, runs = 0, [], 0
-    while kills < KILLS or found[-1] != 0:
+    while kills < most or found[-1] != 0:
         out = folder / str(runs)
-        if kills >= KILLS:
+        if kills >= most:
             doomed, seconds = None, 100
         elif chance.random() < 0.5:
             doomed, seconds = None, chance.uniform(0, whole / 2)
@@ -145,4 +144,4 @@ if __name__ == "__main__":
     for module in ("sklearn.datasets", "torch._dynamo"):  # once, not in every fork
         importlib.import_module(module)
     report.page = lambda records: ""  # drawing takes longer than all the rest
-    kill_and_resume(sys.argv[1], Path(sys.argv[2]))
+    kill_and_resume(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
