@@ -1,4 +1,9 @@
-"""What pytest-benchmark's tables show unless the command line says otherwise."""
+"""The tables of pytest-benchmark, unless the command line says otherwise; and where suites are."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_configure(config):

@@ -33,7 +33,7 @@ class Norm(NamedTuple):
     momentum: the share of the batch in the new running statistics.
     eps: added to the variance.
 
-    Example:
+    Examples:
         >>> norm = Norm(torch.zeros(64), torch.ones(64), training=True)
         >>> torch.nn.functional.batch_norm(torch.randn(8, 64, 32, 32), *norm).shape
         torch.Size([8, 64, 32, 32])
@@ -73,7 +73,7 @@ def bn_act(
         ValueError: ``norm.training`` with a single value per channel.
         RuntimeError: the shapes or dtypes do not fit together.
 
-    Example:
+    Examples:
         >>> x = torch.randn(8, 64, 32, 32)
         >>> bn_act(x, Norm(training=True), residual=x).shape
         torch.Size([8, 64, 32, 32])
@@ -101,7 +101,7 @@ def moments(x: Tensor) -> Tensor:
     Returns:
         Tensor: (3, C), float64; zeros for an empty ``x``.
 
-    Example:
+    Examples:
         >>> moments(torch.ones(2, 1, 3, 3)).flatten().tolist()
         [1.0, 0.0, 18.0]
     """
@@ -120,7 +120,7 @@ def merged(partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         tuple: mean, sum of squared deviations and number of values, each (..., C), float64.
 
-    Example:
+    Examples:
         >>> x = torch.randn(8, 64, 32, 32)
         >>> mean, m2, count = merged(torch.stack([moments(x[:2]), moments(x[2:])]))
         >>> torch.allclose(m2 / count, x.double().var((0, 2, 3), correction=0))
@@ -140,7 +140,7 @@ def update_running_statistics(norm: Norm, mean: Tensor, m2: Tensor, count: Tenso
         norm: nothing is done if it has no running statistics.
         mean, m2, count: the results of ``merged``, each (C,), float64.
 
-    Example:
+    Examples:
         >>> norm = Norm(torch.zeros(1), torch.ones(1), momentum=0.5)
         >>> update_running_statistics(norm, *merged(moments(torch.ones(2, 1, 3, 3))[None]))
         >>> norm.running_mean, norm.running_var
@@ -177,7 +177,7 @@ def sync_batch_norm(
     Returns:
         Tensor: (N, C, H, W), of the dtype of ``x``.
 
-    Example:
+    Examples:
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> x = torch.randn(8, 64, 32, 32)
         >>> sync_batch_norm(x, None, None, group=dist.group.WORLD).shape
@@ -202,7 +202,7 @@ class ConvNorm(NamedTuple):
     stride, padding, dilation: pairs, vertical and horizontal.
     norm: K channels; None: no BatchNorm.
 
-    Example:
+    Examples:
         >>> weight = torch.randn(128, 64, 3, 3)
         >>> conv = ConvNorm(weight, None, (1, 1), (1, 1), (1, 1), 1, Norm(training=True))
     """
@@ -249,7 +249,7 @@ def conv_bn_act(
         ValueError: a BatchNorm in training gets a single value per channel.
         RuntimeError: the shapes or dtypes do not fit together.
 
-    Example:
+    Examples:
         >>> x, weight = torch.randn(8, 64, 32, 32), torch.randn(64, 64, 3, 3)
         >>> conv = ConvNorm(weight, None, (1, 1), (1, 1), (1, 1), 1, Norm(training=True))
         >>> conv_bn_act(x, conv, residual=x).shape
@@ -296,7 +296,7 @@ def res_block(
         ValueError: a BatchNorm in training gets a single value per channel.
         RuntimeError: the shapes or dtypes do not fit together.
 
-    Example:
+    Examples:
         >>> x, weight = torch.randn(8, 64, 32, 32), torch.randn(64, 64, 3, 3)
         >>> stage = ConvNorm(weight, None, (1, 1), (1, 1), (1, 1), 1, Norm(training=True))
         >>> res_block(x, [stage, stage]).shape
@@ -342,7 +342,7 @@ def batch_norm_bwd(
         tuple: dx, like ``x``; dweight and dbias, (C,), of the dtype of ``weight``, or of ``x``
             without one.
 
-    Example:
+    Examples:
         >>> x, mean, invstd = torch.randn(8, 64, 32, 32), torch.zeros(64), torch.ones(64)
         >>> dx, dweight, dbias = batch_norm_bwd(torch.ones_like(x), x, None, mean, invstd, True, 0)
         >>> dbias[0]
@@ -454,7 +454,7 @@ class ResBlock(nn.Module):
     Raises:
         ValueError: an argument is out of range or two do not fit together; the message names them.
 
-    Example:
+    Examples:
         >>> block = ResBlock(64, 128, stride=2)
         >>> block(torch.randn(8, 64, 32, 32)).shape
         torch.Size([8, 128, 16, 16])

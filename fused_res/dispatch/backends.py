@@ -134,7 +134,7 @@ def empty_cache() -> int:
     Returns:
         The number of bytes freed; 0 without the CPU library.
 
-    Example:
+    Examples:
         >>> block, x = fused_res.FusedResBlock(64, 64).eval(), torch.randn(1, 64, 14, 14)
         >>> y = block(x).detach()
         >>> freed = fused_res.empty_cache()  # bytes
@@ -162,7 +162,7 @@ def backend(name: str) -> Iterator[None]:
         ValueError: no backend has this name.
         BackendUnavailable: it cannot run on this machine; the message says why.
 
-    Example:
+    Examples:
         >>> block, x = fused_res.FusedResBlock(64, 64), torch.randn(8, 64, 14, 14)
         >>> with fused_res.backend("eager"):
         ...     y = block(x)

@@ -329,7 +329,7 @@ def tune(
         TableNotWritten: the file cannot be written (an OSError). This process uses the timings all
             the same; the exception has them as ``report``.
 
-    Example:
+    Examples:
         >>> model = fused_res.models.create("resnet20").eval()
         >>> x = torch.randn(1, 3, 32, 32).to(memory_format=torch.channels_last)
         >>> report = fused_res.tune(model, x)  # print(report) shows a table

@@ -35,7 +35,7 @@ class FuseReport:
     skipped: (name, reason) of blocks that are not changed.
     advice: sentences that say how to make the model faster.
 
-    Example:
+    Examples:
         >>> net = torch.nn.Sequential(fused_res.reference.ResBlock(64, 64))
         >>> fused_res.fuse_(net).fused
         ['0']
@@ -213,7 +213,7 @@ def fuse_(
     Warns:
         UserWarning: no block was fused, now or before.
 
-    Example:
+    Examples:
         >>> net = torch.nn.Sequential(fused_res.reference.ResBlock(64, 64))
         >>> print(fused_res.fuse_(net.to(memory_format=torch.channels_last)))
         block  result   reason
@@ -341,7 +341,7 @@ def unfuse_(model: nn.Module) -> list[str]:
     Returns:
         list[str]: the names of these blocks.
 
-    Example:
+    Examples:
         >>> net = torch.nn.Sequential(fused_res.reference.ResBlock(64, 64))
         >>> report = fused_res.fuse_(net)
         >>> fused_res.unfuse_(net)

@@ -138,7 +138,7 @@ def _find(name: str) -> _Model:
 def names() -> list[str]:
     """The names of all models, for ``create`` and ``describe``.
 
-    Example:
+    Examples:
         >>> [name for name in fused_res.models.names() if name.startswith("wrn")]
         ['wrn16_8', 'wrn28_10', 'wrn40_4']
     """
@@ -154,7 +154,7 @@ def describe(name: str) -> str:
     Raises:
         ValueError: there is no such model; the message has similar names.
 
-    Example:
+    Examples:
         >>> fused_res.models.describe("resnet18")
         'ResNet-18 (He et al., 2016)'
     """
@@ -182,7 +182,7 @@ def create(
         ValueError: there is no such model, or an argument is out of range.
         TypeError: the model takes no such argument.
 
-    Example:
+    Examples:
         >>> net = fused_res.models.create("resnet20", num_classes=10)
         >>> net(torch.randn(8, 3, 32, 32)).shape
         torch.Size([8, 10])

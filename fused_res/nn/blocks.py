@@ -142,7 +142,7 @@ class FusedResBlock(FusedForward, reference.ResBlock):
         ValueError: an argument is out of range or two do not fit together; the message names them.
         BackendUnavailable: in a call, the ``backend`` that was named cannot run the block.
 
-    Example:
+    Examples:
         >>> block = FusedResBlock(64, 128, stride=2).to(memory_format=torch.channels_last)
         >>> block(torch.randn(8, 64, 32, 32)).shape
         torch.Size([8, 128, 16, 16])

@@ -426,7 +426,7 @@ def bn_act(
         TypeError: a dtype does not fit.
         BackendUnavailable: the backend was named and cannot run this.
 
-    Example:
+    Examples:
         >>> x, bn = torch.randn(8, 64, 14, 14), torch.nn.BatchNorm2d(64)
         >>> stats = bn.running_mean, bn.running_var
         >>> y = bn_act(x, *stats, bn.weight, bn.bias, training=True, residual=x)  # x's shape

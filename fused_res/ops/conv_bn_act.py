@@ -549,7 +549,7 @@ def conv_bn_act(
         TypeError: a dtype does not fit.
         BackendUnavailable: the backend was named and cannot run this.
 
-    Example:
+    Examples:
         >>> norm = Norm(torch.zeros(64), torch.ones(64))  # running mean and variance
         >>> conv = ConvNorm(torch.randn(64, 64, 3, 3), None, (1, 1), (1, 1), (1, 1), 1, norm)
         >>> x = torch.randn(8, 64, 14, 14)

@@ -415,7 +415,7 @@ def res_block(
         RuntimeError: a convolution cannot take its input; the message is PyTorch's.
         BackendUnavailable: the backend was named and cannot run this.
 
-    Example:
+    Examples:
         >>> norm = Norm(None, None, torch.ones(64), torch.zeros(64), training=True)
         >>> conv = ConvNorm(torch.randn(64, 64, 3, 3), None, (1, 1), (1, 1), (1, 1), 1, norm)
         >>> y = res_block(torch.randn(8, 64, 14, 14), [conv, conv])  # a basic block

@@ -238,7 +238,7 @@ def res_chain(x: Tensor, blocks: Sequence[Link], backend: str | None = None) -> 
         TypeError: a dtype does not fit.
         BackendUnavailable: the backend was named and cannot run this.
 
-    Example:
+    Examples:
         >>> norm = Norm(torch.zeros(16), torch.ones(16))  # running mean and variance
         >>> conv = ConvNorm(torch.randn(16, 16, 3, 3), None, (1, 1), (1, 1), (1, 1), 1, norm)
         >>> y = res_chain(torch.randn(8, 16, 32, 32), 3 * [Link([conv, conv])])  # three blocks

@@ -195,7 +195,7 @@ def sync_bn_act(
         TypeError: a dtype does not fit.
         BackendUnavailable: the backend was named and cannot run this.
 
-    Example:
+    Examples:
         >>> norm = Norm(torch.zeros(64), torch.ones(64), training=True)
         >>> x = torch.randn(8, 64, 14, 14)
         >>> y = sync_bn_act(x, norm, torch.distributed.group.WORLD)  # in each process

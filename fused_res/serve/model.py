@@ -96,7 +96,7 @@ class OptimizedModel(nn.Module):
             or, with a CUDA graph, another argument or shape differs. The message names it.
         RuntimeError: ``train()`` was called, or a conversion to another device or dtype.
 
-    Example:
+    Examples:
         >>> net = fused_res.models.create("resnet20")
         >>> served = fused_res.optimize_for_inference(net, torch.randn(1, 3, 32, 32), tune=False)
         >>> served(torch.randn(4, 3, 32, 32)).shape

@@ -201,7 +201,7 @@ def optimize_for_inference(
         UserWarning: the timings could not be written to a file. This process uses them all the
             same.
 
-    Example:
+    Examples:
         >>> net = fused_res.models.create("resnet20")
         >>> served = fused_res.optimize_for_inference(net, torch.randn(1, 3, 32, 32), tune=False)
         >>> served(torch.randn(4, 3, 32, 32)).shape
@@ -284,7 +284,7 @@ def refresh(model: nn.Module) -> None:
     Raises:
         TypeError: ``model`` is not a module.
 
-    Example:
+    Examples:
         >>> net = fused_res.models.create("resnet20")
         >>> net.conv1.weight.detach().numpy()[0, 0] = 0
         >>> fused_res.refresh(net)

@@ -313,7 +313,7 @@ def _is_numpy_state(state: Any) -> bool:
     word = number(int, 0, 2**32 - 1)
     rules = (
         one_of(["MT19937"]),
-        Rule("", lambda v: type(v) is list and len(v) == 624 and all(map(word.holds, v))),
+        Rule("", lambda v: type(v) is list and len(v) == 624 and all(map(word.accepts, v))),
         number(int, 0, 624),
         number(int, 0, 1),
         number(float, -math.inf),

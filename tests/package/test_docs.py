@@ -1,7 +1,7 @@
 """The documentation: its code runs, its commands are understood, its links lead somewhere.
 
 Each ```python block of docs/ runs in a namespace of its own, so that each can be pasted into a file
-(test_package.py runs the README's); what it prints must be the ```text block after it, where there
+(test_build.py runs the README's); what it prints must be the ```text block after it, where there
 is one. A block that begins with the name of a file (# train_ddp.py) is what the page's commands
 run: torchrun is started, commands of the package are parsed by their own parsers (other tests run
 them), of the rest targets, extras and variables must exist.
@@ -9,8 +9,10 @@ them), of the rest targets, extras and variables must exist.
 
 import argparse
 import ast
+import doctest
 import functools
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -26,7 +28,8 @@ import pytest
 import torch
 
 import fused_res
-from fused_res import cli, env
+from fused_res import cli, env, models, reference
+from fused_res.ops import bn_act, conv_bn_act, res_block, res_chain, sync_bn_act
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -238,3 +241,34 @@ def test_site_builds_and_needs_no_network(tmp_path, monkeypatch):
         assert not fetched, path
     assert "ResNet-50 batch 16" in (tmp_path / "performance.html").read_text()
     assert (tmp_path / "search/search_index.js").exists()  # of pages that are opened as files
+
+
+OPS = [
+    bn_act.bn_act,
+    conv_bn_act.conv_bn_act,
+    res_block.res_block,
+    res_chain.res_chain,
+    sync_bn_act.sync_bn_act,
+]
+PUBLIC = [getattr(module, name) for module in (fused_res, reference) for name in vars(module)]
+PUBLIC = {
+    thing.__qualname__: thing
+    for thing in [*PUBLIC, *OPS, models.create, models.names, models.describe]
+    if (inspect.isclass(thing) or inspect.isfunction(thing))
+    and (thing.__module__ or "").startswith("fused_res")
+    and not thing.__name__.startswith("_")
+}
+WITHOUT = {"all_gather", "all_reduce", "TuneReport", "BackendUnavailable", "TableNotWritten"}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings_show_what_is_true(name):
+    """An example in each, which runs and returns what it says."""
+    names = {**vars(reference), **vars(sys.modules[PUBLIC[name].__module__])}
+    names |= {"torch": torch, "nn": torch.nn, "fused_res": fused_res}
+    found = doctest.DocTestParser().get_doctest(PUBLIC[name].__doc__ or "", names, name, None, 0)
+    assert bool(found.examples) != (name in WITHOUT)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    said = []
+    result = doctest.DocTestRunner(optionflags=flags).run(found, out=said.append)
+    assert not result.failed, "".join(said)

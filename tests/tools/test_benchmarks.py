@@ -892,7 +892,7 @@ ops.bn_act = lambda *args, **kwargs: 1.1 * real(*args, **kwargs)
 
 def test_pytest_says_what_was_not_built():
     why = "_C.abi3.so was not built"
-    code = f"from fused_res import backends; backends.STATUS['cpu'] = {why!r}"
+    code = f"from fused_res.dispatch import backends; backends.STATUS['cpu'] = {why!r}"
     done = pytest_of(f"({SMALLEST}) or (chains/ and CIFAR and fused_res)", code)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"fused_res-cpu: {why}" in done.stdout
