@@ -7,6 +7,7 @@ names.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from ..run.description import Unknowable, has_hooks
 from ..run.guards import Record
-from .modules import has_frozen, is_norm
+from .modules import has_frozen, is_norm, is_norm_act
 from .partial import IN_PLACE_ADDS, partial_plan
 from .plan import BlockPlan, PartialPlan, Stage
 from .trace import Nodes, Tracer, Unfusable, Untraceable, in_words, trace
@@ -196,6 +197,9 @@ def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | Parti
     if str(training.graph) != str(in_eval.graph):
         raise Unfusable("its forward differs between training and eval mode")
     _refuse_hooks(block)
+    # the children that timm's BatchNorm calls are part of the plan
+    with_act = {name for name, module in block.named_modules() if is_norm_act(module)}
+    reads = replace(reads, leaves=reads.leaves - with_act)
     try:
         record = Record(block, reads, frozenset(opaque))
     except Unknowable as reason:

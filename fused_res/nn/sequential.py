@@ -38,9 +38,9 @@ class FusedSequential(nn.Sequential):
             return super().forward(input)
         size, sizes = size_of(input), self.__dict__.setdefault("_kept", {})
         kept = sizes.get(size)
-        if kept is None or not kept.passes():
+        if kept is None or not kept.passes(self):
             for other, old in tuple(sizes.items()):  # these keep replaced modules alive
-                if not old.passes():
+                if not old.passes(self):
                     sizes.pop(other, None)
             y, kept = run_container(self, input)
             if kept is not None:

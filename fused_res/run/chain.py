@@ -122,7 +122,7 @@ def run_container(container: nn.Sequential, x: Tensor) -> tuple[Tensor, Kept | N
     modules = [m for block in blocks if is_link(block) for m in block.modules()]
     if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
         return nn.Sequential.forward(container, x), None
-    guard, made = ModulesGuard([container, *modules]), list(map(linked, blocks))
+    guard, made = ModulesGuard(container, modules), list(map(linked, blocks))
     places = places_of(made)
     tensors = [] if x.is_cuda else unique_tensors(made)  # a CUDA kernel reads them in every call
     before = fingerprint(tensors)
@@ -133,4 +133,4 @@ def run_container(container: nn.Sequential, x: Tensor) -> tuple[Tensor, Kept | N
         steps.append(step)
         x, i = step(x), i + count
     kept = Kept(steps, guard, places, tensors, before)
-    return x, kept if kept.passes() else None  # kept even if no blocks form a chain
+    return x, kept if kept.passes(container) else None  # kept even if no blocks form a chain

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import weakref
 from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import nn
 
-from .description import NORMS, PLAIN_VALUES, Description, Unknowable, has_hooks
+from .description import NORMS, Description, Unknowable, has_hooks
 from .reads import Reads
 
 FORWARD_HOOKS = "_forward_hooks", "_forward_pre_hooks"
-_OF_MODULES = {"_parameters", "_buffers", "_modules"}
 
 
 class Record:
@@ -88,10 +87,14 @@ _guards: weakref.WeakKeyDictionary[nn.Module, Guard] = weakref.WeakKeyDictionary
 
 
 def guard_of(module: nn.Module, record: Record) -> Guard:
-    """The guard of a module in its current state."""
+    """The guard of a module as it is now."""
     guard = _guards.get(module)
-    if guard is None or guard.record() is not record or not guard.passes(module):
+    if guard is None or guard.record() is not record:
         guard = _guards[module] = Guard(module, record)
+    elif not guard.passes(module):
+        kept = guard.kept
+        guard = _guards[module] = Guard(module, record)
+        guard.kept = kept  # its steps have guards of their own
     return guard
 
 
@@ -126,21 +129,65 @@ def passes_compiled(module: nn.Module, record: Record) -> bool:
     return True
 
 
-def _is_plain(value: object) -> bool:
-    if type(value) in (tuple, list, set):
-        return all(type(inner) in PLAIN_VALUES for inner in value)
-    return type(value) in PLAIN_VALUES or (isinstance(value, dict) and not value)
+class ChildrenGuard:
+    """The settings and tensors of children, by path, when the guard was made. It keeps no module
+    alive: one may lead back to the root, whose steps have this guard.
+
+    Args:
+        root: the module.
+        paths: dotted names of convolutions and norms.
+
+    Raises:
+        KeyError: a setting may change in place, unseen.
+    """
+
+    def __init__(self, root: nn.Module, paths: list[str]) -> None:
+        self._children = []
+        for path in paths:
+            names = tuple(path.split("."))
+            own = _own(root, names)
+            settings = itemgetter(*(name for name in _SETTINGS if name in own))
+            values = settings(own)
+            if not all(type(value) in _FIXED for value in values):
+                raise KeyError(path)
+            self._children.append((names, settings, values, _tensors(own)))
+
+    def passes(self, root: nn.Module) -> bool:
+        try:
+            for names, settings, values, tensors in self._children:
+                own = _own(root, names)
+                if settings(own) != values or not all(map(is_, _tensors(own), tensors)):
+                    return False
+        except KeyError:  # one is no longer there
+            return False
+        return True
+
+
+_SETTINGS = "stride", "padding", "dilation", "groups", "padding_mode", "training", "eps"
+_FIXED = tuple, int, float, bool, str
+
+
+def _own(root: nn.Module, names: tuple[str, ...]) -> dict:
+    own = root.__dict__
+    for name in names:
+        own = own["_modules"][name].__dict__
+    return own
+
+
+def _tensors(own: dict) -> list:
+    return [*own["_parameters"].values(), *own["_buffers"].values()]
 
 
 class ModulesGuard:
     """The state of modules when the guard was made: classes, attributes, children, parameters,
-    buffers, and which of them have forward hooks.
+    buffers, and which of them have forward hooks; and the children of the root that they are in.
 
     A hundred blocks have four hundred modules. Checking them must cost less than a hundred small
     kernels, so the loops run in C.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, root: nn.Module, modules: list[nn.Module]) -> None:
+        self._children = list(root._modules.values())
         self._modules = list(dict.fromkeys(modules))
         self._own = [m.__dict__ for m in self._modules]
         self._attributes = [dict(own) for own in self._own]
@@ -161,21 +208,14 @@ class ModulesGuard:
     def _all_names(self) -> list:
         return list(chain.from_iterable(self._slots))
 
-    def is_plain(self) -> bool:
-        """Whether no attribute could lead to other modules."""
-        return all(
-            name in _OF_MODULES or _is_plain(value)
-            for own in self._own
-            for name, value in own.items()
-        )
-
-    def passes(self) -> bool:
+    def passes(self, root: nn.Module) -> bool:
         try:
             same = self._own == self._attributes  # compares values that are not identical
         except Exception:  # tensors and arrays cannot be compared by ==
             return False
         return (
             same
+            and list(root._modules.values()) == self._children
             and list(map(type, self._modules)) == self._classes
             and all(self._hooked)
             and not any(self._empty)

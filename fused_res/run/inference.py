@@ -20,7 +20,7 @@ from ..ops.conv_bn_act import (
 )
 from ..ops.convolutions import Convolutions, joined
 from ..reference import ConvNorm
-from .guards import Guard, ModulesGuard, last_guard
+from .guards import ChildrenGuard, Guard, last_guard
 from .kept import Kept, keep, size_of
 from .places import Places
 from .training import add_shortcut
@@ -63,7 +63,7 @@ def kept_for(
     if of_plan is None:
         return None
     kept = of_plan.sizes.get((*size_of(x, residual), block.backend))
-    if kept is None or kept.passes():
+    if kept is None or kept.passes(block):
         return kept
     of_plan.sizes.clear()  # these keep replaced tensors alive
     return None
@@ -110,21 +110,20 @@ def convolutions_of(
 
 
 class _Source(NamedTuple):
-    """The modules and tensors that steps are made from, recorded before the steps are made."""
+    """The children and tensors that steps are made from, recorded before the steps are made."""
 
     guard: Guard
-    modules: ModulesGuard
+    children: ChildrenGuard
     tensors: list[Tensor]
     fingerprint: tuple
 
 
 def _source_of(block: nn.Module, plan: BlockPlan) -> _Source | None:
-    """None where a change could stay unseen, or where a value could lead back to the block and keep
-    it alive."""
+    """None where a change could stay unseen."""
     guard = last_guard(block)
     if guard is None or any(stage.before for stage in plan.stages):
         return None
-    modules, tensors = [], []
+    paths, tensors = [], []
     for stage in plan.stages:
         conv = None if stage.conv is None else child(block, stage.conv)
         bn = None if stage.norm is None else child(block, stage.norm)
@@ -132,12 +131,12 @@ def _source_of(block: nn.Module, plan: BlockPlan) -> _Source | None:
         if found is None:
             return None
         tensors += found
-        modules += [m for m in (conv, bn) if m is not None]
-    modules = [inner for m in modules for inner in m.modules()]
-    unchanged = ModulesGuard(modules)
-    if not unchanged.is_plain():
+        paths += [path for path in (stage.conv, stage.norm) if path is not None]
+    try:
+        children = ChildrenGuard(block, paths)
+    except KeyError:
         return None
-    return _Source(guard, unchanged, tensors, fingerprint(tensors))
+    return _Source(guard, children, tensors, fingerprint(tensors))
 
 
 def run(
@@ -201,8 +200,8 @@ def _keep(
 ) -> None:
     if all(isinstance(step, Convolutions) for step in steps):
         steps = [joined(steps)]
-    kept = Kept(steps, source.modules, Places(), source.tensors, source.fingerprint)
-    if last_guard(block) is not source.guard or not kept.passes():
+    kept = Kept(steps, source.children, Places(), source.tensors, source.fingerprint)
+    if last_guard(block) is not source.guard or not kept.passes(block):
         return  # another thread has changed the weights
     of_plan = source.guard.kept.setdefault(id(plan.branch), _OfPlan(plan.branch, {}))
     keep(of_plan.sizes, size, kept)

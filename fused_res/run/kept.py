@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dispatch import inference_conv
-from .guards import ModulesGuard
+from .guards import ChildrenGuard, ModulesGuard
 from .places import Places
 from .weight_cache import fingerprint
 
@@ -24,15 +24,15 @@ class Kept(NamedTuple):
     """
 
     steps: list[Callable]
-    modules: ModulesGuard
+    modules: ModulesGuard | ChildrenGuard
     places: Places
     tensors: list[Tensor]
     fingerprint: tuple
 
-    def passes(self) -> bool:
-        """Whether everything that the steps were made from is unchanged."""
+    def passes(self, root: nn.Module) -> bool:
+        """Whether everything in ``root`` that the steps were made from is unchanged."""
         return (
-            self.modules.passes()
+            self.modules.passes(root)
             and self.places.passes()
             and fingerprint(self.tensors) == self.fingerprint
         )

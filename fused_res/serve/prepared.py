@@ -269,7 +269,7 @@ class PreparedForward:
             return plain(model, *inputs)
         sizes, size = self._sizes, tuple(map(size_of, inputs))
         kept = sizes.get(size)
-        if kept is None or not (frozen or kept.passes()):
+        if kept is None or not (frozen or kept.passes(model)):
             sizes.pop(size, None)  # it keeps replaced modules alive
             return self._prepare(sizes, size, model, inputs)
         return self._forward(model, kept.steps, *inputs)
@@ -278,7 +278,9 @@ class PreparedForward:
         self, sizes: dict[tuple, Kept], size: tuple, model: nn.Module, inputs: list[Tensor]
     ):
         modules = [model, *(child(model, path) for path in self._containers)]
-        guard = ModulesGuard(modules + [m for site in self._sites for m in site.modules(model)])
+        guard = ModulesGuard(
+            model, modules + [m for site in self._sites for m in site.modules(model)]
+        )
         plains = [partial(site.plain, model) for site in self._sites]
         steps, found = list(plains), []
 
@@ -297,6 +299,6 @@ class PreparedForward:
         tensors = [t for one in found for t in one.tensors]
         kept = Kept(steps, guard, places_of(found), tensors, fingerprint(tensors))
         # each step's own fingerprint is from before its weights were read
-        if kept.passes() and _unchanged(found):
+        if kept.passes(model) and _unchanged(found):
             keep(sizes, size, kept)
         return y
