@@ -860,8 +860,10 @@ def pytest_of(keyword, code=""):
     arguments = ["benchmarks", "--benchmark-only", "-k", keyword, "--benchmark-max-time=0.01",
                  "--benchmark-min-rounds=1", "-p", "no:cacheprovider"]  # fmt: skip
     command = f"import sys, pytest\n{code}\nsys.exit(pytest.main({arguments!r}))"
+    # pytest-benchmark times nothing in a process of pytest-xdist
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     return subprocess.run([sys.executable, "-c", command], capture_output=True, text=True,
-                          cwd=BENCHMARKS.parent)  # fmt: skip
+                          cwd=BENCHMARKS.parent, env=environ)  # fmt: skip
 
 
 SMALLEST = "ops/ and 64x32x8x8_NCHW and backward and not compile"
