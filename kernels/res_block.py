@@ -1,5 +1,5 @@
 """A whole residual block in training, in Triton: the op ``res_block``, stage by stage as in
-``csrc/res_block.h``. The plan says for each convolution whether ``training_convolution.py``,
+``csrc/res_block.h``. ``Candidates`` say for each convolution whether ``training_convolution.py``,
 ``conv_halo`` or cuDNN (through ATen) runs it.
 
 Fused convolutions save passes over memory: forward, that of the statistics; backward, that of the
@@ -25,7 +25,7 @@ _RELU = ACTS.index("relu")
 _HALO = -1
 
 
-class Choice(NamedTuple):
+class Candidates(NamedTuple):
     """What runs a convolution each way: 0 cuDNN, 1 ``training_convolution``, 2 + i the same in the
     i-th of ``conv_tiles.CONFIGS``, -1 ``conv_halo``, where it has the epilogue that is wanted."""
 
@@ -51,7 +51,7 @@ class Block(NamedTuple):
     Args:
         act: of ``reference.ACTS``, by place, after the last stage; a ReLU follows each before.
         recompute: whether backward computes the branch's last convolution again.
-        plan: of each stage, the shortcut's last.
+        candidates: of each stage, the shortcut's last.
     """
 
     x: Tensor
@@ -59,7 +59,7 @@ class Block(NamedTuple):
     shortcut: Shortcut
     act: int
     recompute: bool
-    plan: list[Choice]
+    candidates: list[Candidates]
     halo: Halo
 
     @property
@@ -67,17 +67,17 @@ class Block(NamedTuple):
         return [*self.branch, self.shortcut] if self.shortcut else self.branch
 
 
-def config_of(choice: int):
-    return conv_tiles.CONFIGS[choice - 2] if choice > 1 else None
+def config_of(candidate: int):
+    return conv_tiles.CONFIGS[candidate - 2] if candidate > 1 else None
 
 
-def convolve(x: Tensor, conv: ConvNorm, choice: Choice, statistics: bool, halo: Halo):
+def convolve(x: Tensor, conv: ConvNorm, candidate: Candidates, statistics: bool, halo: Halo):
     """The convolution, and its statistics where they came with it."""
-    if choice.forward == _HALO and statistics and halo.trains(x, conv):
+    if candidate.forward == _HALO and statistics and halo.trains(x, conv):
         return halo.convolve(x, conv)
-    if choice.forward <= 0 or convolutions.why_not(x, conv):
+    if candidate.forward <= 0 or convolutions.why_not(x, conv):
         return torch.convolution(x, *conv[:5], False, (0, 0), conv.groups), None
-    return convolutions.convolve(x, conv, statistics, config_of(choice.forward))
+    return convolutions.convolve(x, conv, statistics, config_of(candidate.forward))
 
 
 def aten_backward(dy: Tensor, x: Tensor, conv: ConvNorm, wanted: tuple[bool, bool, bool]):
@@ -92,11 +92,11 @@ def aten_backward(dy: Tensor, x: Tensor, conv: ConvNorm, wanted: tuple[bool, boo
 def forward(block: Block, save: bool) -> list[Tensor]:
     """``res_block_fwd`` of ``fused_res/ops/res_block.py``; of norms with running statistics, which
     are updated."""
-    x, branch, shortcut, plan = block.x, block.branch, block.shortcut, block.plan
+    x, branch, shortcut, candidates = block.x, block.branch, block.shortcut, block.candidates
     outputs, kept, z, mask = [], [], x, None
-    for i, (stage, choice) in enumerate(zip(branch, plan, strict=False)):
+    for i, (stage, candidate) in enumerate(zip(branch, candidates, strict=False)):
         last = i + 1 == len(branch)
-        a, statistics = convolve(z, stage, choice, stage.norm.training, block.halo)
+        a, statistics = convolve(z, stage, candidate, stage.norm.training, block.halo)
         call = bn_act_fwd.Call(
             a, stage.norm, act=block.act if last else _RELU, save_mask=save and last,
             statistics=statistics,
@@ -106,7 +106,7 @@ def forward(block: Block, save: bool) -> list[Tensor]:
         joined = last and bool(shortcut)
         if joined:
             a_shortcut, statistics = convolve(
-                x, shortcut, plan[-1], shortcut.norm.training, block.halo
+                x, shortcut, candidates[-1], shortcut.norm.training, block.halo
             )
             call = call._replace(
                 residual=a_shortcut, residual_norm=shortcut.norm, residual_statistics=statistics
@@ -147,7 +147,7 @@ class _Backward:
     def __init__(self, block: Block, dy: Tensor, saved: list[Tensor], needs: int) -> None:
         n = len(block.branch)
         self.block, self.dy, self.wanted = block, dy, _Wanted(needs)
-        self.count, self.stages, self.plan = n, block.stages, block.plan
+        self.count, self.stages, self.candidates = n, block.stages, block.candidates
         self.outputs = saved[: n - block.recompute]
         self.stats, self.mask = saved[-n - 1 : -1], saved[-1]
         self.a_shortcut = saved[n - block.recompute] if block.shortcut else None
@@ -160,16 +160,16 @@ class _Backward:
         """Whether ``training_convolution`` runs the gradient of convolution i's input, from
         these."""
         takes = all(convolutions.why_not(t, self.stages[i]) is None for t in read)
-        return self.plan[i].backward > 0 and takes
+        return self.candidates[i].backward > 0 and takes
 
     def _halo(self, i: int, da: Tensor, a: Tensor) -> bool:
         """Whether ``conv_halo`` runs the gradient of convolution i's input, past a ReLU."""
         dense = da.is_contiguous(memory_format=torch.channels_last)
-        halo = self.plan[i].backward == _HALO
+        halo = self.candidates[i].backward == _HALO
         return halo and dense and self.block.halo.trains(a, self.stages[i])
 
     def _fused_gradient(self, i: int, da: Tensor, size, epilogue: Epilogue, out=None):
-        config = config_of(self.plan[i].backward)
+        config = config_of(self.candidates[i].backward)
         return convolutions.input_gradient(da, self.stages[i], size, epilogue, config, out)
 
     def _aten_gradients(self, i: int, da: Tensor, z: Tensor, input: bool) -> Tensor | None:
@@ -209,7 +209,7 @@ class _Backward:
         if block.recompute:
             self.last_input = self._input_of(n - 1)
             a, _ = convolve(
-                self.last_input[0], block.branch[-1], self.plan[n - 1], False, block.halo
+                self.last_input[0], block.branch[-1], self.candidates[n - 1], False, block.halo
             )
             self.outputs = [*self.outputs, a]
         a = self.outputs[-1]

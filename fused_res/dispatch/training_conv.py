@@ -1,7 +1,7 @@
 """Chooses the kernel of each convolution of a block in training, forward and backward.
 
 The candidates are ATen's convolution (cuDNN), fused kernels in Triton, and for few channels a fused
-kernel in CUDA C++ (``conv_halo``). In order of precedence the choice follows: the user's timing of
+kernel in CUDA C++ (``conv_halo``). In order of precedence these decide: the user's timing of
 exactly this convolution on this device (``user_timings``, made by ``fused_res.tune(...,
 train=True)``); the package's timings near its shape (``shipped_timings``); without any it is ATen.
 ``eager`` in a timing row is ATen's convolution with the passes over memory that a fused kernel
@@ -34,7 +34,7 @@ RELU, FROZEN_RELU, ADD, ADD_IN_PLACE = "relu and sums", "relu", "add", "add in p
 
 
 class Call(NamedTuple):
-    """A convolution of a block, one way: everything that its choice depends on.
+    """A convolution of a block, one way: everything that its candidate depends on.
 
     epilogue: the work that a fused kernel does in the same pass; empty: none.
     """
@@ -54,7 +54,7 @@ class Call(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Everything that the choices for a block depend on.
+    """Everything that the candidates for a block depend on.
 
     stages: for each the weight's shape, the convolution's numbers and whether its BatchNorm trains.
     shortcut: whether the last stage is the shortcut's.
@@ -112,16 +112,16 @@ def calls(block: Block) -> list[Call]:
     return found
 
 
-def name_of(choice: int) -> str:
-    """The name of a choice in timing rows."""
-    return {HALO: "conv_halo", ATEN: "eager"}.get(choice, "triton")
+def name_of(candidate: int) -> str:
+    """The name of a candidate in timing rows."""
+    return {HALO: "conv_halo", ATEN: "eager"}.get(candidate, "triton")
 
 
-def config_of(choice: int):
-    """Triton's configuration; None: Triton guesses the best one, or does not run the choice."""
+def config_of(candidate: int):
+    """Triton's configuration; None: Triton guesses the best one, or does not run the candidate."""
     from ..kernels.conv_tiles import CONFIGS
 
-    return CONFIGS[choice - TRITON - 1] if choice > TRITON else None
+    return CONFIGS[candidate - TRITON - 1] if candidate > TRITON else None
 
 
 def trains(call: Call) -> bool | None:
@@ -151,13 +151,13 @@ def tensors_of(call: Call, device: torch.device | str) -> tuple[Tensor, ConvNorm
 
 @functools.lru_cache(maxsize=shipped_timings.MOST_SHAPES)
 def _choose(call: Call, named: bool, forgotten: int) -> int:
-    """``forgotten``: counts changes of the tables, so that a choice from before is not reused."""
+    """``forgotten``: counts changes of the tables, after which every call is decided anew."""
     from ..kernels import conv_tiles, training_convolution
 
-    row, config, choice = row_of(call, {}), None, ATEN
+    row, config, candidate = row_of(call, {}), None, ATEN
     reason = training_convolution.why_not(*tensors_of(call, "meta"))
     if reason is None and named:
-        choice, reason = TRITON, "the backend was named"
+        candidate, reason = TRITON, "the backend was named"
     elif reason is None:
         mine = user_timings.find(call.device, row)
         if mine is not None and mine.ms.keys() >= {"eager", "triton"}:
@@ -170,14 +170,14 @@ def _choose(call: Call, named: bool, forgotten: int) -> int:
             fused = "triton", "conv_halo"
             name, reason, config = shipped_timings.verdict(OP, device, *of, fused, row.like)
         if name == "conv_halo":
-            choice = HALO
+            candidate = HALO
         elif name == "triton":
             fields = [c._asdict() for c in conv_tiles.CONFIGS]
-            choice = TRITON + (1 + fields.index(config) if config in fields else 0)
-    runs = "ATen's convolution" if choice == ATEN else "a fused kernel"
+            candidate = TRITON + (1 + fields.index(config) if config in fields else 0)
+    runs = "ATen's convolution" if candidate == ATEN else "a fused kernel"
     backends.say(f"{OP} {inference_conv.words(row)} runs {runs}: {reason}")
     # A named Triton checks again when it runs: only then the layouts inside the block are known.
-    return TRITON if named else choice
+    return TRITON if named else candidate
 
 
 _recorded: dict[Call, None] | None = None
@@ -208,8 +208,10 @@ def _record(block: Block, x: Tensor) -> list[int]:
     return [ATEN] * (2 * len(block.stages))
 
 
-def plan(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, backend: str | None) -> list[int]:
-    """The choices for the stages' convolutions, the shortcut's last: forward, backward, forward...
+def chosen_for(
+    x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, backend: str | None
+) -> list[int]:
+    """The candidates of the stages, the shortcut's last: forward, backward, forward...
 
     Args:
         x, branch, shortcut: arguments of a ``res_block`` that runs on Triton.
@@ -218,11 +220,11 @@ def plan(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, backend: str | N
     block = block_of(x, branch, shortcut)
     if _recorded is not None:
         return _record(block, x)
-    return list(_plan(block, not backends.is_auto(backend), inference_conv.state()[0]))
+    return list(_chosen(block, not backends.is_auto(backend), inference_conv.state()[0]))
 
 
 @functools.lru_cache(maxsize=shipped_timings.MOST_SHAPES)
-def _plan(block: Block, named: bool, forgotten: int) -> tuple[int, ...]:
+def _chosen(block: Block, named: bool, forgotten: int) -> tuple[int, ...]:
     found = calls(block)
     if not found:  # the op refuses such a block
         return (ATEN,) * (2 * len(block.stages))

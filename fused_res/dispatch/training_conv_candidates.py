@@ -1,6 +1,6 @@
 """The candidates for a convolution of a block in training; ``tune(..., train=True)`` times them.
 
-Each candidate runs the steps of ``kernels/res_block.py`` that the choice of a kernel changes.
+Each candidate runs the steps of ``kernels/res_block.py`` that the candidate changes.
 Forward: the convolution, BatchNorm's statistics and the pass that applies them. Backward: the
 gradient of the convolution's input, then the gradient of the ReLU and BatchNorm before it, or the
 sum with the gradient from the block's other path.
@@ -103,14 +103,14 @@ class Steps:
         x = self.v["a"] if self.call.backward and "a" in self.v else self.v.get("x")
         return self.call.epilogue in (STATISTICS, RELU) and conv_halo.trains(x, self.conv)
 
-    def run(self, choice: int) -> dict[str, Tensor]:
+    def run(self, candidate: int) -> dict[str, Tensor]:
         """The results by name. Changes the running statistics, and ``other`` if added in place."""
         if not self.call.backward:
-            return self._forward(choice)
-        return self._into_relu(choice) if "a" in self.v else self._into_sum(choice)
+            return self._forward(candidate)
+        return self._into_relu(candidate) if "a" in self.v else self._into_sum(candidate)
 
-    def _forward(self, choice: int) -> dict[str, Tensor]:
-        of = res_block.Choice(forward=choice)
+    def _forward(self, candidate: int) -> dict[str, Tensor]:
+        of = res_block.Candidates(forward=candidate)
         a, partial = res_block.convolve(self.v["x"], self.conv, of, trains(self.call), conv_halo)
         return {"y": self._normalized(a, partial)[0]}
 
@@ -119,39 +119,39 @@ class Steps:
         wanted = True, False, False
         return res_block.aten_backward(self.v["dy"], x, self.conv, wanted)[0]
 
-    def _triton(self, choice: int, epilogue: Epilogue, out: Tensor | None = None):
-        config, size = res_block.config_of(choice), self.call.shape[2:]
+    def _triton(self, candidate: int, epilogue: Epilogue, out: Tensor | None = None):
+        config, size = res_block.config_of(candidate), self.call.shape[2:]
         return training_convolution.input_gradient(
             self.v["dy"], self.conv, size, epilogue, config, out
         )
 
-    def _into_relu(self, choice: int) -> dict[str, Tensor]:
+    def _into_relu(self, candidate: int) -> dict[str, Tensor]:
         a, training = self.v["a"], trains(self.call)
         norm = bn_act_bwd.NormCall(self.v["gamma"], training)
         wanted = bn_act_bwd.Wanted(x=True, residual=False, parameters=training)
-        if choice == ATEN:
+        if candidate == ATEN:
             z, mask = bn_act_fwd.reapply(a, self.stats)
             found = bn_act_bwd.backward(
                 bn_act_bwd.Call(self._aten(z), a, norm, self.stats, mask, act=_RELU, wanted=wanted)
             )
         else:
-            if choice == HALO:
+            if candidate == HALO:
                 g, sums = conv_halo.input_gradient(self.v["dy"], self.conv, a, self.stats)
             else:
                 epilogue = Epilogue(training_convolution.RELU, a=a, stats=self.stats)
-                g, sums = self._triton(choice, epilogue)
+                g, sums = self._triton(candidate, epilogue)
             found, z = bn_act_bwd.backward_of_sums(
                 bn_act_bwd.SumsCall(g, a, norm, self.stats, sums, wanted, True)
             )
         parameters = {"dgamma": found.dweight, "dbeta": found.dbias} if training else {}
         return {"y": found.dx, "z": z, **parameters}
 
-    def _into_sum(self, choice: int) -> dict[str, Tensor]:
+    def _into_sum(self, candidate: int) -> dict[str, Tensor]:
         other, mask = self.v.get("other"), self.v.get("mask")
         out = other if self.call.epilogue == ADD_IN_PLACE else None
-        if choice != ATEN:
+        if candidate != ATEN:
             kind = training_convolution.NOTHING if other is None else training_convolution.ADD
-            return {"y": self._triton(choice, Epilogue(kind, other=other, mask=mask), out)[0]}
+            return {"y": self._triton(candidate, Epilogue(kind, other=other, mask=mask), out)[0]}
         dx = self._aten(self.v["x"])
         if other is None:
             return {"y": dx}

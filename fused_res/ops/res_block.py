@@ -54,10 +54,10 @@ MOST_STAGES = 20  # bits of needs
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 library.define(f"res_block_fwd{_FWD}")
 library.define(f"res_block_bwd{_BWD}")
-# Triton's kernels have separate ops, as in bn_act. plan: for each stage two numbers, the `Choice`
-# of kernels/res_block.py, for its convolution forward and backward. x's gradient is one tensor.
+# Triton's kernels have separate ops, as in bn_act. candidates: for each stage the two numbers of
+# `Candidates` in kernels/res_block.py. The gradient of x is one tensor.
 for _name, _schema in (("res_block_fwd", _FWD), ("res_block_bwd", _BWD)):
-    library.define(f"{_name}_triton{_schema.replace(') ->', ', int[] plan) ->')}")
+    library.define(f"{_name}_triton{_schema.replace(') ->', ', int[] candidates) ->')}")
 # The number of a branch's convolutions that native kernels run. sizes, for each convolution: its
 # weight's shape (4), stride, padding and dilation (2 each) and groups.
 library.define("training_convolutions(int[] image, int[] sizes) -> int")
@@ -71,7 +71,7 @@ _training_convolutions = torch.ops.fused_res.training_convolutions.default
 @torch.library.register_fake("fused_res::res_block_fwd", lib=library)
 @torch.library.register_fake("fused_res::res_block_fwd_triton", lib=library)
 def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, recompute,
-      plan=None):  # fmt: skip
+      candidates=None):  # fmt: skip
     def convolve(stage, x):
         weight, bias = parameters[PARAMETERS * stage : PARAMETERS * stage + 2]
         n = integers[INTEGERS * stage :]
@@ -97,11 +97,11 @@ def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, 
 
 @torch.library.register_fake("fused_res::res_block_bwd", lib=library)
 @torch.library.register_fake("fused_res::res_block_bwd_triton", lib=library)
-def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, plan=None):
+def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, candidates=None):
     gradients = []
     if needs & 1:
         gradients.append(torch.empty_like(x))
-        if plan is None and shortcut != NOTHING:
+        if candidates is None and shortcut != NOTHING:
             passes = shortcut == IDENTITY and act != ACTS.index("relu")
             gradients.append(x.new_empty(0) if passes else torch.empty_like(x))
     for stage in range(len(parameters) // PARAMETERS):
@@ -113,30 +113,31 @@ def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, plan=
 
 
 @torch.library.impl(library, "res_block_fwd_triton", "CompositeExplicitAutograd")
-def _(x, parameters, running, counters, integers, numbers, shortcut, act, save, recompute, plan):
+def _(
+    x, parameters, running, counters, integers, numbers, shortcut, act, save, recompute, candidates
+):
     from ..kernels import res_block as kernels
 
-    call = _Call(running, counters, integers, numbers, shortcut, act, recompute, plan)
+    call = _Call(running, counters, integers, numbers, shortcut, act, recompute, candidates)
     stages = _stages(call, parameters)
     if not _takes(x, *stages):
         return []
     if counters:
         torch._foreach_add_(counters, 1)
-    candidates = [*map(kernels.Choice, plan[::2], plan[1::2])]
-    block = kernels.Block(x, *stages, act, recompute, candidates, conv_halo)
+    by_stage = [*map(kernels.Candidates, candidates[::2], candidates[1::2])]
+    block = kernels.Block(x, *stages, act, recompute, by_stage, conv_halo)
     return kernels.forward(block, save)
 
 
 @torch.library.impl(library, "res_block_bwd_triton", "CompositeExplicitAutograd")
-def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, plan):
+def _(dy, x, parameters, saved, integers, shortcut, act, recompute, needs, candidates):
     from ..kernels import res_block as kernels
 
     count = len(parameters) // PARAMETERS
     call = _Call([None] * 2 * count, [], integers, [0.0] * 2 * count, shortcut, act, recompute,
-                 plan)  # fmt: skip
-    candidates = [*map(kernels.Choice, plan[::2], plan[1::2])]
-    stages = _stages(call, parameters)
-    block = kernels.Block(x, *stages, act, recompute, candidates, conv_halo)
+                 candidates)  # fmt: skip
+    by_stage = [*map(kernels.Candidates, candidates[::2], candidates[1::2])]
+    block = kernels.Block(x, *_stages(call, parameters), act, recompute, by_stage, conv_halo)
     return kernels.backward(block, dy, saved, needs)
 
 
@@ -191,12 +192,14 @@ class _Call(NamedTuple):
     shortcut: int
     act: int
     recompute: bool
-    plan: list[int] | None  # None: the C++ implementation decides
+    candidates: list[int] | None  # None: the C++ implementation decides
 
 
-def _flatten(branch, shortcut, act, counters, recompute, plan) -> tuple[_Call, list[Tensor | None]]:
+def _flatten(
+    branch, shortcut, act, counters, recompute, candidates
+) -> tuple[_Call, list[Tensor | None]]:
     kind = PROJECTION if shortcut else NOTHING if shortcut is False else IDENTITY
-    call = _Call([], counters, [], [], kind, ACTS.index(act), recompute, plan)
+    call = _Call([], counters, [], [], kind, ACTS.index(act), recompute, candidates)
     parameters = []
     for conv_weight, conv_bias, stride, padding, dilation, groups, norm in (
         (*branch, shortcut) if shortcut else branch
@@ -226,11 +229,11 @@ def _stages(call: _Call, parameters) -> tuple[list[ConvNorm], Shortcut]:
 
 
 def _run(x, parameters, call, save) -> list[Tensor]:
-    *rest, recompute, plan = call
-    if plan is None:
+    *rest, recompute, candidates = call
+    if candidates is None:
         result = _in_pytorchs_terms(_forward, x, parameters, *rest, save, recompute)
     else:
-        args = x, parameters, *rest, save, recompute, plan
+        args = x, parameters, *rest, save, recompute, candidates
         result = _in_pytorchs_terms(_forward_triton, *args)
     if not result:
         raise _DoesNotFit
@@ -314,10 +317,10 @@ class _ResBlock(torch.autograd.Function):
             flags += (weight, bias, norm, norm)
             bit += 3
         args = dy, x, parameters, saved, call.integers, *call[4:7], needs
-        if call.plan is None:
+        if call.candidates is None:
             grads = _in_pytorchs_terms(_backward, *args)
         else:
-            grads = _in_pytorchs_terms(_backward_triton, *args, call.plan)
+            grads = _in_pytorchs_terms(_backward_triton, *args, call.candidates)
         of_x, of_parameters = grads[: len(grads) - sum(flags)], grads[len(grads) - sum(flags) :]
         dx = of_x[0] if wants_x else None
         if len(of_x) == 2:
@@ -453,10 +456,10 @@ def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor
         if any(stage.weight.dtype == torch.float64 for stage in stages):
             return None  # autocast does not cast float64
         x, branch, shortcut = _autocast(x, branch, shortcut, dtype)
-    plan = None
+    candidates = None
     if name == "triton":
-        plan = training_conv.plan(x, branch, shortcut, backend)
-    call, parameters = _flatten(branch, shortcut, act, counters, recompute == "last", plan)
+        candidates = training_conv.chosen_for(x, branch, shortcut, backend)
+    call, parameters = _flatten(branch, shortcut, act, counters, recompute == "last", candidates)
     if (
         any(t is None for t in call.running)
         or len(parameters) > PARAMETERS * MOST_STAGES

@@ -149,7 +149,7 @@ def on_triton(plan="own", **options):
 
     def call(x, branch, shortcut, act):
         n = len(branch) + bool(shortcut)
-        with mock.patch.object(fused_res.dispatch.training_conv, "plan", lambda *_: make(n)):
+        with mock.patch.object(fused_res.dispatch.training_conv, "chosen_for", lambda *_: make(n)):
             y = res_block(x, branch, shortcut, act, backend="triton", **options)
         assert type(y.grad_fn).__name__ == "_ResBlockBackward"
         return y

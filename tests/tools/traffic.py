@@ -90,11 +90,11 @@ def image(*shape: int) -> Tensor:
 def counted(x: Tensor, branch: list[ConvNorm], shortcut: ConvNorm | None) -> Bytes:
     """Of a training step, by kernel."""
     stages = branch if shortcut is None else [*branch, shortcut]
-    plan, act = [res_block.Choice(1, 1)] * len(stages), ACTS.index("relu")
+    fused, act = [res_block.Candidates(1, 1)] * len(stages), ACTS.index("relu")
     needs = (1 << (1 + 3 * len(stages))) - 1
     needs &= ~sum(1 << (2 + 3 * i) for i in range(len(stages)))  # there are no biases
     with torch.no_grad(), mock.patch.object(bn_act, "SMALL_VALUES", 0), Once() as traffic:
-        block = res_block.Block(x, branch, shortcut, act, False, plan, conv_halo)
+        block = res_block.Block(x, branch, shortcut, act, False, fused, conv_halo)
         y, *saved = res_block.forward(block, True)
         traffic.backward = True
         dy = image(*y.shape)
