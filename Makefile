@@ -46,7 +46,7 @@ test-slow: $(VENV)/.tests
 lint: $(VENV)/.tests
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* tests/*/*.h tests/*/*.cpp
 	$(PY) benchmarks/table.py --check README.md
 	$(PY) benchmarks/table.py --check docs/performance.md
 

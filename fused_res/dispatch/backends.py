@@ -70,7 +70,8 @@ def _load(name: str) -> str | None:
     """Loads a library of kernels. Returns the reason of a failure, or None."""
     path = Path(__file__).parent.parent / f"{name}.abi3.so"
     if not path.exists():
-        return f"{path.name} was not built (no compiler when fused_res was installed)"
+        lacked = "compiler" if name == "_C" else "nvcc, or no CUDA in this PyTorch,"
+        return f"{path.name} was not built (no {lacked} when fused_res was installed)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

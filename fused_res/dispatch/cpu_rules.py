@@ -115,6 +115,27 @@ def chain_pays(channels: int, pixels: int) -> bool:
     return channels <= MOST_CHANNELS_OF_CHAIN and 12 * channels * pixels <= MOST_BYTES_OF_CHAIN
 
 
+# --- a BatchNorm with nothing after it, in training
+
+# Forward and backward in float32, channels_last, bn_act is 0.71 to 1.13 times as fast as PyTorch's
+# ops with 256 to 2048 channels at 0.8 million elements, 0.95 to 1.5 times at 1.6 to 13 million, and
+# 1.05 to 1.36 times with 32 and 64 channels.
+MOST_CHANNELS_OF_BARE_NORM, LEAST_ELEMENTS_OF_BARE_NORM = 128, 1 << 20
+
+
+def bare_norm_pays(x: torch.Tensor) -> bool:
+    """Whether ``bn_act`` pays for a BatchNorm with nothing after it, in training."""
+    return not (
+        x.is_cpu
+        and x.dtype == torch.float32
+        and x.dim() == 4
+        and x.size(1) > MOST_CHANNELS_OF_BARE_NORM
+        and x.numel() < LEAST_ELEMENTS_OF_BARE_NORM
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+    )
+
+
 # --- a whole block in one call, in training
 
 # Elements of the input up to which one call pays where oneDNN runs the convolutions. One call takes

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch.backends import DTYPES, choose, is_auto, say
+from ..dispatch.cpu_rules import bare_norm_pays
 from ..reference import ACTS, Act, Norm
 from . import library
 
@@ -461,32 +462,12 @@ def _wants_grad(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad
 
 
-# A BatchNorm with nothing after it, in training on a CPU, float32 channels_last, forward and
-# backward. The speed of bn_act over PyTorch's: with 256 to 2048 channels 0.71 to 1.13 at 0.8
-# million elements and 0.95 to 1.5 at 1.6 to 13 million; with 32 and 64 channels 1.05 to 1.36.
-BARE_CHANNELS = 128
-BARE_ELEMENTS = 1 << 20
-
-
-def _is_better_bare(x: Tensor, norm: Norm) -> bool:
-    """Whether PyTorch runs a BatchNorm with nothing after it faster; ``auto`` asks."""
-    return (
-        norm.training
-        and x.is_cpu
-        and x.dtype == torch.float32
-        and x.dim() == 4
-        and x.size(1) > BARE_CHANNELS
-        and x.numel() < BARE_ELEMENTS
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not x.is_contiguous()
-    )
-
-
 def _run(x, norm, residual, residual_norm, act, backend):
     _, _, weight, bias, _, _, _ = norm
     may_choose = is_auto(backend)
     backend = choose("bn_act", backend, x, residual, weight, bias)
-    if may_choose and act == "none" and residual is None and _is_better_bare(x, norm):
+    bare = may_choose and act == "none" and residual is None and norm.training
+    if bare and not bare_norm_pays(x):
         say(f"bn_act of a bare norm of {tuple(x.shape)} runs eager: measured, on a CPU")
         backend = "eager"
     if backend == "eager" or x.numel() == 0:
