@@ -3,6 +3,7 @@
 ======================  ==========================  =============================================
 variable                values (first is default)   meaning
 ======================  ==========================  =============================================
+FUSED_RES_AUTOTUNE      1 0 full                    on a GPU: measure at first use (``full``: more)
 FUSED_RES_BACKEND       auto cpu cuda triton eager  backend; ``eager`` turns all kernels off
 FUSED_RES_CACHE         ~/.cache/fused_res          folder of the timings of ``fused_res.tune``
 FUSED_RES_CPU_ISA       best plain avx2 avx512      highest instruction set of the CPU kernels
@@ -24,11 +25,13 @@ from typing import Literal, NamedTuple, get_args
 Backend = Literal["auto", "cpu", "cuda", "triton", "eager"]
 BACKENDS = get_args(Backend)
 CPU_ISAS = ("best", "plain", "avx2", "avx512")
+AUTOTUNES = ("1", "0", "full")
 LOGS = ("off", "dispatch")
 WINOGRADS = ("4", "2", "0")
 
 
 class Settings(NamedTuple):
+    autotune: str
     backend: str
     cache: str | None
     cpu_isa: str
@@ -65,6 +68,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         return value
 
     return Settings(
+        one_of("FUSED_RES_AUTOTUNE", AUTOTUNES),
         one_of("FUSED_RES_BACKEND", BACKENDS),
         _cache(environ),
         one_of("FUSED_RES_CPU_ISA", CPU_ISAS),

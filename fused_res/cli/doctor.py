@@ -63,7 +63,7 @@ def _timed(device: torch.device, op: str, option: str) -> str:
     path = user_timings.path_of(user_timings.made_by(device))
     if user_timings.settings.cache is None:
         path = "no file: there is no home directory; set FUSED_RES_CACHE"
-    rows = user_timings.table(device).values()
+    rows = user_timings.table(device).rows.values()
     found = collections.Counter(inference_conv.taken(row) for row in rows if row.op == op)
     if not found:
         return f"not tuned (fused-res tune {option}MODEL --shape ... would write {path})"

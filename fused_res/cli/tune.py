@@ -53,7 +53,7 @@ def _list() -> str:
     here = {user_timings.path_of(user_timings.made_by(device)) for device in user_timings.devices()}
     for path in user_timings.files():
         try:
-            made, found = user_timings.load(path)
+            made, found, _ = user_timings.load(path)
             about = [made["device"], f"torch {made['torch']}", len(found)]
         except (OSError, ValueError, KeyError) as error:
             about = [f"cannot be used: {error}", "", ""]

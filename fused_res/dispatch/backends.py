@@ -9,6 +9,7 @@ where it cannot run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -239,6 +240,17 @@ def preferred(op: str, x: torch.Tensor) -> tuple[str, str]:
     return "eager", f"no fused kernel is preferred for {dtype} on {device.type!r}"
 
 
+@functools.cache
+def never_fused(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether ``auto`` takes PyTorch's ops for all tensors of a kind: no kernel can run them, or on
+    a CPU none is preferred."""
+    able = any(
+        why_not(op, name, device_type, dtype) is None for op, of in SUPPORT.items() for name in of
+    )
+    preferred = any(dtype in of.get(device_type, ()) for of in PREFERRED.values())
+    return not able or (device_type == "cpu" and not preferred)
+
+
 def say(line: str) -> None:
     """Logs a line about dispatch, once; not while a graph is compiled."""
     if torch.compiler.is_compiling() or line in _logged or len(_logged) >= MOST_LOGGED:
@@ -270,6 +282,14 @@ def asked_for(op: str, requested: str | None, *tensors: torch.Tensor | None) -> 
     return "eager"
 
 
+def taken_by_auto(op: str, x: torch.Tensor, by_shape: bool = True) -> str:
+    """The backend that ``auto`` takes for an op on tensors like x."""
+    name, reason = (_auto if by_shape else preferred)(op, x)
+    if name == "eager":
+        say(f"{op} runs in PyTorch's own ops: {reason}")
+    return name
+
+
 def choose(
     op: str, requested: str | None, *tensors: torch.Tensor | None, by_shape: bool = True
 ) -> str:
@@ -282,8 +302,4 @@ def choose(
         as ``asked_for``.
     """
     name = asked_for(op, requested, *tensors)
-    if name == "auto":
-        name, reason = (_auto if by_shape else preferred)(op, tensors[0])
-        if name == "eager":
-            say(f"{op} runs in PyTorch's own ops: {reason}")
-    return name
+    return taken_by_auto(op, tensors[0], by_shape) if name == "auto" else name

@@ -184,7 +184,7 @@ def choose(call, backend: str) -> Candidate:
 def knows(device: torch.device) -> bool:
     """Whether backend ``auto`` may take a kernel on a device: there are timings of it, or ``tune``
     runs."""
-    mine = any(row.op == OP for row in user_timings.table(device).values())
+    mine = any(row.op == OP for row in user_timings.table(device).rows.values())
     return _recorded is not None or shipped_timings.knows(device, OP) or mine
 
 

@@ -5,8 +5,8 @@ kernel in CUDA C++ (``conv_halo``). In order of precedence these decide: the use
 exactly this convolution on this device (``user_timings``, made by ``fused_res.tune(...,
 train=True)``); the package's timings near its shape (``shipped_timings``); without any it is ATen.
 ``eager`` in a timing row is ATen's convolution with the passes over memory that a fused kernel
-saves. Where backend ``triton`` is named, Triton runs every convolution that it can. Nothing is
-timed here.
+saves. ``training_block`` says for which blocks all of this is asked, and where Triton runs every
+convolution that it can, or those of 1x1, instead. Nothing is timed here.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from . import backends, inference_conv, shipped_timings, user_timings
 from .shipped_timings import Row
 
 OP = "training_convolution"
+# Which convolutions of a block fused kernels run: those that were measured to be faster, those of
+# 1x1, or all that they can.
+MEASURED, POINTWISE, ALL = KINDS = "measured", "1x1", "all"
 # The numbers of kernels/res_block.py. TRITON + 1 + i is Triton in its i-th configuration.
 HALO, ATEN, TRITON = -1, 0, 1
 # Epilogues. Forward: the statistics of the BatchNorm after the convolution. Backward, on the
@@ -150,14 +153,16 @@ def tensors_of(call: Call, device: torch.device | str) -> tuple[Tensor, ConvNorm
 
 
 @functools.lru_cache(maxsize=shipped_timings.MOST_SHAPES)
-def _choose(call: Call, named: bool, forgotten: int) -> int:
+def _choose(call: Call, kind: str, forgotten: int) -> int:
     """``forgotten``: counts changes of the tables, after which every call is decided anew."""
     from ..kernels import conv_tiles, training_convolution
 
     row, config, candidate = row_of(call, {}), None, ATEN
     reason = training_convolution.why_not(*tensors_of(call, "meta"))
-    if reason is None and named:
-        candidate, reason = TRITON, "the backend was named"
+    if reason is None and kind == POINTWISE and call.weight[2:] != (1, 1):
+        reason = "it is no 1x1 convolution"
+    elif reason is None and kind != MEASURED:
+        candidate, reason = TRITON, f"fused kernels run convolutions: {kind}"
     elif reason is None:
         mine = user_timings.find(call.device, row)
         if mine is not None and mine.ms.keys() >= {"eager", "triton"}:
@@ -176,8 +181,9 @@ def _choose(call: Call, named: bool, forgotten: int) -> int:
             candidate = TRITON + (1 + fields.index(config) if config in fields else 0)
     runs = "ATen's convolution" if candidate == ATEN else "a fused kernel"
     backends.say(f"{OP} {inference_conv.words(row)} runs {runs}: {reason}")
-    # A named Triton checks again when it runs: only then the layouts inside the block are known.
-    return TRITON if named else candidate
+    if kind == MEASURED or (kind == POINTWISE and call.weight[2:] != (1, 1)):
+        return candidate
+    return TRITON  # which checks again: the layouts inside the block are known when it runs
 
 
 _recorded: dict[Call, None] | None = None
@@ -195,37 +201,31 @@ def recording() -> Iterator[dict[Call, None]]:
         _recorded = None
 
 
-def _record(block: Block, x: Tensor) -> list[int]:
+def _record(block: Block) -> list[int]:
     from ..kernels import training_convolution
 
     for call in calls(block):
         if training_convolution.why_not(*tensors_of(call, "meta")) is None:
             _recorded.setdefault(call)
-    name = backends.choose("bn_act", "auto", x)
-    if name != "triton":
-        size = "x".join(map(str, x.shape))
-        backends.say(f"a block of {size} runs on Triton only where it is named: auto takes {name}")
     return [ATEN] * (2 * len(block.stages))
 
 
-def chosen_for(
-    x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, backend: str | None
-) -> list[int]:
+def chosen_for(x: Tensor, branch: list[ConvNorm], shortcut: Shortcut, kind: str) -> list[int]:
     """The candidates of the stages, the shortcut's last: forward, backward, forward...
 
     Args:
         x, branch, shortcut: arguments of a ``res_block`` that runs on Triton.
-        backend: the backend that was named, or None.
+        kind: of ``KINDS``.
     """
     block = block_of(x, branch, shortcut)
     if _recorded is not None:
-        return _record(block, x)
-    return list(_chosen(block, not backends.is_auto(backend), inference_conv.state()[0]))
+        return _record(block)
+    return list(_chosen(block, kind, inference_conv.state()[0]))
 
 
 @functools.lru_cache(maxsize=shipped_timings.MOST_SHAPES)
-def _chosen(block: Block, named: bool, forgotten: int) -> tuple[int, ...]:
+def _chosen(block: Block, kind: str, forgotten: int) -> tuple[int, ...]:
     found = calls(block)
     if not found:  # the op refuses such a block
         return (ATEN,) * (2 * len(block.stages))
-    return tuple(_choose(call, named, forgotten) for call in found)
+    return tuple(_choose(call, kind, forgotten) for call in found)

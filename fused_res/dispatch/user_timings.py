@@ -7,6 +7,7 @@ ignores a file that is damaged or was made elsewhere, with a warning.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,8 +17,9 @@ import platform
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,8 +28,33 @@ from ..version import __version__
 from . import backends, shipped_timings
 from .shipped_timings import Row
 
-# (op, dtype, layout, shape, like) -> timing row
-Table = dict[tuple, Row]
+
+class Fault(NamedTuple):
+    """A candidate that is not used for a call on this device. The first five fields are the key of
+    a row. error: how its results are wrong, or what it raised."""
+
+    op: str
+    dtype: str
+    layout: str
+    shape: tuple[int, ...]
+    like: str
+    candidate: str
+    error: str
+
+    @property
+    def of(self) -> tuple:
+        """The key of the call's row."""
+        return self[:5]
+
+
+class Table(NamedTuple):
+    """rows: by key, (op, dtype, layout, shape, like). faults: by key and candidate."""
+
+    rows: dict[tuple, Row]
+    faults: dict[tuple, Fault]
+
+
+FORMAT = "2"  # of the file; another format is another file
 MOST_ROWS = 10_000  # of a table; a row takes a kilobyte
 _OF_DEVICE = ("device", "isa")  # fields that all rows of a file have in common
 
@@ -48,7 +75,7 @@ def processor() -> str:
 
 def made_by(device: torch.device) -> dict[str, str]:
     """Everything that a table's timings depend on: versions, driver, device and its settings."""
-    versions = {"fused_res": __version__, "torch": str(torch.__version__)}
+    versions = {"format": FORMAT, "fused_res": __version__, "torch": str(torch.__version__)}
     if device.type == "cpu":
         isa = "no kernels" if backends.STATUS["cpu"] else backends.cpu_isa()
         return versions | {"device": f"{processor()}, {isa}, threads: {torch.get_num_threads()}"}
@@ -85,12 +112,29 @@ def _row(given: object) -> Row:
     return row._replace(shape=tuple(row.shape))
 
 
+def _fault(given: object) -> Fault:
+    """A fault of a file.
+
+    Raises:
+        ValueError: ``given`` is not a fault.
+    """
+    fault = Fault(**given) if isinstance(given, dict) else None
+    if (
+        fault is None
+        or not isinstance(fault.shape, list)
+        or not all(type(n) is int for n in fault.shape)
+        or not all(isinstance(text, str) for text in (*fault[:3], *fault[4:]))
+    ):
+        raise ValueError(f"{given!r} is not a fault")
+    return fault._replace(shape=tuple(fault.shape))
+
+
 def key_of(row: Row) -> tuple:
     return row.op, row.dtype, row.layout, row.shape, row.like
 
 
-def load(path: Path) -> tuple[dict[str, str], list[Row]]:
-    """The ``made_by`` of a file, and its rows.
+def load(path: Path) -> tuple[dict[str, str], list[Row], list[Fault]]:
+    """The ``made_by`` of a file, its rows and its faults.
 
     Raises:
         OSError: the file cannot be read.
@@ -98,24 +142,26 @@ def load(path: Path) -> tuple[dict[str, str], list[Row]]:
     """
     try:
         found = json.loads(path.read_text())
-        return dict(found["made_by"]), [_row(row) for row in found["rows"]]
+        made = dict(found["made_by"])
+        return made, [*map(_row, found["rows"])], [*map(_fault, found["faults"])]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"it is not a table of fused_res: {error}") from error
 
 
 def _read(made: dict[str, str]) -> tuple[Table, str | None]:
     """The table of a device; empty where the file cannot be used, with the reason."""
+    nothing = Table({}, {})
     if settings.cache is None:
-        return {}, None
+        return nothing, None
     try:
-        of, rows = load(path_of(made))
+        of, rows, faults = load(path_of(made))
     except (FileNotFoundError, NotADirectoryError):
-        return {}, None
+        return nothing, None
     except (OSError, ValueError) as error:
-        return {}, str(error)
+        return nothing, str(error)
     if of != made:
-        return {}, f"it was made by {of}, and this is {made}"
-    return {key_of(row): row for row in rows}, None
+        return nothing, f"it was made by {of}, and this is {made}"
+    return Table({key_of(row): row for row in rows}, {f[:6]: f for f in faults}), None
 
 
 def table(device: torch.device) -> Table:
@@ -131,7 +177,12 @@ def table(device: torch.device) -> Table:
 
 def find(device: torch.device, row: Row) -> Row | None:
     """The timing row of the call that ``row`` describes."""
-    return table(device).get(key_of(row))
+    return table(device).rows.get(key_of(row))
+
+
+def faults(device: torch.device) -> list[Fault]:
+    """The candidates that are not used on a device, by call."""
+    return list(table(device).faults.values())
 
 
 def forget() -> None:
@@ -139,22 +190,54 @@ def forget() -> None:
     _tables.clear()
 
 
-def _add(known: Table, rows: Iterable[Row]) -> None:
-    """Adds rows, and removes the oldest beyond ``MOST_ROWS``."""
-    for row in rows:
-        known.pop(key_of(row), None)
-        known[key_of(row)] = row
-    for old in tuple(known)[: max(len(known) - MOST_ROWS, 0)]:
-        known.pop(old, None)
+def _add(known: Table, rows: Iterable[Row], faults: Iterable[Fault]) -> None:
+    """Adds rows and faults, and removes the oldest beyond ``MOST_ROWS``."""
+    added = {key_of(row): row for row in rows}, {fault[:6]: fault for fault in faults}
+    for of, new in zip(known, added, strict=True):
+        for key, value in new.items():
+            of.pop(key, None)
+            of[key] = value
+        for old in tuple(of)[: max(len(of) - MOST_ROWS, 0)]:
+            of.pop(old, None)
 
 
-def keep(device: torch.device, rows: Iterable[Row]) -> None:
-    """Adds rows in this process."""
-    _add(table(device), rows)
+def keep(device: torch.device, rows: Iterable[Row], faults: Iterable[Fault] = ()) -> None:
+    """Adds rows and faults in this process."""
+    _add(table(device), rows, faults)
 
 
-def write(device: torch.device, rows: Iterable[Row]) -> Path:
-    """Adds rows to the file, and replaces it at once: readers see the old file or the new one.
+def _merged(made: dict[str, str], rows: Iterable[Row], faults: Iterable[Fault]) -> str:
+    """The text of a device's file with these rows and faults."""
+    known = _read(made)[0]
+    _add(known, rows, faults)
+    texts = [
+        [json.dumps({k: v for k, v in one._asdict().items() if k not in _OF_DEVICE}) for one in of]
+        for of in (known.rows.values(), known.faults.values())
+    ]
+    head = f'{{\n"made_by": {json.dumps(made)},\n"rows": [\n'
+    return head + ",\n".join(texts[0]) + '\n],\n"faults": [\n' + ",\n".join(texts[1]) + "\n]\n}\n"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Other processes that write into a folder wait until the body is done."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none: of two writers one may lose its rows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def write(device: torch.device, rows: Iterable[Row], faults: Iterable[Fault] = ()) -> Path:
+    """Adds rows and faults to the file, and replaces it at once: readers see the old file or the
+    new one, and of several processes that write none loses its rows.
 
     Raises:
         OSError: the file cannot be written.
@@ -163,22 +246,17 @@ def write(device: torch.device, rows: Iterable[Row]) -> Path:
         raise OSError("there is no home directory")
     made = made_by(device)
     path = path_of(made)
-    merged = _read(made)[0]
-    _add(merged, rows)
-    lines = []
-    for row in merged.values():
-        fields = {k: v for k, v in row._asdict().items() if k not in _OF_DEVICE}
-        lines.append(json.dumps(fields))
-    head = f'{{\n"made_by": {json.dumps(made)},\n"rows": [\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(head + ",\n".join(lines) + "\n]\n}\n")
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with _locked(path.parent):
+        text = _merged(made, rows, faults)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     return path
 
 

@@ -19,9 +19,10 @@ from .. import reference
 from ..env import BACKENDS, Backend
 from ..fuse.modules import child, is_exported, is_for_kernels, is_frozen
 from ..fuse.plan import BlockPlan, PartialPlan, Stage, Unplanned
-from ..ops.res_block import check_recompute
+from ..ops.res_block import Eager, check_recompute
 from ..reference import Kind, ReluPlacement, Skip
 from ..run.block import run_block
+from ..run.own_forward import leave, runs_own_forward
 from ..run.guards import Record, guard_of, passes_compiled
 from ..run.reads import Reads
 
@@ -58,9 +59,16 @@ class FusedForward:
 
     def forward(self, *args, **kwargs):
         plain = len(args) != 1 or kwargs or not is_for_kernels(args[0])
-        if plain or is_exported() or not self._is_as_recorded() or self._promotes(args[0]):
+        if plain or runs_own_forward(self, args[0]):
             return super().forward(*args, **kwargs)
-        return run_block(self, self.plan, args[0])
+        if is_exported() or not self._is_as_recorded() or self._promotes(args[0]):
+            return super().forward(*args, **kwargs)
+        y = run_block(self, self.plan, args[0])
+        if isinstance(y, Eager):
+            if y.final:
+                leave(self, args[0])
+            return super().forward(args[0])
+        return y
 
     forward.runs_plan = True
 
@@ -94,7 +102,9 @@ class FusedPartialForward(FusedForward):
         plan = self.plan
         plain = kwargs or len(args) < plan.inputs
         plain = plain or not all(map(is_for_kernels, args[: plan.inputs]))
-        if plain or is_exported() or not self._is_as_recorded() or self._promotes(args[0]):
+        if plain or runs_own_forward(self, args[0]):
+            return super(FusedForward, self).forward(*args, **kwargs)
+        if is_exported() or not self._is_as_recorded() or self._promotes(args[0]):
             return super(FusedForward, self).forward(*args, **kwargs)
         if plan.quiet is not None and not any(child(self, n).training for n in plan.quieted):
             return self._quiet(*args)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import training_conv
-from ..dispatch.backends import choose, is_auto
+from ..dispatch import first_use, training_block, training_conv
+from ..dispatch.backends import asked_for, taken_by_auto
 from ..dispatch.cpu_rules import whole_block_pays
+from ..dispatch.training_block import Candidate
 from ..reference import ACTS, Act, ConvNorm, Norm, Shortcut
 from . import conv_halo, library
 from .bn_act import bn_act_norms, is_nchw, laid_out
@@ -349,32 +350,39 @@ def _convolves(x: Tensor, branch: list[ConvNorm]) -> bool:
     return 2 * _training_convolutions(x.shape, sizes) > len(branch)
 
 
-def _whole_in(
-    x: Tensor, branch: list[ConvNorm], backend: str | None, recompute, is_bare: bool
-) -> str | None:
-    """The backend that runs a block in one call here; None where it runs stage by stage.
+def _is_seen_op_by_op() -> bool:
+    """Whether the compiler, or a mode that counts or chooses ops, must see the convolutions. In
+    forward-mode AD a parameter may have a tangent."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+class Eager(NamedTuple):
+    """``auto`` takes PyTorch's ops for a block. final: whether later calls get the same."""
+
+    final: bool
+
+
+def _candidate(call: training_block.Call, name: str, is_bare: bool) -> Candidate | Eager | None:
+    """What runs a block in one call; None where it runs stage by stage.
 
     Args:
+        name: of a backend, or ``auto`` on a GPU.
         is_bare: the block is one convolution and a BatchNorm with nothing after it. PyTorch may run
             that faster (``bn_act``).
-
-    Raises:
-        BackendUnavailable: a backend was named and cannot run bn_act.
     """
-    # The compiler, and modes that count or choose ops, must see the convolutions. In forward-mode
-    # AD a parameter may have a tangent.
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
-        return None
-    name = choose("bn_act", backend, x)
-    if name == "eager":
-        return None
-    bare = is_bare and is_auto(backend)
-    pays = name != "cpu" or whole_block_pays(x.numel(), recompute is not None, bare)
-    return name if pays or _convolves(x, branch) else None
+    if name == "auto":
+        found = training_block.choose(call)
+        return (
+            Eager(found.final) if found.name == "eager" else training_block.CANDIDATES[found.name]
+        )
+    if name == "triton":
+        return Candidate(name, training_block.convolutions_of_triton(call))
+    pays = name != "cpu" or whole_block_pays(call.x.numel(), call.recompute, is_bare)
+    return Candidate(name) if pays or _convolves(call.x, call.branch) else None
 
 
 def _autocast(x: Tensor, branch, shortcut, dtype: torch.dtype):
@@ -428,8 +436,10 @@ def res_block(
     if act not in ACTS:
         raise ValueError(f"act={act!r} must be one of: {', '.join(ACTS)}")
     y = whole(x, branch, shortcut, act, backend, [], check_recompute(recompute))
-    if y is not None:
+    if isinstance(y, Tensor):
         return y
+    if y is not None:
+        return reference.res_block(x, branch, shortcut, act)
     return reference.res_block(x, branch, shortcut, act, partial(bn_act_norms, backend=backend))
 
 
@@ -439,14 +449,23 @@ def check_recompute(recompute: str | None) -> str | None:
     return recompute
 
 
-def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor | None:
-    """``res_block`` in one call; None, and nothing is done, where it must run stage by stage.
+def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor | Eager | None:
+    """``res_block`` in one call. Nothing is done, and the result is ``Eager`` where PyTorch's ops
+    run it, None where it must run stage by stage.
 
     counters: num_batches_tracked of each BatchNorm that trains, or empty; each is increased by one.
+
+    Raises:
+        BackendUnavailable: a backend was named and cannot run bn_act.
     """
-    is_bare = shortcut is False and act == "none" and len(branch) == 1
-    name = _whole_in(x, branch, backend, recompute, is_bare)
-    if name is None:
+    if _is_seen_op_by_op():
+        return None
+    name = asked_for("bn_act", backend, x)
+    is_auto = name == "auto"
+    measures = is_auto and first_use.covers(x.device)
+    if is_auto and not measures:
+        name = taken_by_auto("bn_act", x)
+    if name == "eager":
         return None
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -456,22 +475,52 @@ def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor
         if any(stage.weight.dtype == torch.float64 for stage in stages):
             return None  # autocast does not cast float64
         x, branch, shortcut = _autocast(x, branch, shortcut, dtype)
-    candidates = None
-    if name == "triton":
-        candidates = training_conv.chosen_for(x, branch, shortcut, backend)
-    call, parameters = _flatten(branch, shortcut, act, counters, recompute == "last", candidates)
+    stages = (*branch, shortcut) if shortcut else branch
+    parameters = [t for stage in stages for t in (*stage[:2], *stage.norm[2:4])]
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in parameters)
+    )
     if (
-        any(t is None for t in call.running)
-        or len(parameters) > PARAMETERS * MOST_STAGES
+        any(t is None for stage in stages for t in stage.norm[:2])
+        or len(stages) > MOST_STAGES
         # a subclass may define its own convolution
         or any(type(t) not in _PLAIN for t in (x, *parameters))
+        or (measures and not (needs_grad and x.dim() == 4 and x.numel()))
     ):
         return None
+    call = training_block.Call(x, branch, shortcut, act, recompute is not None)
+    is_bare = is_auto and shortcut is False and act == "none" and len(branch) == 1
+    candidate = _candidate(call, name, is_bare)
+    if not isinstance(candidate, Candidate):
+        return candidate
+    return _run_as(call, candidate, counters, needs_grad)
+
+
+def _run_as(
+    call: training_block.Call, candidate: Candidate, counters: list[Tensor], needs_grad: bool
+) -> Tensor | None:
+    """The block in one call; None where x does not fit the stages."""
+    x, branch, shortcut, act, recompute = call
+    candidates = None
+    if candidate.backend == "triton":
+        candidates = training_conv.chosen_for(x, branch, shortcut, candidate.convolutions)
+    flat, parameters = _flatten(branch, shortcut, act, counters, recompute, candidates)
     try:
-        if torch.is_grad_enabled() and (
-            x.requires_grad or any(t is not None and t.requires_grad for t in parameters)
-        ):
-            return _ResBlock.apply(call, x, *parameters)
-        return _run(x, parameters, call, False)[0]
+        if needs_grad:
+            return _ResBlock.apply(flat, x, *parameters)
+        return _run(x, parameters, flat, False)[0]
     except _DoesNotFit:
         return None
+
+
+def _run_sample(call: training_block.Call, candidate: Candidate | None) -> Tensor:
+    """A block on random tensors, by a candidate; None: in PyTorch's ops."""
+    if candidate is None:
+        return reference.res_block(*call[:4])
+    y = _run_as(call, candidate, [], True)
+    if y is None:
+        raise ValueError("the input does not fit the stages")
+    return y
+
+
+training_block.register(_run_sample)

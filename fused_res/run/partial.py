@@ -8,12 +8,12 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..fuse.plan import BlockPlan, PartialPlan, Program
-from .block import run_block
+from .block import run_segment
 
 
 def _segment(plan: BlockPlan) -> Callable[..., Tensor]:
     def run(block: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return run_block(block, plan, x, residual)
+        return run_segment(block, plan, x, residual)
 
     return run
 
@@ -35,5 +35,5 @@ def methods(plan: PartialPlan) -> dict[str, Callable]:
         segments = enumerate(plan.quiet.segments)
         found |= {f"_quiet_segment_{i}": _segment(segment) for i, segment in segments}
     elif plan.quiet is not None:
-        found["_quiet"] = lambda block, x, *_: run_block(block, plan.quiet, x)
+        found["_quiet"] = lambda block, x, *_: run_segment(block, plan.quiet, x)
     return found

@@ -4,6 +4,7 @@ and ReLU that follow it."""
 from __future__ import annotations
 
 import operator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..fuse.modules import child, group_of, is_frozen, norm_of, pair
 from ..fuse.plan import BlockPlan, Stage
 from ..ops.bn_act import bn_act_norms
-from ..ops.res_block import whole
+from ..ops.res_block import Eager, whole
 from ..ops.sync_bn_act import sync_bn_act
 from ..reference import Act, ConvNorm, Norm
 
@@ -30,6 +31,7 @@ def _normalise(
     residual: Tensor | None = None,
     shortcut: Stage | None = None,
     act: Act | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Applies the norm of ``stage`` to ``x`` and the norm of ``shortcut`` to ``residual``, where
     there are any; then the add and ``act``."""
@@ -44,11 +46,11 @@ def _normalise(
     if shortcut is not None and shortcut.norm is not None:
         second = child(block, shortcut.norm)
         if group_of(second) is not group:
-            residual, second = _normalise(block, shortcut, residual), None
+            residual, second = _normalise(block, shortcut, residual, backend=backend), None
     norms = norm_of(bn), None if second is None else norm_of(second)
     if group is None:
-        return bn_act_norms(x, norms[0], residual, norms[1], act, block.backend)
-    return sync_bn_act(x, norms[0], group, residual, norms[1], act, block.backend)
+        return bn_act_norms(x, norms[0], residual, norms[1], act, backend)
+    return sync_bn_act(x, norms[0], group, residual, norms[1], act, backend)
 
 
 def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | None] | None:
@@ -95,8 +97,9 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
     return found, counter if training else None
 
 
-def run_whole(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor | None:
-    """Runs the plan in one op; returns None where it has to run stage by stage."""
+def run_whole(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor | Eager | None:
+    """Runs the plan in one op; returns None where it has to run stage by stage, ``Eager`` where
+    dispatch takes PyTorch's ops."""
     if torch.compiler.is_compiling() or plan.skip == "concat":
         return None
     stages = []
@@ -123,17 +126,20 @@ def add_shortcut(plan: BlockPlan, out: Tensor, residual: Tensor) -> Tensor:
     return F.relu(out) if plan.relu else out
 
 
-def run_stages(block: nn.Module, plan: BlockPlan, x: Tensor, residual: Tensor | None) -> Tensor:
-    """Runs the plan with one op for each norm."""
+def run_stages(
+    block: nn.Module, plan: BlockPlan, x: Tensor, residual: Tensor | None, backend: str | None
+) -> Tensor:
+    """Runs the plan with one op for each norm, on a backend."""
+    normalise = partial(_normalise, backend=backend)
     *inner, last = plan.branch
     out = x
     for stage in inner:
-        out = _normalise(block, stage, _convolve(block, stage, out))
+        out = normalise(block, stage, _convolve(block, stage, out))
     out = _convolve(block, last, out)
     if plan.skip == "none":
-        return _normalise(block, last, out, act=plan.act)
+        return normalise(block, last, out, act=plan.act)
     if plan.skip == "concat":
-        out = torch.cat((x, _normalise(block, last, out)), dim=1)
+        out = torch.cat((x, normalise(block, last, out)), dim=1)
         return F.relu(out) if plan.relu else out
     shortcut = plan.shortcut
     residual = x if residual is None else residual
@@ -141,7 +147,7 @@ def run_stages(block: nn.Module, plan: BlockPlan, x: Tensor, residual: Tensor | 
         residual = _convolve(block, shortcut, residual)
     alike = isinstance(residual, Tensor) and residual.shape == out.shape
     if last.norm is not None and alike and residual.dtype == out.dtype:
-        return _normalise(block, last, out, residual, shortcut, plan.act)
+        return normalise(block, last, out, residual, shortcut, plan.act)
     if shortcut is not None:
-        residual = _normalise(block, shortcut, residual)
-    return add_shortcut(plan, _normalise(block, last, out), residual)
+        residual = normalise(block, shortcut, residual)
+    return add_shortcut(plan, normalise(block, last, out), residual)

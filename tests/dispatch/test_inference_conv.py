@@ -177,7 +177,7 @@ def test_the_users_table_is_asked_before_the_shipped_one(said, monkeypatch):
 
     def shipped():
         """Rows of shapes nearby, in which eager wins."""
-        for row in user_timings.table(torch.device("cpu")).values():
+        for row in user_timings.table(torch.device("cpu")).rows.values():
             n, *sizes = row.shape
             ms = {name: 1.0 if name == "eager" else 2.0 for name in row.ms}
             yield row._replace(device="cpu", isa="cpu", shape=(2 * n, *sizes), ms=ms)

@@ -113,7 +113,7 @@ def test_a_home_that_is_none(home, monkeypatch):
 def test_nothing_is_written_without_a_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(user_timings, "settings", user_timings.settings._replace(cache=None))
-    assert user_timings.table(torch.device("cpu")) == {} and user_timings.files() == []
+    assert user_timings.table(torch.device("cpu")) == ({}, {}) and user_timings.files() == []
     with pytest.raises(OSError, match="no home directory"):
         user_timings.write(torch.device("cpu"), [])
     assert os.listdir(tmp_path) == []

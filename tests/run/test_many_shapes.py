@@ -94,5 +94,5 @@ def test_measurements_are_bounded(monkeypatch):
     user_timings.keep(cpu, [row(1, 2.0), row(4, 1.0)])  # what was measured again is not the oldest
     path = user_timings.write(cpu, [row(i, 1.0) for i in (1, 2, 3)])
     user_timings.write(cpu, [row(1, 2.0), row(4, 1.0)])
-    for rows in (user_timings.table(cpu).values(), user_timings.load(path)[1]):
+    for rows in (user_timings.table(cpu).rows.values(), user_timings.load(path)[1]):
         assert [(r.shape[2], r.ms["eager"]) for r in rows] == [(3, 1.0), (1, 2.0), (4, 1.0)]

@@ -1,0 +1,419 @@
+"""Measures the candidates for a call on the device of the call, and decides by the result.
+
+``auto`` has rules for a CPU. On a GPU it believes only measurements. In order of precedence it
+follows: the user's timing of exactly this call (``user_timings``); the package's timings near its
+shape (``shipped_timings``); a measurement, made the second time that such a call is seen; a rule
+(``gpu_rules``). A measurement is a timing row, so each later process reads it.
+
+A candidate is taken if its results are right and it is at least 3 % faster than PyTorch's ops. Its
+results are compared with a more precise run (``errors_of``). A candidate that is wrong, fails or
+runs out of memory is never used for such calls: it is a ``user_timings.Fault``.
+
+Nothing is measured while a CUDA graph is captured, a model is compiled or exported, a dispatch mode
+or a transform is active, several processes train together, or after the caps below are reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..env import settings
+from . import backends, gpu_rules, shipped_timings, user_timings
+from .shipped_timings import Row
+from .user_timings import Fault
+
+_log = logging.getLogger("fused_res")
+DEVICE_TYPES = ("cuda", "xpu")  # where ``auto`` believes only measurements
+# Caps. For one call: seconds of timing, and candidates. For a process: calls, seconds of timing,
+# and seconds with everything that the measurements compiled.
+SECONDS_OF_CALL, MOST_CANDIDATES = 0.3, 5
+MOST_CALLS, SECONDS, SECONDS_IN_ALL = 32, 20.0, 60.0
+WARM_UPS, RUNS = 3, 5
+FLUSHED_BYTES = 2**28  # written before each run: more than any L2 cache
+# A result may have this many times the error of PyTorch's ops.
+MOST_ERROR = 1.5
+# The error of statistics in float32: PyTorch's own is 0 now and then.
+LEAST_ERROR = 2.0**-23
+# float32: images in the comparison with float64. The whole sample is compared with PyTorch's ops,
+# whose ReLUs turn at other pixels; a wrong tile differs by more.
+IMAGES_OF_FLOAT64, MOST_DIFFERENCE = 2, 0.1
+# Rounding turns a few ReLUs at other pixels, by chance. Errors are those of so many samples that
+# chance evens out.
+LEAST_ELEMENTS, MOST_SAMPLES = 2**16, 8
+MOST_SEEN = 4096
+
+Results = dict[str, list[Tensor]]  # by kind: y, dx, gradients of weights, ...
+
+
+class Trial(Protocol):
+    """A call on random tensors.
+
+    names: the candidates that can run it, beside ``eager``.
+    quick: those of them that first use measures. The others compile for minutes: ``tune`` measures
+        them, and first use with ``FUSED_RES_AUTOTUNE=full``.
+    """
+
+    names: list[str]
+    quick: list[str]
+
+    def sample(self, seed: int, images: int | None = None) -> Any:
+        """Random tensors for the call, or for a call with fewer images. The first is its input."""
+
+    def cast(self, sample: Any, dtype: torch.dtype) -> Any:
+        """The sample in a more precise dtype."""
+
+    def run(self, name: str, sample: Any) -> Results:
+        """Runs a candidate. The sample stays as it is."""
+
+
+class Verdict(NamedTuple):
+    """final: whether later calls get the same."""
+
+    name: str
+    reason: str
+    final: bool = True
+
+
+class Spent:
+    """What this process has measured so far."""
+
+    def __init__(self) -> None:
+        self.calls, self.timing, self.all = 0, 0.0, 0.0
+
+    def why_no_more(self) -> str | None:
+        if self.calls >= MOST_CALLS:
+            return f"{MOST_CALLS} calls were measured in this process"
+        if self.timing >= SECONDS or self.all >= SECONDS_IN_ALL:
+            return f"measuring has taken {self.all:.0f} s in this process"
+        return None
+
+
+_spent = Spent()
+_seen: dict[tuple, None] = {}
+_decided: dict[tuple, Verdict] = {}
+_measuring = False
+_alone = False
+
+
+def covers(device: torch.device) -> bool:
+    """Whether ``auto`` believes only measurements on a device."""
+    return device.type in DEVICE_TYPES
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Measures in the body though other processes exist; they must wait for this one."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def _why_never() -> str | None:
+    """Why this process measures nothing, now or later; None where it may."""
+    if settings.autotune == "0":
+        return "FUSED_RES_AUTOTUNE=0"
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and not _alone:
+        return "several processes train together"
+    return _spent.why_no_more()
+
+
+def _why_not_now(device: torch.device) -> str | None:
+    """Why nothing is measured in this call; None where it may."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "the model is compiled or traced"
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is captured: run the model a few times before"
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return "a dispatch mode or a transform is active"
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return "hooks of saved tensors are active"
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms are asked for"
+    return "a measurement is running" if _measuring else None
+
+
+def forget() -> None:
+    """Forgets what was decided, seen and spent; the tables are read again."""
+    global _spent
+    _decided.clear()
+    _seen.clear()
+    _spent = Spent()
+
+
+def decide(
+    key: tuple, device: torch.device, row_of: Callable[[], Row], trial_of: Callable[[], Trial]
+) -> Verdict:
+    """What runs a call.
+
+    Args:
+        key: everything that the decision depends on.
+        row_of: makes the timing row of the call, without milliseconds.
+        trial_of: makes the trial of the call.
+    """
+    known = _decided.get(key)
+    if known is not None:
+        return known
+    row, trial = row_of(), trial_of()
+    found = _from_tables(device, row, trial.names)
+    never = None if found is not None else _why_never()
+    names = trial.names if settings.autotune == "full" else trial.quick
+    if found is None and never is None and names:
+        now = _why_not_now(device)
+        if now is not None or key not in _seen:
+            if now is None:
+                _add(_seen, key, None)
+            reason = now or "it is measured when it is seen again"
+            return _say(row, Verdict(gpu_rules.expected(row, trial.names), reason, final=False))
+        found = measured(device, row, trial, names)
+    if found is None:
+        reason = never or "it has no candidate"
+        found = Verdict(gpu_rules.expected(row, trial.names), reason)
+    _add(_decided, key, found)
+    return _say(row, found)
+
+
+def _add(known: dict, key: tuple, value: object) -> None:
+    while len(known) >= MOST_SEEN:
+        known.pop(next(iter(tuple(known)), None), None)
+    known[key] = value
+
+
+def words(row: Row) -> str:
+    return f"{row.op} {'x'.join(map(str, row.shape))} {row.like}, {row.dtype} {row.layout}"
+
+
+def _say(row: Row, verdict: Verdict) -> Verdict:
+    backends.say(f"{words(row)} runs {verdict.name}: {verdict.reason}")
+    return verdict
+
+
+def by_row(row: Row, names: list[str]) -> Verdict:
+    """What a row of the user's timings says of these candidates."""
+    name = shipped_timings.fastest(row.ms, [n for n in ("eager", *names) if n in row.ms])
+    if name == "eager":
+        return Verdict(name, "measured here: no candidate is faster")
+    gain = row.ms["eager"] / row.ms[name]
+    return Verdict(name, f"measured here: {row.ms[name]:.3g} ms, {gain:.2f}x PyTorch")
+
+
+def _from_tables(device: torch.device, row: Row, names: list[str]) -> Verdict | None:
+    mine = user_timings.find(device, row)
+    if mine is not None and "eager" in mine.ms:
+        return by_row(mine, names)
+    of = shipped_timings.device_of(device.type, device.index)
+    facts = row.dtype, row.layout, row.shape
+    found = shipped_timings.verdict(row.op, of, *facts, tuple(names), row.like)
+    return None if found.backend is None else Verdict(found.backend, found.reason)
+
+
+# --- whether results are right
+
+
+def _errors_of_sample(results: Results, wanted: Results) -> dict[str, float]:
+    """For each kind of tensor the mean square of the relative errors (norm over norm)."""
+    found = {}
+    for kind, tensors in wanted.items():
+        total = 0.0
+        for t, want in zip(results[kind], tensors, strict=True):
+            want = want.double()
+            scale = want.norm().clamp_min(torch.finfo(torch.float32).tiny)
+            total += float(((t.double() - want).norm() / scale) ** 2)
+        found[kind] = total / max(len(tensors), 1)
+    return found
+
+
+def errors_of(results: list[Results], wanted: list[Results]) -> dict[str, float]:
+    """For each kind of tensor the root mean square of the relative errors, of all samples."""
+    squares = list(map(_errors_of_sample, results, wanted))
+    return {kind: (sum(s[kind] for s in squares) / len(squares)) ** 0.5 for kind in squares[0]}
+
+
+def _excess(
+    results: list[Results], wanted: list[Results], allowed: dict[str, float], rule: str
+) -> str | None:
+    """How results break a rule, in words."""
+    for kind, error in errors_of(results, wanted).items():
+        if not error <= allowed[kind]:  # NaN is not
+            return f"{kind} has an error of {error:.2g}; {rule} allows {allowed[kind]:.2g}"
+    return None
+
+
+@contextlib.contextmanager
+def _exact_float32() -> Iterator[None]:
+    """float32 without TF32 in the body."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+class _Judge:
+    """Decides whether a candidate computes a call right.
+
+    16-bit results are compared with float32 without TF32, those in float32 with float64 on at most
+    two images, and with PyTorch's ops on all.
+    """
+
+    def __init__(self, trial: Trial, sample: Any, dtype: torch.dtype) -> None:
+        self.trial, self.sample = trial, sample
+        single = dtype == torch.float32
+        images = IMAGES_OF_FLOAT64 if single else None
+        first = trial.sample(0, images)
+        count = min(MOST_SAMPLES, -(-LEAST_ELEMENTS // max(first[0].numel(), 1)))
+        self.samples = [first, *(trial.sample(seed, images) for seed in range(1, count))]
+        more = torch.float64 if single else torch.float32
+        with _exact_float32():
+            self.wanted = [trial.run("eager", trial.cast(of, more)) for of in self.samples]
+        errors = errors_of(self._run("eager"), self.wanted)
+        self.allowed = {k: max(MOST_ERROR * e, LEAST_ERROR) for k, e in errors.items()}
+        self.eager = trial.run("eager", sample) if single else None
+
+    def _run(self, name: str) -> list[Results]:
+        return [self.trial.run(name, of) for of in self.samples]
+
+    def fault_of(self, name: str) -> str | None:
+        """Why a candidate is wrong, in words; None where it is right. Its errors pass through."""
+        rule = f"{MOST_ERROR} times PyTorch's own error"
+        wrong = _excess(self._run(name), self.wanted, self.allowed, rule)
+        if wrong is None and self.eager is not None:
+            allowed = dict.fromkeys(self.eager, MOST_DIFFERENCE)
+            results = self.trial.run(name, self.sample)
+            wrong = _excess([results], [self.eager], allowed, "the comparison with PyTorch's ops")
+        return wrong
+
+
+# --- measuring
+
+
+def clock(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a run. On a GPU the longer of the host's and the device's time: the two overlap
+    from call to call."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    start = time.perf_counter()
+    run()
+    host = time.perf_counter() - start
+    events[1].record()
+    events[1].synchronize()
+    return max(host, events[0].elapsed_time(events[1]) / 1e3)
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """The body runs on a stream of its own, without autocast, in grad mode."""
+    global _measuring
+    _measuring = True
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                stack.enter_context(torch.cuda.stream(stream))
+                stack.callback(stream.synchronize)
+            yield
+    finally:
+        _measuring = False
+
+
+def measured(device: torch.device, row: Row, trial: Trial, names: list[str]) -> Verdict | None:
+    """Measures candidates, keeps the row, and decides by it; None where a sample does not fit into
+    the memory."""
+    start = time.perf_counter()
+    ms, faults, timing = {}, [], 0.0
+    try:
+        with _beside(device):
+            ms, faults, timing = _times(device, row, trial, names)
+    except Exception as error:  # of PyTorch's ops: out of memory, or what they will raise again
+        _log.info("%s is not measured: %s", words(row), error)
+    total = time.perf_counter() - start
+    _spent.calls += 1
+    _spent.timing += timing
+    _spent.all += total
+    if not ms:
+        return None
+    row = row._replace(ms=ms)
+    _keep(device, row, faults)
+    found = by_row(row, trial.names)
+    times = ", ".join(f"{name} {t:.3g}" for name, t in ms.items())
+    _log.info("measured %s on %s: takes %s; ms: %s; %.2f s of timing, %.1f s in all",
+              words(row), device, found.name, times, timing, total)  # fmt: skip
+    return found
+
+
+def _times(
+    device: torch.device, row: Row, trial: Trial, names: list[str]
+) -> tuple[dict[str, float], list[Fault], float]:
+    """Milliseconds of PyTorch's ops and of each right candidate, the faults of the others, and the
+    seconds that timing took."""
+    known = {f.candidate for f in user_timings.faults(device) if f.of == user_timings.key_of(row)}
+    names = [name for name in names if name not in known][:MOST_CANDIDATES]
+    sample = trial.sample(0)
+    judge = _Judge(trial, sample, getattr(torch, row.dtype))
+    faults: list[Fault] = []
+
+    def is_right(name: str) -> bool:
+        try:
+            wrong = judge.fault_of(name)
+        except Exception as error:  # whatever a kernel raises, PyTorch's ops run
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong is not None:
+            faults.append(Fault(*user_timings.key_of(row), name, wrong))
+            _log.warning("%s is not used for %s: %s", name, words(row), wrong)
+        return wrong is None
+
+    ms: dict[str, float] = {}
+    right = list(filter(is_right, names))
+    start = time.perf_counter()
+    size = FLUSHED_BYTES if device.type == "cuda" else 0
+    scratch = torch.empty(size, dtype=torch.uint8, device=device)
+    for turn in range(WARM_UPS + RUNS):
+        for name in ["eager", *right]:
+            scratch.zero_()
+            seconds = clock(partial(trial.run, name, sample), device)
+            if turn >= WARM_UPS:
+                ms[name] = min(ms.get(name, float("inf")), 1e3 * seconds)
+        if time.perf_counter() - start > SECONDS_OF_CALL and turn >= WARM_UPS:
+            break
+    timing = time.perf_counter() - start
+    # once more: the results of a kernel with a race are right now and then
+    right = list(filter(is_right, right))
+    return {name: float(f"{ms[name]:.4g}") for name in ["eager", *right]}, faults, timing
+
+
+def _keep(device: torch.device, row: Row, faults: list[Fault]) -> None:
+    """Adds what was found in this process, then to the file."""
+    user_timings.keep(device, [row], faults)
+    try:
+        user_timings.write(device, [row], faults)
+    except OSError as error:
+        _log.info("timings hold in this process only: %s", error)
+
+
+def gain_of(row: Row | None, name: str) -> float | None:
+    """How many times as fast as PyTorch's ops a candidate was; None where that is not known."""
+    if row is None or not {"eager", name} <= row.ms.keys():
+        return None
+    return row.ms["eager"] / row.ms[name]

@@ -1,0 +1,43 @@
+"""Blocks that run their own forward, because dispatch takes PyTorch's ops for all of it.
+
+Such a block must cost no more than one that was never fused. So nothing else is asked: a block's
+own forward is right whatever has changed.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import backends, first_use, inference_conv
+
+# block -> the facts of calls for which PyTorch's ops were chosen
+_left: weakref.WeakKeyDictionary[nn.Module, set[tuple]] = weakref.WeakKeyDictionary()
+_MOST_LEFT = 64
+
+
+def _facts(block: nn.Module, x: Tensor) -> tuple:
+    modes = torch.is_autocast_enabled(x.device.type), torch.is_grad_enabled(), block.training
+    return x.shape, x.stride(), x.dtype, x.device, modes, inference_conv.state()
+
+
+def runs_own_forward(block: nn.Module, x: Tensor) -> bool:
+    """Whether PyTorch's ops run the block, as the backend that is named or dispatch says."""
+    name = block.backend or backends.named()
+    if name != "auto":
+        return name == "eager"
+    never = backends.never_fused(x.device.type, x.dtype)
+    if never or not first_use.covers(x.device) or torch.compiler.is_compiling():
+        return never
+    found = _left.get(block)
+    return found is not None and _facts(block, x) in found
+
+
+def leave(block: nn.Module, x: Tensor) -> None:
+    """From now on the block runs its own forward for inputs like x."""
+    found = _left.setdefault(block, set())
+    if len(found) >= _MOST_LEFT:
+        found.clear()
+    found.add(_facts(block, x))
