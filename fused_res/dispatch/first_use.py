@@ -145,12 +145,14 @@ def _why_not_now(device: torch.device) -> str | None:
     return "a measurement is running" if _measuring else None
 
 
+def may_measure(device: torch.device) -> bool:
+    """Whether calls on a device may be measured in this process."""
+    return covers(device) and _why_never() is None
+
+
 def forget() -> None:
-    """Forgets what was decided, seen and spent; the tables are read again."""
-    global _spent
+    """Forgets what was decided; the tables are asked again."""
     _decided.clear()
-    _seen.clear()
-    _spent = Spent()
 
 
 def decide(
@@ -196,7 +198,9 @@ def words(row: Row) -> str:
 
 
 def _say(row: Row, verdict: Verdict) -> Verdict:
-    backends.say(f"{words(row)} runs {verdict.name}: {verdict.reason}")
+    """Logs it; ``inference_conv`` logs its own."""
+    if row.op != "conv_bn_act":
+        backends.say(f"{words(row)} runs {verdict.name}: {verdict.reason}")
     return verdict
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from . import backends, shipped_timings, user_timings
+from . import backends, first_use, samples, shipped_timings, user_timings
 from .cpu_rules import expected_convolution
 from .shipped_timings import Row
 
@@ -47,6 +48,15 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 
 
+_eager: Callable | None = None
+
+
+def register_eager(run: Callable) -> None:
+    """Registers the function that runs a call in PyTorch's ops."""
+    global _eager
+    _eager = run
+
+
 def register(name: str, *implementation) -> None:
     """Adds an implementation, the fields of ``Implementation``."""
     IMPLEMENTATIONS[name] = Implementation(*implementation)
@@ -56,11 +66,13 @@ class Candidate(NamedTuple):
     """An implementation that may run a call.
 
     config: one of Triton's configurations; None: the implementation chooses, or has only one.
+    final: whether later calls get the same.
     """
 
     implementation: str
     reason: str
     config: object = None
+    final: bool = True
 
 
 class Key(NamedTuple):
@@ -174,10 +186,25 @@ def choose(call, backend: str) -> Candidate:
     place = key, backend, torch._C._get_mkldnn_enabled()
     known = _chosen.get(place)
     if known is None:
-        known = _chosen[place] = _first(call, key, backend)
+        known = _first(call, key, backend)
+        if not known.final:
+            return known
+        _chosen[place] = known
         while len(_chosen) > shipped_timings.MOST_SHAPES:
             _chosen.pop(next(iter(tuple(_chosen)), None), None)
     return known
+
+
+def may_leave(x: torch.Tensor, backend: str | None) -> bool:
+    """Whether ``auto`` may leave a whole block on x to PyTorch's ops, by its calls."""
+    covered = first_use.covers(x.device) and not torch.compiler.is_compiling()
+    return covered and backends.is_auto(backend)
+
+
+def is_left(call) -> bool:
+    """Whether PyTorch's ops run a call, now and later."""
+    candidate = choose(call, "auto")
+    return candidate.final and candidate.implementation == "eager"
 
 
 @functools.cache
@@ -194,6 +221,7 @@ def forget() -> None:
     _forgotten += 1
     _chosen.clear()
     knows.cache_clear()
+    first_use.forget()
 
 
 def state() -> tuple:
@@ -254,6 +282,39 @@ def _config(call, name: str, wanted: dict | None) -> object:
     return next((config for config in configs(call) if config._asdict() == wanted), None)
 
 
+class _Trial:
+    """A ``first_use.Trial`` of a call."""
+
+    def __init__(self, call, key: Key, able: list[str]) -> None:
+        self.names = able
+        # Triton compiles each kernel for seconds
+        self.quick = [name for name in able if IMPLEMENTATIONS[name].backend != "triton"]
+        residual = samples.meta_like(call.residual)
+        self._call = call._replace(x=samples.meta_like(call.x), residual=residual)
+        self._key = key
+
+    def sample(self, seed: int, images: int | None = None):
+        call, of = self._call, samples.generator(self._key.device, seed)
+        inputs = call.x, call.residual
+        if images is not None:
+            inputs = [None if t is None else t[:images] for t in inputs]
+        x, residual = (samples.normal(t, of) for t in inputs)
+        conv = samples.stage(call.conv, of)
+        shortcut = None if call.shortcut is None else samples.stage(call.shortcut, of)
+        made = call._replace(x=x, conv=conv, residual=residual, shortcut=shortcut)
+        return samples.cast(made, self._key.dtype)  # as autocast does
+
+    def cast(self, sample, dtype: torch.dtype):
+        return samples.cast(sample, dtype)
+
+    def run(self, name: str, sample) -> first_use.Results:
+        with torch.no_grad():
+            if name == "eager":
+                return {"y": [_eager(sample)]}
+            run = IMPLEMENTATIONS[name].prepare(sample)
+            return {"y": [run(sample.x, sample.residual)]}
+
+
 def _choose(call, key: Key, backend: str) -> Candidate:
     reasons = why_not(call, backend)
     able = [name for name, reason in reasons.items() if reason is None]
@@ -273,6 +334,10 @@ def _choose(call, key: Key, backend: str) -> Candidate:
         )
         if name is not None:
             return Candidate(name, reason, _config(call, name, config))
+        if first_use.covers(key.device):
+            trial = partial(_Trial, call, key, able)
+            name, reason, final = first_use.decide((OP, key), key.device, lambda: row, trial)
+            return Candidate(name, reason, final=final)
         backend, reason = backends.preferred(OP, call.x)
         if backend == "eager":
             return Candidate("eager", reason)

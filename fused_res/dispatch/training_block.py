@@ -13,8 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import Act, ConvNorm, Norm, Shortcut
-from . import backends, first_use, inference_conv, shipped_timings, training_conv, user_timings
+from ..reference import Act, ConvNorm, Shortcut
+from . import (
+    backends,
+    first_use,
+    inference_conv,
+    samples,
+    shipped_timings,
+    training_conv,
+    user_timings,
+)
 from .shipped_timings import Row
 
 OP = "block_train"
@@ -96,73 +104,42 @@ class _Trial:
         self.names = able(call.x)
         # Triton compiles each kernel for seconds; the CUDA library is compiled.
         self.quick = [n for n in ("cpu", "cuda", "triton") if n in self.names][:1]
-        # without the call's memory, which may be large
-        self._call = call._replace(x=torch.empty_like(call.x, device="meta"))
-        self._device = call.x.device
+        self._call, self._device = call._replace(x=samples.meta_like(call.x)), call.x.device
 
     def sample(self, seed: int, images: int | None = None) -> Call:
-        call, device = self._call, self._device
-        generator = torch.Generator(device).manual_seed(seed)
-
-        def normal(like: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-            empty = torch.empty_like(like, device=device, requires_grad=False)
-            return empty.normal_(mean, std, generator=generator)
-
-        def stage(of: ConvNorm) -> ConvNorm:
-            fan_in = of.weight[0].numel()
-            mean, var, weight, bias, *rest = of.norm
-            tensors = [
-                None if mean is None else normal(mean, 0.0, 0.2),
-                None if var is None else normal(var, 0.0, 0.2).abs_().add_(0.5),
-                None if weight is None else normal(weight, 1.0, 0.2),
-                None if bias is None else normal(bias, 0.0, 0.2),
-            ]
-            kernel = normal(of.weight, 0.0, (2 / fan_in) ** 0.5)
-            bias = None if of.bias is None else normal(of.bias)
-            return of._replace(weight=kernel, bias=bias, norm=Norm(*tensors, *rest))
-
-        shortcut = stage(call.shortcut) if call.shortcut else call.shortcut
-        branch = [stage(of) for of in call.branch]
-        x = normal(call.x if images is None else call.x[:images])
+        call, of = self._call, samples.generator(self._device, seed)
+        x = samples.normal(call.x if images is None else call.x[:images], of)
+        branch = [samples.stage(stage, of) for stage in call.branch]
+        shortcut = samples.stage(call.shortcut, of) if call.shortcut else call.shortcut
         return call._replace(x=x, branch=branch, shortcut=shortcut)
 
     def cast(self, sample: Call, dtype: torch.dtype) -> Call:
-        def stage(of: ConvNorm) -> ConvNorm:
-            norm = Norm(*(None if t is None else t.to(dtype) for t in of.norm[:4]), *of.norm[4:])
-            bias = None if of.bias is None else of.bias.to(dtype)
-            return of._replace(weight=of.weight.to(dtype), bias=bias, norm=norm)
-
-        shortcut = stage(sample.shortcut) if sample.shortcut else sample.shortcut
-        branch = [stage(of) for of in sample.branch]
-        return sample._replace(x=sample.x.to(dtype), branch=branch, shortcut=shortcut)
+        return samples.cast(sample, dtype)
 
     def run(self, name: str, sample: Call) -> first_use.Results:
         """The output, the running statistics, and the gradients of the input, the weights and the
         norms."""
 
-        def leaf(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.detach().requires_grad_()
+        def trained(stage: ConvNorm) -> ConvNorm:
+            weight, norm = samples.leaf(stage.weight), samples.trained(stage.norm)
+            return stage._replace(weight=weight, norm=norm)
 
-        def stage(of: ConvNorm) -> ConvNorm:
-            running = [None if t is None else t.clone() for t in of.norm[:2]]
-            affine = map(leaf, of.norm[2:4])
-            return of._replace(weight=leaf(of.weight), norm=Norm(*running, *affine, *of.norm[4:]))
-
-        x = leaf(sample.x)
-        shortcut = stage(sample.shortcut) if sample.shortcut else sample.shortcut
-        call = sample._replace(x=x, branch=[*map(stage, sample.branch)], shortcut=shortcut)
-        stages = [*call.branch, shortcut] if shortcut else call.branch
+        x, branch = samples.leaf(sample.x), [*map(trained, sample.branch)]
+        shortcut = trained(sample.shortcut) if sample.shortcut else sample.shortcut
+        stages = [*branch, shortcut] if shortcut else branch
+        call = sample._replace(x=x, branch=branch, shortcut=shortcut)
         y = _runner(call, None if name == "eager" else CANDIDATES[name])
-        weights = [of.weight for of in stages]
-        affine = [t for of in stages for t in of.norm[2:4] if t is not None]
-        dy = torch.empty_like(y, dtype=torch.float32, requires_grad=False)
-        dy.normal_(generator=torch.Generator(self._device).manual_seed(1))
-        dy = dy.to(self._call.x.dtype).to(y.dtype)  # the same numbers in a more precise dtype
+        weights, norms = [of.weight for of in stages], [of.norm for of in stages]
+        affine = [t for norm in norms for t in norm[2:4] if t is not None]
+        dy = samples.gradient_of(y, self._call.x.dtype, 1)
         dx, *rest = torch.autograd.grad(y, [x, *weights, *affine], dy)
-        running = [t for of in stages if of.norm.training for t in of.norm[:2] if t is not None]
-        of_weights, of_norms = rest[: len(weights)], rest[len(weights) :]
-        return {"y": [y.detach()], "running statistics": running, "dx": [dx],
-                "gradients of weights": of_weights, "gradients of norms": of_norms}  # fmt: skip
+        return {
+            "y": [y.detach()],
+            "running statistics": samples.updated(norms),
+            "dx": [dx],
+            "gradients of weights": rest[: len(weights)],
+            "gradients of norms": rest[len(weights) :],
+        }
 
 
 def convolutions_of_triton(call: Call) -> str:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch.backends import DTYPES, choose, is_auto, say
+from ..dispatch import first_use
+from ..dispatch import norm as norm_dispatch
+from ..dispatch.backends import DTYPES, asked_for, is_auto, say, taken_by_auto
 from ..dispatch.cpu_rules import bare_norm_pays
 from ..reference import ACTS, Act, Norm
 from . import library
@@ -465,7 +467,15 @@ def _wants_grad(t: Tensor | None) -> bool:
 def _run(x, norm, residual, residual_norm, act, backend):
     _, _, weight, bias, _, _, _ = norm
     may_choose = is_auto(backend)
-    backend = choose("bn_act", backend, x, residual, weight, bias)
+    backend = asked_for("bn_act", backend, x, residual, weight, bias)
+    if backend == "auto":
+        measures = first_use.covers(x.device) and x.dim() == 4 and x.numel() > 0
+        if measures and not torch.compiler.is_compiling():
+            backend = norm_dispatch.choose(
+                norm_dispatch.Call(x, norm, residual, residual_norm, act)
+            )
+        else:
+            backend = taken_by_auto("bn_act", x)
     bare = may_choose and act == "none" and residual is None and norm.training
     if bare and not bare_norm_pays(x):
         say(f"bn_act of a bare norm of {tuple(x.shape)} runs eager: measured, on a CPU")
@@ -501,3 +511,6 @@ def _run(x, norm, residual, residual_norm, act, backend):
         act,
         backend,
     )
+
+
+norm_dispatch.register(bn_act_norms)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import env, reference
-from ..dispatch import inference_conv
+from ..dispatch import first_use, inference_conv
 from ..dispatch.backends import DTYPES, asked_for, choose, named, why_not_tensors
 from ..dispatch.inference_conv import FLOAT32_ALONE, IMPLEMENTATIONS, register
 from ..reference import ACTS, Act, ConvNorm, Norm
@@ -308,6 +308,7 @@ def _anew(run: Callable[..., Tensor]) -> Callable[..., Run]:
 
 
 # The first implementation of a backend is oneDNN's or cuDNN's, if there is one.
+inference_conv.register_eager(lambda call: reference.conv_bn_act(*call))
 register("onednn", "cpu", _onednn, _onednn_why_not)
 register("direct", "cpu", _direct, _direct_why_not)
 register("winograd2", "cpu", partial(_winograd, 2), partial(_winograd_why_not, 2))
@@ -395,7 +396,9 @@ def fuses_convolutions(x: Tensor, backend: str | None) -> bool:
     if x.is_cpu and name in ("auto", "cpu"):
         return x.dtype == torch.float32  # for 16 bits the paths of bn_act are faster
     # Inside a compiled graph the op decides when it runs. A GPU without measurements runs bn_act.
-    return name != "auto" or torch.compiler.is_compiling() or inference_conv.knows(x.device)
+    if name != "auto" or torch.compiler.is_compiling():
+        return True
+    return inference_conv.knows(x.device) or first_use.may_measure(x.device)
 
 
 def prepared(call: Call, backend: str | None) -> Run | None:

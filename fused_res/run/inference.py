@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import inference_conv
 from ..fuse.modules import child, conv_norm_of, tensors_of, uses_batch
 from ..fuse.plan import BlockPlan, Stage
 from ..ops.conv_bn_act import (
@@ -22,6 +23,7 @@ from ..ops.convolutions import Convolutions, joined
 from ..reference import ConvNorm
 from .guards import ChildrenGuard, Guard, last_guard
 from .kept import Kept, keep, size_of
+from .own_forward import leave
 from .places import Places
 from .training import add_shortcut
 from .weight_cache import fingerprint
@@ -146,12 +148,17 @@ def run(
     source = _source_of(block, plan) if _keeps(x, residual) else None
     size = None if source is None else (*size_of(x, residual), block.backend)
     steps: list[Run] = []
+    # on a GPU, where ``auto`` takes PyTorch's ops for all, the block's own forward is as good
+    left = inference_conv.may_leave(x, block.backend) and plan is getattr(block, "plan", None)
 
     def call(*arguments) -> Tensor:
+        nonlocal left
         made = Call(*arguments)
         step = None if source is None else prepared(made, block.backend)
         if step is None:
-            return conv_bn_act(*made, block.backend)
+            y = conv_bn_act(*made, block.backend)
+            left = left and inference_conv.is_left(made)
+            return y
         steps.append(step)
         return step(made.x, made.residual)
 
@@ -174,6 +181,8 @@ def run(
         if shape != out_shape(out, conv):
             return _broadcast(block, plan, out, residual, conv, *shortcut)
     y = call(out, conv, residual, *(shortcut or [None]), concat, plan.act)
+    if left:
+        leave(block, x)
     if source is not None and len(steps) == len(plan.branch):
         _keep(block, plan, source, size, steps)
     return y
