@@ -13,11 +13,20 @@ from pathlib import Path
 
 import torch
 
-from ..dispatch import backends, inference_conv, shipped_timings, training_conv, user_timings
+from ..dispatch import (
+    backends,
+    inference_conv,
+    norm,
+    shipped_timings,
+    training_block,
+    training_conv,
+    user_timings,
+)
 from ..env import settings
 from ..version import __version__
-from . import table
+from . import UsageError, table
 
+REPORT = "fused-res-report.json"
 VARIABLES = {f"FUSED_RES_{field.upper()}": getattr(settings, field) for field in settings._fields}
 
 
@@ -47,15 +56,36 @@ def _auto_takes() -> list[str]:
     lines.append("SyncBatchNorm: as bn_act on a CPU, else PyTorch's own; a backend can be named")
     for i in range(torch.cuda.device_count()):
         found = shipped_timings.summary(torch.device("cuda", i))
-        nothing = "not measured, so auto takes PyTorch's own ops; a backend can be named"
+        nothing = (
+            "not measured before: auto measures a call here when it is seen for the second time, "
+            "unless FUSED_RES_AUTOTUNE=0; a backend can be named"
+        )
         lines += [f"cuda:{i}: {line}" for line in found or [nothing]]
     for device in user_timings.devices():
         lines.append(f"{device}: {inference_conv.OP}: {_timed(device, inference_conv.OP, '')}")
         if device.type != "cpu":
-            lines.append(
-                f"{device}: {training_conv.OP}: {_timed(device, training_conv.OP, '--train ')}"
-            )
+            of_training = training_block.OP, norm.OP, training_conv.OP
+            lines += [f"{device}: {op}: {_timed(device, op, '--train ')}" for op in of_training]
     return lines
+
+
+def _faults() -> list[dict]:
+    """The candidates that are not used here, by device and call, with the error of each."""
+    return [
+        {"on": str(device), **fault._asdict()}
+        for device in user_timings.devices()
+        for fault in user_timings.faults(device)
+    ]
+
+
+def _fault_lines(faults: list[dict]) -> str:
+    lines = [
+        f"{f['on']}: {f['candidate']} is not used for {f['op']} {'x'.join(map(str, f['shape']))} "
+        f"{f['like']}, {f['dtype']} {f['layout']}: {f['error']}"
+        for f in faults
+    ]
+    lines.append("Please report these: fused-res doctor --report writes a file to send.")
+    return "\n".join(lines)
 
 
 def _timed(device: torch.device, op: str, option: str) -> str:
@@ -114,7 +144,8 @@ def report() -> dict:
         libraries; ``backends``: name -> available, reason; ``environment``: variable -> value,
         default; ``ops``: one entry for each op, device type, backend and dtype, with available,
         auto (whether backend ``auto`` takes it) and reason; ``choices``: the choices of ``auto``
-        with their reasons, as lines of text.
+        with their reasons, as lines of text; ``faults``: the candidates that are not used for a
+        call, because they were wrong or failed there.
     """
     devices = _devices()
     return {
@@ -146,6 +177,7 @@ def report() -> dict:
         },
         "ops": _op_rows(list(dict.fromkeys(device["type"] for device in devices))),
         "choices": _auto_takes(),
+        "faults": _faults(),
     }
 
 
@@ -193,15 +225,26 @@ def render(facts: dict) -> str:
             _op_table(facts["ops"])
             + "\n(auto: what backend 'auto' takes; yes: runs where it is asked for by name)",
             "\n".join(facts["choices"]),
+            *([_fault_lines(facts["faults"])] if facts["faults"] else []),
         ]
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for a program to read")
+    parser.add_argument(
+        "--report", metavar="FILE", nargs="?", const=REPORT, help=f"write it to FILE ({REPORT})"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     facts = report()
+    if args.report:
+        try:
+            Path(args.report).write_text(json.dumps(facts, indent=2) + "\n")
+        except OSError as error:
+            raise UsageError(f"--report {args.report} cannot be written: {error}") from error
+        print(f"wrote {args.report}")
+        return 0
     print(json.dumps(facts, indent=2) if args.json else render(facts))
     return 0

@@ -48,7 +48,7 @@ LEAST_ERROR = 2.0**-23
 IMAGES_OF_FLOAT64, MOST_DIFFERENCE = 2, 0.1
 # Rounding turns a few ReLUs at other pixels, by chance. Errors are those of so many samples that
 # chance evens out.
-LEAST_ELEMENTS, MOST_SAMPLES = 2**16, 8
+LEAST_ELEMENTS, MOST_SAMPLES = 2**16, 32
 MOST_SEEN = 4096
 
 Results = dict[str, list[Tensor]]  # by kind: y, dx, gradients of weights, ...
@@ -88,6 +88,11 @@ class Spent:
 
     def __init__(self) -> None:
         self.calls, self.timing, self.all = 0, 0.0, 0.0
+
+    def add(self, timing: float, total: float) -> None:
+        self.calls += 1
+        self.timing += timing
+        self.all += total
 
     def why_no_more(self) -> str | None:
         if self.calls >= MOST_CALLS:
@@ -179,7 +184,7 @@ def decide(
                 _add(_seen, key, None)
             reason = now or "it is measured when it is seen again"
             return _say(row, Verdict(gpu_rules.expected(row, trial.names), reason, final=False))
-        found = measured(device, row, trial, names)
+        found = measure(device, row, trial, names)
     if found is None:
         reason = never or "it has no candidate"
         found = Verdict(gpu_rules.expected(row, trial.names), reason)
@@ -342,7 +347,7 @@ def _beside(device: torch.device) -> Iterator[None]:
         _measuring = False
 
 
-def measured(device: torch.device, row: Row, trial: Trial, names: list[str]) -> Verdict | None:
+def measure(device: torch.device, row: Row, trial: Trial, names: list[str]) -> Verdict | None:
     """Measures candidates, keeps the row, and decides by it; None where a sample does not fit into
     the memory."""
     start = time.perf_counter()
@@ -353,9 +358,7 @@ def measured(device: torch.device, row: Row, trial: Trial, names: list[str]) -> 
     except Exception as error:  # of PyTorch's ops: out of memory, or what they will raise again
         _log.info("%s is not measured: %s", words(row), error)
     total = time.perf_counter() - start
-    _spent.calls += 1
-    _spent.timing += timing
-    _spent.all += total
+    _spent.add(timing, total)
     if not ms:
         return None
     row = row._replace(ms=ms)

@@ -6,8 +6,9 @@ backward, does (``first_use``).
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,9 +41,9 @@ class Candidate(NamedTuple):
 CANDIDATES = {
     "cpu": Candidate("cpu"),
     "cuda": Candidate("cuda"),
-    "triton": Candidate("triton", "measured"),
-    "triton 1x1": Candidate("triton", "1x1"),
-    "triton convolutions": Candidate("triton", "all"),
+    "triton": Candidate("triton", training_conv.TIMED),
+    "triton 1x1": Candidate("triton", training_conv.POINTWISE),
+    "triton convolutions": Candidate("triton", training_conv.ALL),
 }
 
 
@@ -97,7 +98,7 @@ def able(x: Tensor) -> list[str]:
     ]
 
 
-class _Trial:
+class Trial:
     """A ``first_use.Trial`` of a block."""
 
     def __init__(self, call: Call) -> None:
@@ -142,30 +143,58 @@ class _Trial:
         }
 
 
-def convolutions_of_triton(call: Call) -> str:
-    """The convolutions that fused kernels run where ``triton`` is named, as ``training_conv.KINDS``
-    has them: by the user's timings of the block; all that they can where there are none."""
+_recorded: dict[tuple, Trial] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[tuple, Trial]]:
+    """Collects a trial of each distinct block that runs in one call in the body."""
+    global _recorded
+    _recorded = found = {}
+    try:
+        yield found
+    finally:
+        _recorded = None
+
+
+def record(call: Call) -> None:
+    """Keeps a trial of the call while a model's blocks are recorded."""
+    if _recorded is not None:
+        _recorded.setdefault(_key_of(call), Trial(call))
+
+
+def measure(key: tuple, trial: Trial) -> tuple[Row, str] | None:
+    """Measures all candidates for a recorded block: the row that was kept, and the candidate that
+    ``auto`` takes by it. None where there is no candidate, or the block cannot run."""
+    device, row = key[1].device, row_of(*key[1:])
+    found = first_use.measure(device, row, trial, trial.names) if trial.names else None
+    return None if found is None else (user_timings.find(device, row), found.name)
+
+
+def _key_of(call: Call) -> tuple:
     block = training_conv.block_of(call.x, call.branch, call.shortcut)
-    return _fastest_of_triton(block, call.act, call.recompute, inference_conv.state()[0])
+    return OP, block, call.act, call.recompute
+
+
+def convolutions_of_triton(call: Call, otherwise: str) -> str:
+    """The convolutions that fused kernels run where Triton runs the block, one of
+    ``training_conv.KINDS``: by the user's timings of the block, or ``otherwise``."""
+    _, *of = _key_of(call)
+    return _fastest_of_triton(*of, inference_conv.state()[0]) or otherwise
 
 
 @functools.lru_cache(maxsize=shipped_timings.MOST_SHAPES)
 def _fastest_of_triton(
     block: training_conv.Block, act: Act, recompute: bool, forgotten: int
-) -> str:
+) -> str | None:
     mine = user_timings.find(block.device, row_of(block, act, recompute))
     names = [n for n, c in CANDIDATES.items() if c.backend == "triton" and mine and n in mine.ms]
     if not names:
-        return training_conv.ALL
+        return None
     return CANDIDATES[min(names, key=mine.ms.__getitem__)].convolutions
 
 
 def choose(call: Call) -> first_use.Verdict:
     """The candidate that ``auto`` takes for a block on a GPU; ``eager``: PyTorch's ops."""
-    block = training_conv.block_of(call.x, call.branch, call.shortcut)
-    key = OP, block, call.act, call.recompute
-
-    def row() -> Row:
-        return row_of(block, call.act, call.recompute)
-
-    return first_use.decide(key, call.x.device, row, lambda: _Trial(call))
+    key = _key_of(call)
+    return first_use.decide(key, call.x.device, lambda: row_of(*key[1:]), lambda: Trial(call))

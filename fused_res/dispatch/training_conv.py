@@ -24,9 +24,9 @@ from . import backends, inference_conv, shipped_timings, user_timings
 from .shipped_timings import Row
 
 OP = "training_convolution"
-# Which convolutions of a block fused kernels run: those that were measured to be faster, those of
-# 1x1, or all that they can.
-MEASURED, POINTWISE, ALL = KINDS = "measured", "1x1", "all"
+# The convolutions of a block that fused kernels run: those for which timings say so, those of 1x1,
+# or all that they can.
+TIMED, POINTWISE, ALL = KINDS = "timed", "1x1", "all"
 # The numbers of kernels/res_block.py. TRITON + 1 + i is Triton in its i-th configuration.
 HALO, ATEN, TRITON = -1, 0, 1
 # Epilogues. Forward: the statistics of the BatchNorm after the convolution. Backward, on the
@@ -161,8 +161,8 @@ def _choose(call: Call, kind: str, forgotten: int) -> int:
     reason = training_convolution.why_not(*tensors_of(call, "meta"))
     if reason is None and kind == POINTWISE and call.weight[2:] != (1, 1):
         reason = "it is no 1x1 convolution"
-    elif reason is None and kind != MEASURED:
-        candidate, reason = TRITON, f"fused kernels run convolutions: {kind}"
+    elif reason is None and kind != TIMED:
+        candidate, reason = TRITON, f"the block runs them in fused kernels: {kind}"
     elif reason is None:
         mine = user_timings.find(call.device, row)
         if mine is not None and mine.ms.keys() >= {"eager", "triton"}:
@@ -181,7 +181,7 @@ def _choose(call: Call, kind: str, forgotten: int) -> int:
             candidate = TRITON + (1 + fields.index(config) if config in fields else 0)
     runs = "ATen's convolution" if candidate == ATEN else "a fused kernel"
     backends.say(f"{OP} {inference_conv.words(row)} runs {runs}: {reason}")
-    if kind == MEASURED or (kind == POINTWISE and call.weight[2:] != (1, 1)):
+    if kind == TIMED or (kind == POINTWISE and call.weight[2:] != (1, 1)):
         return candidate
     return TRITON  # which checks again: the layouts inside the block are known when it runs
 

@@ -29,7 +29,7 @@ from ..fuse.swap import fuse_, refuse_wrapped
 from ..nn.blocks import FusedForward
 from ..ops.conv_bn_act import Call, run_as
 from ..serve.calls import example_call
-from . import backends, inference_conv, training_conv, user_timings
+from . import backends, first_use, inference_conv, training_block, training_conv, user_timings
 from .inference_conv import IMPLEMENTATIONS, Candidate, Key
 from .shipped_timings import Row
 
@@ -106,9 +106,9 @@ def _calls_of(
         model.eval()
     elif not model.training:  # a model in training mode keeps its frozen modules in eval mode
         model.train()
-    backend, recording = (
-        ("triton", training_conv.recording) if train else ("auto", inference_conv.recording)
-    )
+    backend, recording = "auto", inference_conv.recording
+    if train:
+        backend, recording = _backend_of_training(args, kwargs), training_conv.recording
     inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     gpus = {t.device.index for t in (*inputs, *model.parameters()) if t.is_cuda}
     with torch.no_grad(), backends.backend(backend), recording() as calls, fork_rng(gpus):
@@ -252,12 +252,21 @@ def _fastest(names, configs, times) -> tuple[dict[str, float], dict | None]:
     return ms, fields
 
 
+def _backend_of_training(args: tuple, kwargs: dict[str, Any]) -> str:
+    """The backend on which a model's blocks are recorded."""
+    x = next(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    able = training_block.able(x)
+    return "triton" if "triton" in able else "cuda"
+
+
 def why_not_training(x: Tensor) -> str | None:
     """Why training has one candidate for everything; None where it has more."""
     if x.is_cpu and "cpu" not in backends.DEVICE_TYPES["triton"]:
         return "on a CPU fixed rules say which convolutions of training are native"
+    if not x.is_cpu and training_block.able(x):
+        return None
     reason = backends.why_not("bn_act", "triton", x.device.type, x.dtype)
-    return reason and f"without Triton, ATen runs the convolutions of training: {reason}"
+    return reason and f"no fused kernel can run blocks in training here: {reason}"
 
 
 def _measure_training(call: training_conv.Call, _, seconds: float) -> Row | None:
@@ -302,10 +311,13 @@ def tune(
 
     With ``train`` it times the convolutions of the blocks that Triton can run, each forward and
     backward: ATen with the passes over memory that a fused kernel saves (``eager``), and the fused
-    kernels (``triton`` in each configuration, ``conv_halo``). Where ``auto`` runs a block on
-    Triton, it follows these timings. Of a model in eval mode all modules are timed in training
-    mode; in a model in training mode frozen modules stay frozen. Parameters, gradients, running
-    statistics and random number generators stay as they were.
+    kernels (``triton`` in each configuration, ``conv_halo``). Then, on a GPU, it times each whole
+    block, forward and backward: PyTorch's ops (``eager``), the CUDA library (``cuda``), and Triton
+    with the convolutions that were faster in a fused kernel (``triton``), those of 1x1, or all of
+    them. A candidate whose results are wrong is left out. ``auto`` takes the fastest. Of a model in
+    eval mode all modules are timed in training mode; in a model in training mode frozen modules
+    stay frozen. Parameters, gradients, running statistics and random number generators stay as they
+    were.
 
     Args:
         model: any module, fused or not; not wrapped, compiled or scripted.
@@ -346,7 +358,8 @@ def tune(
     if reason is not None:
         _log.info("tune: nothing to choose: %s", reason)
         return report
-    calls = _calls_of(model, args, kwargs, train)
+    with training_block.recording() as blocks:
+        calls = _calls_of(model, args, kwargs, train)
     measure = _measure_training if train else _measure
     by_device: dict[torch.device, list[Row]] = {}
     for i, (key, call) in enumerate(calls.items(), 1):
@@ -358,7 +371,21 @@ def tune(
         by_device.setdefault(key.device, []).append(row)
         _log.info("tune: %d of %d: %s: %s", i, len(calls), inference_conv.words(row), taken)
     _write(by_device, report)
+    if train:
+        _tune_blocks(blocks, report)
     return report
+
+
+def _tune_blocks(blocks: dict[tuple, training_block.Trial], report: TuneReport) -> None:
+    """Times the candidates for whole blocks, which may run the convolutions by their rows."""
+    for i, (key, trial) in enumerate(blocks.items(), 1):
+        found = first_use.covers(key[1].device) and training_block.measure(key, trial)
+        if found:
+            row, taken = found
+            report.rows.append(row)
+            report.chosen.append(taken)
+            _log.info("tune: block %d of %d: %s", i, len(blocks), taken)
+    inference_conv.forget()
 
 
 def _example(

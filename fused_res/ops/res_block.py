@@ -366,11 +366,14 @@ class Eager(NamedTuple):
     final: bool
 
 
-def _candidate(call: training_block.Call, name: str, is_bare: bool) -> Candidate | Eager | None:
+def _candidate(
+    call: training_block.Call, name: str, named: bool, is_bare: bool
+) -> Candidate | Eager | None:
     """What runs a block in one call; None where it runs stage by stage.
 
     Args:
         name: of a backend, or ``auto`` on a GPU.
+        named: whether the user named the backend.
         is_bare: the block is one convolution and a BatchNorm with nothing after it. PyTorch may run
             that faster (``bn_act``).
     """
@@ -380,7 +383,8 @@ def _candidate(call: training_block.Call, name: str, is_bare: bool) -> Candidate
             Eager(found.final) if found.name == "eager" else training_block.CANDIDATES[found.name]
         )
     if name == "triton":
-        return Candidate(name, training_block.convolutions_of_triton(call))
+        otherwise = training_conv.ALL if named else training_conv.TIMED
+        return Candidate(name, training_block.convolutions_of_triton(call, otherwise))
     pays = name != "cpu" or whole_block_pays(call.x.numel(), call.recompute, is_bare)
     return Candidate(name) if pays or _convolves(call.x, call.branch) else None
 
@@ -489,8 +493,9 @@ def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor
     ):
         return None
     call = training_block.Call(x, branch, shortcut, act, recompute is not None)
+    training_block.record(call)
     is_bare = is_auto and shortcut is False and act == "none" and len(branch) == 1
-    candidate = _candidate(call, name, is_bare)
+    candidate = _candidate(call, name, not is_auto, is_bare)
     if not isinstance(candidate, Candidate):
         return candidate
     return _run_as(call, candidate, counters, needs_grad)

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fused_res import FusedResBlock
 from fused_res.cli import doctor
-from fused_res.dispatch import backends, inference_conv, shipped_timings
+from fused_res.dispatch import backends, first_use, inference_conv, shipped_timings
 from fused_res.dispatch.inference_conv import IMPLEMENTATIONS
 from fused_res.dispatch.shipped_timings import Row, verdict
 from fused_res.ops.conv_bn_act import fuses_convolutions
@@ -184,6 +184,7 @@ def test_without_a_measurement_a_gpu_runs_pytorchs_ops(table, monkeypatch):
 
 def test_a_gpu_where_only_bn_act_was_measured_keeps_to_it_in_inference(table, monkeypatch):
     monkeypatch.setattr(shipped_timings, "device_of", lambda *_: H100)
+    monkeypatch.setattr(first_use, "may_measure", lambda device: False)
     with FakeTensorMode():
         x = torch.empty(2, 8, 4, 4, device="cuda")
         of_bn_act = row((256, 64, 56, 56), 1.0, cuda=0.5)
