@@ -13,6 +13,7 @@ from .dispatch.tuning import TableNotWritten, TuneReport, tune
 from .fuse.swap import FuseReport, fuse_, unfuse_
 from .nn import FusedResBlock
 from .reference import Norm
+from .run.report import RunReport, report
 from .serve.model import OptimizedModel
 from .serve.optimize import optimize_for_inference, refresh
 from .version import __version__
@@ -23,6 +24,7 @@ __all__ = [
     "FusedResBlock",
     "Norm",
     "OptimizedModel",
+    "RunReport",
     "TableNotWritten",
     "TuneReport",
     "__version__",
@@ -34,6 +36,7 @@ __all__ = [
     "optimize_for_inference",
     "reference",
     "refresh",
+    "report",
     "tune",
     "unfuse_",
 ]

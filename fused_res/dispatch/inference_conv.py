@@ -183,6 +183,8 @@ _forgotten = 0
 def choose(call, backend: str) -> Candidate:
     """The candidate that runs ``call`` on ``backend``: auto, or a backend that can run here."""
     key = key_of(call)
+    if _watched is not None:
+        _watched.append(_choose(call, key, backend))
     place = key, backend, torch._C._get_mkldnn_enabled()
     known = _chosen.get(place)
     if known is None:
@@ -193,6 +195,20 @@ def choose(call, backend: str) -> Candidate:
         while len(_chosen) > shipped_timings.MOST_SHAPES:
             _chosen.pop(next(iter(tuple(_chosen)), None), None)
     return known
+
+
+_watched: list[Candidate] | None = None
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[Candidate]]:
+    """Collects the candidates of the calls that are made in the body."""
+    global _watched
+    _watched = found = []
+    try:
+        yield found
+    finally:
+        _watched = None
 
 
 def may_leave(x: torch.Tensor, backend: str | None) -> bool:

@@ -194,6 +194,11 @@ def _fastest_of_triton(
     return CANDIDATES[min(names, key=mine.ms.__getitem__)].convolutions
 
 
+def timed_row(call: Call) -> Row | None:
+    """The user's timing of a block."""
+    return user_timings.find(call.x.device, row_of(*_key_of(call)[1:]))
+
+
 def choose(call: Call) -> first_use.Verdict:
     """The candidate that ``auto`` takes for a block on a GPU; ``eager``: PyTorch's ops."""
     key = _key_of(call)

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from ..dispatch.outlook import outlook
 from ..nn.blocks import FusedForward, FusedPartialForward, with_signature_of
 from ..nn.sequential import FusedSequential, unchain
 from ..ops.res_block import check_recompute
@@ -33,7 +34,9 @@ class FuseReport:
     fused: names of the blocks that run fused.
     partly: (name, reason) of blocks that have only segments fused.
     skipped: (name, reason) of blocks that are not changed.
+    already: names of blocks that were fused before.
     advice: sentences that say how to make the model faster.
+    runs: a sentence on what will run on this device, in this dtype, on this backend.
 
     Examples:
         >>> net = torch.nn.Sequential(fused_res.reference.ResBlock(64, 64))
@@ -45,6 +48,8 @@ class FuseReport:
     partly: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
+    already: list[str] = field(default_factory=list)
+    runs: str = ""
 
     def __str__(self) -> str:
         rows = [(name, "fused", "") for name in self.fused]
@@ -56,9 +61,11 @@ class FuseReport:
         ]
         width = max(len(name) for name, _, _ in shown)
         lines = [f"{name:<{width}}  {result:<7}  {why}".rstrip() for name, result, why in shown]
-        counts = [(self.fused, "fused"), (self.partly, "partly"), (self.skipped, "skipped")]
-        total = ", ".join(f"{len(of)} {what}" for of, what in counts if of or what != "partly")
-        return "\n".join([*lines, total, *self.advice])
+        counts = [(self.fused, "fused"), (self.partly, "partly"), (self.skipped, "skipped"),
+                  (self.already, "already fused")]  # fmt: skip
+        always = "fused", "skipped"
+        total = ", ".join(f"{len(of)} {what}" for of, what in counts if of or what in always)
+        return "\n".join([*lines, total, *self.advice, *([self.runs] if self.runs else [])])
 
 
 _classes: WeakValueDictionary[tuple, type[nn.Module]] = WeakValueDictionary()
@@ -173,6 +180,12 @@ def _is_channels_last(model: nn.Module) -> bool:
     return all(w.is_contiguous(memory_format=torch.channels_last) for w in telling)
 
 
+def outlook_of(model: nn.Module) -> str:
+    """What will run on the device and in the dtype of the model's convolutions."""
+    weight = next(m.weight for m in model.modules() if isinstance(m, nn.Conv2d))
+    return "" if weight.is_meta else outlook(weight.device, weight.dtype)
+
+
 def fuse_(
     model: nn.Module,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
@@ -219,6 +232,7 @@ def fuse_(
         block  result   reason
         0      fused
         1 fused, 0 skipped
+        on cpu in float32 fused kernels run
     """
     refuse_wrapped(model)
     check_recompute(recompute)
@@ -235,7 +249,9 @@ def fuse_(
         for module in model.modules():
             if type(module) is nn.Sequential and has_chain(module):
                 module.__class__ = FusedSequential
-    if not search.classes and not search.found_fused:
+    if search.classes or report.already:
+        report.runs = outlook_of(model)
+    else:
         warnings.warn(f"fuse_ found no residual block to fuse\n{report}", stacklevel=2)
     return report
 
@@ -245,7 +261,6 @@ class _Search:
 
     classes: the blocks to change, and their new classes.
     filtered: (name, reason) of blocks that the filter leaves out.
-    found_fused: whether a block was fused before.
     """
 
     def __init__(
@@ -254,7 +269,6 @@ class _Search:
         self.report = FuseReport()
         self.classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self.filtered: list[tuple[str, str]] = []
-        self.found_fused = False
         self._filter, self._recompute = filter_fn, recompute
         self._opaque: dict[str, bool] = {}  # name of a skipped block -> whether it may be no block
         self._seen: set[int] = set()
@@ -267,7 +281,7 @@ class _Search:
         if isinstance(module, FusedForward) and (
             "original" not in type(module).__dict__ or guard_of(module, module.plan.record).same
         ):
-            self.found_fused = True
+            self.report.already.append(name)
             return True
         inside = [
             self.visit(inner, f"{name}.{key}" if name else key)

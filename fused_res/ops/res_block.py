@@ -462,6 +462,20 @@ def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor
     Raises:
         BackendUnavailable: a backend was named and cannot run bn_act.
     """
+    found = chosen(x, branch, shortcut, act, backend, recompute)
+    return _run_as(*found[:2], counters, found.needs_grad) if isinstance(found, Chosen) else found
+
+
+class Chosen(NamedTuple):
+    """A block that runs in one call. ``call`` has its tensors as autocast casts them."""
+
+    call: training_block.Call
+    candidate: Candidate
+    needs_grad: bool
+
+
+def chosen(x, branch, shortcut, act, backend, recompute) -> Chosen | Eager | None:
+    """What ``whole`` runs; nothing runs here."""
     if _is_seen_op_by_op():
         return None
     name = asked_for("bn_act", backend, x)
@@ -498,7 +512,7 @@ def whole(x, branch, shortcut, act, backend, counters, recompute=None) -> Tensor
     candidate = _candidate(call, name, not is_auto, is_bare)
     if not isinstance(candidate, Candidate):
         return candidate
-    return _run_as(call, candidate, counters, needs_grad)
+    return Chosen(call, candidate, needs_grad)
 
 
 def _run_as(

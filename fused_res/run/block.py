@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..fuse.plan import BlockPlan
 from ..ops.res_block import Eager
 from . import inference, training
+from .own_forward import note
 
 
 def run_segment(
@@ -28,6 +29,7 @@ def run_block(
     Args:
         residual: the input of the shortcut; default: ``x``.
     """
+    note(block, x)
     kept = inference.kept_for(block, plan, x, residual)
     if kept is not None:
         adds_x = residual is None and plan.skip != "none"

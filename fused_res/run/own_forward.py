@@ -7,6 +7,7 @@ own forward is right whatever has changed.
 from __future__ import annotations
 
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,33 @@ def runs_own_forward(block: nn.Module, x: Tensor) -> bool:
     return found is not None and _facts(block, x) in found
 
 
+class Input(NamedTuple):
+    """The facts of an input that decide what runs a block."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    grad: bool
+
+
+# block -> its last input
+_inputs: weakref.WeakKeyDictionary[nn.Module, Input] = weakref.WeakKeyDictionary()
+
+
+def note(block: nn.Module, x: Tensor) -> None:
+    """Remembers the facts of a block's input, for ``fused_res.report``."""
+    if not torch.compiler.is_compiling():
+        _inputs[block] = Input(x.shape, x.stride(), x.dtype, x.device, torch.is_grad_enabled())
+
+
+def last_input(block: nn.Module) -> Input | None:
+    return _inputs.get(block)
+
+
 def leave(block: nn.Module, x: Tensor) -> None:
     """From now on the block runs its own forward for inputs like x."""
+    note(block, x)
     found = _left.setdefault(block, set())
     if len(found) >= _MOST_LEFT:
         found.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import operator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from ..fuse.plan import BlockPlan, Stage
 from ..ops.bn_act import bn_act_norms
 from ..ops.res_block import Eager, whole
 from ..ops.sync_bn_act import sync_bn_act
-from ..reference import Act, ConvNorm, Norm
+from ..reference import Act, ConvNorm, Norm, Shortcut
 
 
 def _convolve(block: nn.Module, stage: Stage, x: Tensor) -> Tensor:
@@ -97,9 +98,27 @@ def _stage_of_whole(block: nn.Module, stage: Stage) -> tuple[ConvNorm, Tensor | 
     return found, counter if training else None
 
 
+class Arguments(NamedTuple):
+    """A block as arguments of ``res_block``, and its BatchNorms' counters of batches."""
+
+    branch: list[ConvNorm]
+    shortcut: Shortcut
+    act: Act
+    counters: list[Tensor]
+
+
 def run_whole(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor | Eager | None:
     """Runs the plan in one op; returns None where it has to run stage by stage, ``Eager`` where
     dispatch takes PyTorch's ops."""
+    found = arguments_of(block, plan)
+    if found is None:
+        return None
+    *of, counters = found
+    return whole(x, *of, block.backend, counters, block.recompute)
+
+
+def arguments_of(block: nn.Module, plan: BlockPlan) -> Arguments | None:
+    """The arguments for ``res_block``; None where it cannot run the plan."""
     if torch.compiler.is_compiling() or plan.skip == "concat":
         return None
     stages = []
@@ -115,7 +134,7 @@ def run_whole(block: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor | Eager | 
         shortcut = stages[-1][0]
     branch = [stage for stage, _ in stages[: len(plan.branch)]]
     counters = [counter for _, counter in stages if counter is not None]
-    return whole(x, branch, shortcut, plan.act, block.backend, counters, block.recompute)
+    return Arguments(branch, shortcut, plan.act, counters)
 
 
 def add_shortcut(plan: BlockPlan, out: Tensor, residual: Tensor) -> Tensor:
