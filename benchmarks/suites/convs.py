@@ -13,8 +13,17 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from harness.program import Program, double
-from harness.roofline import Kernel
-from harness.suite import CL, DTYPES, FUSED, FUSED_SLACK, Candidate, Options, Suite, Workload
+from harness.suite import (
+    CL,
+    DTYPES,
+    FUSED,
+    FUSED_SLACK,
+    Candidate,
+    Kernel,
+    Options,
+    Suite,
+    Workload,
+)
 from report.tables import Lookup, caption, number, on_device, to_markdown, unique
 from torch import Tensor
 
@@ -66,14 +75,9 @@ def _conv_norm(v: dict[str, Tensor], prefix: str, stride: int) -> ConvNorm:
     return ConvNorm(weight, None, (stride,) * 2, (weight.size(2) // 2,) * 2, (1, 1), 1, norm)
 
 
-class ConvProgram(Program):
-    """``run``: what is given a ``Call``."""
-
-    def __init__(self, run: Callable[[Call], Tensor], workload: ConvWorkload, v: dict) -> None:
-        call = workload.call_of(v)
-        self.inputs = (call.x,)
-        self.directions = workload.directions
-        self.calls = {"eval": torch.no_grad()(partial(run, call))}
+def program(run: Callable[[Call], Tensor], workload: ConvWorkload, v: dict) -> Program:
+    call = workload.call_of(v)
+    return Program({"eval": torch.no_grad()(partial(run, call))}, (call.x,))
 
 
 def eager(call: Call) -> Tensor:
@@ -117,7 +121,7 @@ class ConvWorkload(Workload):
         return Call(v["x"], _conv_norm(v, "conv", conv.stride), v.get("residual"), shortcut)
 
     def exact(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
-        return ConvProgram(eager, self, double(v)).result()
+        return program(eager, self, double(v)).result()
 
     def candidates(self, device: str, options: Options) -> list[Candidate]:
         call = self.call_of(self.values(device))
@@ -128,8 +132,8 @@ class ConvWorkload(Workload):
             configs = [None] if why or implementation.configs is None else None
             for config in configs or implementation.configs(call):
                 run = partial(run_as, choice=inference_conv.Candidate(name, "timed", config))
-                found.append(candidate(name, config, partial(ConvProgram, run, self), why_not=why))
-        return [candidate("eager", None, partial(ConvProgram, eager, self)), *found]
+                found.append(candidate(name, config, partial(program, run, self), why_not=why))
+        return [candidate("eager", None, partial(program, eager, self)), *found]
 
     def kernels(self) -> tuple[Kernel, ...]:
         conv, (n, c, h, w) = self.conv, self.shape
@@ -208,9 +212,8 @@ class TrainingConvProgram(Program):
         # statistics and sums may be updated in place
         self.initial, self.v = v, {name: t.clone() for name, t in v.items()}
         self.steps, self.choice = Steps(workload.call, self.v), choice
-        self.inputs = tuple(self.v.values())
-        self.directions = workload.directions
-        self.calls = {workload.directions[0]: lambda: tuple(self.steps.run(choice).values())}
+        calls = {workload.directions[0]: lambda: tuple(self.steps.run(choice).values())}
+        super().__init__(calls, tuple(self.v.values()))
 
     def result(self) -> dict[str, Tensor]:
         for name, t in self.v.items():
@@ -377,7 +380,7 @@ def table(intro: str, rows: list[dict]) -> list[str]:
         body.append([workload.removeprefix("conv "), *ms, number(over), share, config])
     header = ["convolution", *(f"{name}, ms" for name in names), "fastest over eager",
               "% of roofline", "Triton's configuration"]  # fmt: skip
-    return [intro, "\n".join(to_markdown(header, body)), caption(rows)]
+    return [intro, to_markdown(header, body), caption(rows)]
 
 
 REPORT = partial(

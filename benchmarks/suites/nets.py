@@ -15,19 +15,16 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from harness import check
-from harness.cudnn import FoldedNet
 from harness.program import FORMATS, Program, double, same
 from harness.suite import CL, FUSED, Build, Candidate, Options, Plot, Suite, TrainingWorkload
 from report.tables import AGAINST, Table, arrow, over
 from torch import Tensor, nn
 
-from fused_res import fuse_
 from fused_res.models import NetResDeep, ResNet
-from fused_res.nn.blocks import FusedForward
 from fused_res.reference import ResBlock
 
 from . import blocks
+from .blocks import FoldedBlock, FoldedConv, fused
 
 DISTINCT = 16  # images
 
@@ -149,9 +146,9 @@ def values(name: str, shape: tuple[int, ...], device: str = "cpu", seed: int = 0
             if isinstance(part, nn.Conv2d):
                 nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
     net.to(device)
-    norms = [part for part in net.modules() if isinstance(part, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = 1.0
     with torch.no_grad():  # running statistics as of a trained net: those of the images
         classes = net(x).size(1)
     labels = torch.randint(classes, (few,), generator=generator, device=device)
@@ -160,17 +157,26 @@ def values(name: str, shape: tuple[int, ...], device: str = "cpu", seed: int = 0
     return Values(x.repeat(copies, 1, 1, 1), labels.repeat(copies), copies, state)
 
 
-def fused(net: nn.Module, backend: str) -> nn.Module:
-    """``net`` with every residual block fused, run by ``backend`` or not at all."""
-    fuse_(net, strict=True)
-    for part in net.modules():
-        if isinstance(part, FusedForward):
-            part.backend = backend
-    return net
+class FoldedNet(nn.Sequential):
+    """A net in eval mode, in ``dtype`` throughout."""
 
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        children = list(sequence(net))
+        while children:
+            part = children.pop(0)
+            if isinstance(part, nn.Conv2d):
+                bn = children.pop(0) if isinstance(children[0], nn.BatchNorm2d) else None
+                relu = children.pop(0) if isinstance(children[0], nn.ReLU) else None
+                part = FoldedConv(part, bn, dtype, relu is not None)
+            elif any(isinstance(m, nn.Conv2d) for m in part.modules()):
+                part = FoldedBlock(part, dtype)
+            self.append(part.to(dtype))
+        self.eval()
 
-def folded(net: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return FoldedNet(sequence(net), dtype).eval()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.dtype))
 
 
 class NetProgram(Program):
@@ -191,11 +197,10 @@ class NetProgram(Program):
         self.module = swap(net)
         self.call = wrap(self.module)
         self.x, self.labels = v.x.to(memory_format=FORMATS[layout]), v.labels
-        self.inputs = (self.x,)
+        calls = {"train": self.step} if workload.training else {"eval": self.evaluate}
+        super().__init__(calls, (self.x,))
         self.initial = v.state
         self.autocast = autocast
-        self.directions = workload.directions
-        self.calls = {"train": self.step} if workload.training else {"eval": self.evaluate}
         self.optimizer = None
         if workload.training:
             self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
@@ -203,10 +208,8 @@ class NetProgram(Program):
     def _autocast(self) -> torch.autocast:
         # Every weight is cast once a step, so the cache of casts spares nothing, and a CUDA graph
         # must not be given a cast from before its capture.
-        enabled = self.autocast is not None
-        return torch.autocast(
-            self.x.device.type, self.autocast, enabled=enabled, cache_enabled=False
-        )
+        on = self.autocast is not None
+        return torch.autocast(self.x.device.type, self.autocast, enabled=on, cache_enabled=False)
 
     def step(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -258,9 +261,6 @@ class NetWorkload(TrainingWorkload):
         result = NetProgram(self, v.one(), "NCHW", autocast=None).result()
         return {**result, "y": v.repeated(result["y"])}
 
-    def compare(self, result: dict[str, Tensor], exact: dict[str, Tensor]):
-        return check.compare_net(self.dtype, result, exact)
-
     def eager(self, layout: str) -> Build:
         return partial(NetProgram, self, layout=layout)
 
@@ -272,7 +272,7 @@ class NetWorkload(TrainingWorkload):
         return partial(NetProgram, self, swap=partial(fused, backend=backend))
 
     def folded(self) -> Build | None:
-        return partial(NetProgram, self, swap=partial(folded, dtype=self.dtype), autocast=None)
+        return partial(NetProgram, self, swap=partial(FoldedNet, dtype=self.dtype), autocast=None)
 
     def candidates(self, device: str, options: Options) -> list[Candidate]:
         """Last torch.compile of the net with the first fused backend in it."""
@@ -326,11 +326,7 @@ GPU_REPORT = Table(
     "optimizer's step: speed-up, and images a second and peak memory above the parameters, eager "
     "channels_last → fused.",
     "net",
-    [
-        arrow("images/s", "images_per_s"),
-        *AGAINST,
-        arrow("peak memory, MiB", "peak_mib"),
-    ],
+    [arrow("images/s", "images_per_s"), *AGAINST, arrow("peak memory, MiB", "peak_mib")],
     by_direction=True,
 )
 AUTOTUNE_REPORT = Table(
