@@ -11,11 +11,11 @@ import json
 import sys
 from pathlib import Path
 
+from harness.rows import RESULTS
 from report import plot
 from report.tables import load, networks, replaced
 from suites import SUITES
 
-RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 BEGIN_NETWORKS = "<!-- bench:begin networks -->"
 

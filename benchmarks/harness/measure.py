@@ -131,9 +131,9 @@ class Measurement:
         try:
             self._time(built, least_ms, memory)
         except Exception as error:
-            self.refused.update(dict.fromkeys(built, reason(error)))
-            for timed in self.timed.values():
-                for label in built:
+            for label in built:
+                self.refused[label] = reason(error)
+                for timed in self.timed.values():
                     timed.pop(label, None)
 
     def _time(self, built: dict[str, Program], least_ms: float, memory: bool) -> None:

@@ -342,31 +342,20 @@ NETWORK_COLUMNS = (
 
 def networks(devices: dict[str, dict[str, list[dict]]]) -> str:
     """A table for each CPU, under it where and when it was measured."""
-    sections = []
-    for device, suites in devices.items():
-        if device.startswith("cpu-"):
-            sections += _networks(suites)
+    sections, header = [], ["inference, float32", *(column.heading for column in NETWORK_COLUMNS)]
+    for suites in (suites for device, suites in devices.items() if device.startswith("cpu-")):
+        body, shown = [], []
+        for suite, candidate in NETWORKS.items():
+            rows = [row for row in suites.get(suite, []) if "ResNet" in row["workload"]]
+            found = Lookup(rows)
+            for workload in found.workloads:
+                line = Line(found, workload, candidate, "eval", found.allocators[0])
+                cells = (column.cell(line) for column in NETWORK_COLUMNS)
+                body.append([workload.removeprefix("torchvision "), *cells])
+            shown += rows
+        if body:
+            sections += [to_markdown(header, body), _where(shown)]
     return "\n\n".join(sections) if sections else "No results yet."
-
-
-def _networks(suites: dict[str, list[dict]]) -> list[str]:
-    body, shown = [], []
-    for suite, candidate in NETWORKS.items():
-        rows = [row for row in suites.get(suite, []) if "ResNet" in row["workload"]]
-        found = Lookup(rows)
-        for workload in found.workloads:
-            line = Line(found, workload, candidate, "eval", found.allocators[0])
-            body.append(
-                [
-                    workload.removeprefix("torchvision "),
-                    *(column.cell(line) for column in NETWORK_COLUMNS),
-                ]
-            )
-        shown += rows
-    if not body:
-        return []
-    header = ["inference, float32", *(column.heading for column in NETWORK_COLUMNS)]
-    return [to_markdown(header, body), _where(shown)]
 
 
 def _where(rows: list[dict]) -> str:

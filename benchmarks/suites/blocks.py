@@ -20,6 +20,8 @@ from fused_res.fuse.modules import child
 from fused_res.nn.blocks import FusedForward
 from fused_res.reference import ResBlock
 
+from .ops import bn_act_bytes
+
 Shape = tuple[int, int, int, int]
 
 
@@ -216,9 +218,8 @@ class BlockWorkload(TrainingWorkload):
         """
         item = self.dtype.itemsize
         n, c, h, w = self.shape_out()
-        size, mask = item * n * c * h * w, n * c * h * w // 8
-        forward = 4 * size + mask  # x, x, residual -> y, mask
-        backward = 6 * size + 2 * mask  # dy, x, mask; dy, x, mask -> dx, dresidual
+        size = item * n * c * h * w
+        forward, backward = bn_act_bytes(n * c * h * w, self.dtype)
         evaluated = 3 * size  # x, residual -> y
         branch = self.convolutions()
         convs = list(branch)

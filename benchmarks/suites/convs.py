@@ -31,7 +31,7 @@ from fused_res import reference
 from fused_res.dispatch import inference_conv, training_conv
 from fused_res.dispatch.backends import why_not
 from fused_res.dispatch.inference_conv import IMPLEMENTATIONS
-from fused_res.ops.conv_bn_act import Call, run_as
+from fused_res.ops.conv_bn_act import Call, out_shape, run_as
 from fused_res.reference import ConvNorm, Norm, ResBlock
 
 
@@ -86,6 +86,7 @@ def eager(call: Call) -> Tensor:
 
 @dataclass(frozen=True)
 class ConvWorkload(Workload):
+    directions: tuple[str, ...] = ("eval",)
     conv: Conv | None = None
 
     settles = True
@@ -136,16 +137,13 @@ class ConvWorkload(Workload):
         return [candidate("eager", None, partial(program, eager, self)), *found]
 
     def kernels(self) -> tuple[Kernel, ...]:
-        conv, (n, c, h, w) = self.conv, self.shape
-        k, pixels = conv.out_channels, n * -(-h // conv.stride) * -(-w // conv.stride)
-        weights, read = k * c * conv.size**2, n * c * h * w
-        if conv.size == 1:
-            read = pixels * c
-        if conv.residual == "add":
-            read += pixels * k
-        elif conv.residual == "shortcut":
-            weights += k * conv.shortcut_channels
-            read += pixels * conv.shortcut_channels
+        v, (_, c, _, _) = self.values("meta"), self.shape
+        n, k, p, q = out_shape(*self.call_of(v)[:2])
+        pixels = n * p * q
+        weights = sum(t.numel() for name, t in v.items() if name.endswith(".weight"))
+        read = pixels * c if self.conv.size == 1 else v["x"].numel()
+        if "residual" in v:  # a shortcut reads only the pixels that it keeps
+            read += pixels * v["residual"].size(1)
         moved = self.dtype.itemsize * (read + weights + pixels * k)
         return (Kernel(2 * pixels * weights, moved),)
 
@@ -162,7 +160,7 @@ def conv(shape: tuple[int, int, int, int], dtype: str, conv: Conv) -> ConvWorklo
     if conv.residual == "shortcut":
         what += f" {conv.shortcut_channels}ch stride {conv.shortcut_stride}"
     name = f"conv {conv.size}x{conv.size} {channels}{what} batch {shape[0]} {dtype}"
-    return ConvWorkload("convs", name, shape, CL, DTYPES[dtype], ("eval",), conv=conv)
+    return ConvWorkload("convs", name, shape, CL, DTYPES[dtype], conv=conv)
 
 
 def convs_of(bottleneck: bool, batch: int, dtype: str) -> list[ConvWorkload]:
@@ -175,13 +173,12 @@ def convs_of(bottleneck: bool, batch: int, dtype: str) -> list[ConvWorkload]:
         for stride in (2 if stage else 1, 1):  # the first block; all others are alike
             after = size // stride
             residual = ("add",) if width == last else ("shortcut", width, stride)
-            here, then = (batch, width, size, size), (batch, inner, after, after)
             if bottleneck:
-                out.append(conv(here, dtype, Conv(inner, 1)))
-                out.append(conv((batch, inner, size, size), dtype, Conv(inner, 3, stride)))
-            else:
-                out.append(conv(here, dtype, Conv(inner, 3, stride)))
-            out.append(conv(then, dtype, Conv(last, 1 if bottleneck else 3, 1, *residual)))
+                out.append(conv((batch, width, size, size), dtype, Conv(inner, 1)))
+            read = batch, inner if bottleneck else width, size, size
+            out.append(conv(read, dtype, Conv(inner, 3, stride)))
+            last_conv = Conv(last, 1 if bottleneck else 3, 1, *residual)
+            out.append(conv((batch, inner, after, after), dtype, last_conv))
             width, size = last, after
     return out
 
@@ -239,14 +236,9 @@ class TrainingConvWorkload(Workload):
         convolve = partial(F.conv2d, weight=v["weight"], stride=call.stride, padding=call.padding)
 
         def normalized(a: Tensor) -> Tensor:
-            norm = (
-                v["mean"].clone(),
-                v["var"].clone(),
-                v["gamma"],
-                v["beta"],
-                training_conv.trains(call),
-            )
-            return F.relu(F.batch_norm(a, *norm))
+            running = v["mean"].clone(), v["var"].clone()
+            training = training_conv.trains(call)
+            return F.relu(F.batch_norm(a, *running, v["gamma"], v["beta"], training))
 
         if not call.backward:
             return {"y": normalized(convolve(v["x"]))}

@@ -182,6 +182,7 @@ def kernels(workload: InferenceWorkload) -> tuple[Kernel, ...]:
 class InferenceWorkload(Workload):
     """A net or a block."""
 
+    directions: tuple[str, ...] = ("eval",)
     net: str | None = None
     block: BlockWorkload | None = None
 
@@ -258,28 +259,27 @@ class InferenceWorkload(Workload):
 # --- workloads
 
 
-def net(name: str, batch: int, pixels: int = 224, dtype: str = "", **fields) -> InferenceWorkload:
+def net(
+    name: str, batch: int, pixels: int = 224, dtype: str = "", suite: str = "inference", **fields
+) -> InferenceWorkload:
     """dtype: of a GPU's, in the name too; default: float32."""
-    full = f"{name} batch {batch} {dtype}".strip()
+    full, shape = f"{name} batch {batch} {dtype}".strip(), (batch, 3, pixels, pixels)
     fields |= {"dtype": DTYPES[dtype or "fp32"], "alone": bool(dtype), "net": name}
-    fields = {"suite": "inference", **fields}
-    return InferenceWorkload(name=full, shape=(batch, 3, pixels, pixels), directions=("eval",),
-                             **fields)  # fmt: skip
+    return InferenceWorkload(suite, full, shape, **fields)
 
 
 def one_block(*args, dtype: str = "", **fields) -> InferenceWorkload:
     """A block, as ``blocks.block`` takes it."""
     of = block(*args, directions=("eval",), dtype=DTYPES[dtype or "fp32"])
     name = f"{of.name} {dtype}".strip()
-    return InferenceWorkload("inference", name, of.shape, dtype=of.dtype, directions=("eval",),
-                             block=of, **fields)  # fmt: skip
+    return InferenceWorkload("inference", name, of.shape, dtype=of.dtype, block=of, **fields)
 
 
 def chain(
     count: int, channels: int, pixels: int, batch: int, dtype: str = "", **fields
 ) -> InferenceWorkload:
     name = f"chain of {count}, {channels}ch"
-    found = net(name, batch, pixels, dtype, suite="chains", **fields)
+    found = net(name, batch, pixels, dtype, "chains", **fields)
     full = f"{name} {pixels}x{pixels} batch {batch} {dtype}".strip()
     return replace(found, name=full, shape=(batch, channels, pixels, pixels))
 

@@ -138,12 +138,18 @@ class OpWorkload(TrainingWorkload):
         return partial(self.program, call)
 
     def moved_bytes(self, direction: str) -> int:
-        """Statistics need a pass of their own: x is read twice forward, x and dy backward."""
-        numbers = torch.Size(self.shape).numel()
-        size, mask = self.dtype.itemsize * numbers, numbers // 8
-        forward = 4 * size + mask  # x, x, residual -> y, mask
-        backward = 6 * size + 2 * mask  # dy, x, mask; dy, x, mask -> dx, dresidual
+        forward, backward = bn_act_bytes(torch.Size(self.shape).numel(), self.dtype)
         return forward + backward * (direction == STEP)
+
+
+def bn_act_bytes(numbers: int, dtype: torch.dtype) -> tuple[int, int]:
+    """What a forward and a backward in training move at least.
+
+    Statistics need a pass of their own: x is read twice forward, x and dy backward.
+    """
+    size, mask = dtype.itemsize * numbers, numbers // 8
+    # x, x, residual -> y, mask; dy, x, mask; dy, x, mask -> dx, dresidual
+    return 4 * size + mask, 6 * size + 2 * mask
 
 
 def op(shape: tuple[int, int, int, int], layout: str, dtype: str = "") -> OpWorkload:
