@@ -30,37 +30,26 @@ def outputs(returned: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (returned,) if isinstance(returned, Tensor) else returned
 
 
-class Graphed:
-    """``call`` captured after three calls on a side stream; calling it replays the graph.
+def captured(call: Call) -> Call:
+    """Replays of a CUDA graph of ``call``, which write to the same tensors and return them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    # a graph or an event that the collector destroyed during the capture would break it
+    gc.collect()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # without the autograd graph, which would keep what was saved for backward
+        kept = tuple(t.detach() for t in outputs(call()))
 
-    Replays write to the same tensors, which are returned. Where there is no GPU nothing is captured
-    and the call itself runs.
-    """
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return kept
 
-    def __init__(self, call: Call, device: str) -> None:
-        self.call = call
-        self.graph = None
-        if torch.device(device).type != "cuda":
-            return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        # a graph or an event that the collector destroyed during the capture would break it
-        gc.collect()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            # without the autograd graph, which would keep what was saved for backward
-            self.outputs = tuple(t.detach() for t in outputs(call()))
-        self.graph = graph
-
-    def __call__(self) -> Tensor | tuple[Tensor, ...]:
-        if self.graph is None:
-            return self.call()
-        self.graph.replay()
-        return self.outputs
+    return replay
 
 
 class Program:
@@ -77,8 +66,9 @@ class Program:
         return outputs(checked())
 
     def capture(self, device: str) -> None:
-        """From now on every call is a replay of a CUDA graph of it."""
-        self.calls = {name: Graphed(call, device) for name, call in self.calls.items()}
+        """From now on every call is a replay of a CUDA graph of it, where there is a GPU."""
+        if torch.device(device).type == "cuda":
+            self.calls = {name: captured(call) for name, call in self.calls.items()}
 
     def release(self) -> None:
         """Frees what a step leaves behind."""

@@ -489,13 +489,15 @@ def test_a_graph_is_captured_and_replayed(monkeypatch):
         calls.append(1)
         return 2 * x
 
-    graphed = graphs.Graphed(call, "cuda")
+    program = graphs.Program({"forward": call}, ())
+    program.capture("cuda")
     captured = len(calls)
-    (y,), (z,) = graphed(), graphed()
+    (y,), (z,) = program.run(), program.run()
     assert y is z and not y.requires_grad and torch.equal(y, 2 * x)
     assert len(calls) == captured and len(replays) == 2
-    on_cpu = graphs.Graphed(call, "cpu")
-    assert len(calls) == captured and on_cpu().requires_grad and len(calls) == captured + 1
+    on_cpu = graphs.Program({"forward": call}, ())
+    on_cpu.capture("cpu")
+    assert len(calls) == captured and on_cpu.run()[0].requires_grad and len(calls) == captured + 1
 
 
 def test_filter_without_a_match(run, capsys):
