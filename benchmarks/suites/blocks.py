@@ -9,14 +9,15 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from harness.program import FORMATS, TensorProgram, double, place, same, separate
-from harness.suite import CL, STEP, Build, Options, Plot, Suite, TrainingWorkload, why_none
+from harness.suite import CL, STEP, Build, Kernel, Options, Plot, Suite, TrainingWorkload, why_none
 from report.tables import AGAINST, Lookup, Table, claims, figure, over, saved
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_weights
+from torch.nn.utils import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from fused_res import FusedResBlock, fuse_
 from fused_res.fuse.match import plan_of
 from fused_res.fuse.modules import child
+from fused_res.models import ResNet
 from fused_res.nn.blocks import FusedForward
 from fused_res.reference import ResBlock
 
@@ -41,8 +42,8 @@ def fused(net: nn.Module, backend: str) -> nn.Module:
 class FoldedConv(nn.Module):
     """A convolution with its BatchNorm folded in, then + z and a ReLU, in one call on a GPU.
 
-    The same in PyTorch's ops on a CPU, where cuDNN is not, and for a net's first convolution: the
-    fused engines want channels in eights.
+    The same in PyTorch's ops on a CPU, where cuDNN is not, and where channels are not in eights,
+    which the fused engines want.
     """
 
     def __init__(
@@ -101,7 +102,34 @@ class FoldedBlock(nn.Module):
         return self.last(out, z) if self.add_inside else self.last(out) + z
 
 
+def folded(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A net or a block in eval mode, in ``dtype`` throughout.
+
+    A net's first convolution runs in PyTorch's ops: the fused engines do not take 3 channels.
+    """
+    net = nn.Sequential(net).eval()
+    for parent in list(net.modules()):
+        if isinstance(parent, ResNet):
+            parent.conv1 = fuse_conv_bn_eval(parent.conv1.float(), parent.bn1)
+            parent.bn1 = nn.Identity()
+        for name, part in list(parent.named_children()):
+            if isinstance(part, ResBlock):
+                setattr(parent, name, FoldedBlock(part, dtype))
+    net.register_forward_pre_hook(lambda _, args: (args[0].to(dtype),))
+    return net.to(dtype, memory_format=torch.channels_last)
+
+
 # --- workloads
+
+
+def product_kernel(layer: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor, item: int) -> Kernel:
+    """Of a layer that reads x and its weight and writes y; item: bytes of an element."""
+    read = x.numel()
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+        # a strided 1x1 reads only the pixels it keeps
+        read = read * y[0, 0].numel() // x[0, 0].numel()
+    moved = read + layer.weight.numel() + y.numel()
+    return Kernel(2 * y.numel() * layer.weight[0].numel(), item * moved)
 
 
 @dataclass(frozen=True)
@@ -196,50 +224,47 @@ class BlockWorkload(TrainingWorkload):
     def folded(self) -> Build | None:
         return partial(self.program, self.block, wrap=partial(FoldedBlock, dtype=self.dtype))
 
-    def convolutions(self) -> list[tuple[int, int, int, int, int]]:
-        """(channels in, channels out, size, pixels read, pixels written) of the branch's."""
-        n, c, h, w = self.shape
-        _, out, p, q = self.shape_out()
-        inner, before, after = self.width or c, n * h * w, n * p * q
-        return {
-            "basic": [(c, inner, 3, before, after), (inner, out, 3, after, after)],
-            "bottleneck": [
-                (c, inner, 1, before, before),
-                (inner, inner, 3, before, after),
-                (inner, out, 1, after, after),
-            ],
-            "single": [(c, out, 3, before, after)],
-        }[self.kind]
+    def convolutions(self) -> dict[str, tuple[int, int]]:
+        """Bytes that each moves and writes, by name, as hooks see them on tensors without data."""
+        found, item = {}, self.dtype.itemsize
+        block = self.block(device="meta")
+        for name, part in block.named_modules():
+            if isinstance(part, nn.Conv2d):
+
+                def seen(conv: nn.Conv2d, args: tuple, y: Tensor, name: str = name) -> None:
+                    found[name] = product_kernel(conv, *args, y, item).bytes, item * y.numel()
+
+                part.register_forward_hook(seen)
+        block(torch.empty(self.shape, device="meta"))
+        return found
 
     def moved_bytes(self, direction: str) -> int | None:
         """By every bn_act, ideally, and by the convolutions of ATen, cuDNN or oneDNN beside them.
 
         Statistics need a pass of their own: in training x is read twice forward, x and dy backward.
         """
-        item = self.dtype.itemsize
-        n, c, h, w = self.shape_out()
-        size = item * n * c * h * w
-        forward, backward = bn_act_bytes(n * c * h * w, self.dtype)
+        numbers = torch.Size(self.shape_out()).numel()
+        size = self.dtype.itemsize * numbers
+        forward, backward = bn_act_bytes(numbers, self.dtype)
         evaluated = 3 * size  # x, residual -> y
-        branch = self.convolutions()
-        convs = list(branch)
         if self.kind == "single":
             backward -= size  # the ReLU comes before the add: dresidual is dy
         if self.shape_out() != self.shape:
-            # a strided 1x1 reads only the pixels it keeps; its BatchNorm's statistics read it again
-            convs.append((self.shape[1], c, 1, n * h * w, n * h * w))
+            # the statistics of the projection's BatchNorm read its output again
             forward += size
             backward += 2 * size
-        backward += 3 * item * torch.Size(self.shape).numel()  # of branch and skip, added
-        for c_in, c_out, k, read, written in convs:
-            operands = item * (read * c_in + written * c_out + c_in * c_out * k * k)
+        # of branch and skip, added
+        backward += 3 * self.dtype.itemsize * torch.Size(self.shape).numel()
+        convs = self.convolutions()
+        *inside, _ = [name for name in convs if name.startswith("conv")]
+        for name, (operands, written) in convs.items():
             forward += operands
             evaluated += operands
             backward += 2 * operands
-        for _, c_out, _, _, written in branch[:-1]:
-            forward += 3 * item * written * c_out  # a, a -> z
-            backward += 5 * item * written * c_out  # dz, a; dz, a -> da
-            evaluated += 2 * item * written * c_out
+            if name in inside:
+                forward += 3 * written  # a, a -> z
+                backward += 5 * written  # dz, a; dz, a -> da
+                evaluated += 2 * written
         return {"forward": forward, STEP: forward + backward, "eval": evaluated}[direction]
 
 
@@ -404,7 +429,7 @@ class PartialWorkload(BlockWorkload):
         return {"auto": why_none(device, self.dtype)}  # which leaves some norms to PyTorch
 
     def winograd(self) -> int:
-        return len(self.convolutions())
+        return self.block(device="meta").depth
 
     def moved_bytes(self, direction: str) -> int | None:
         return None

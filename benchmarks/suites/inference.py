@@ -24,10 +24,9 @@ from report.tables import COMPILED, Lookup, Table, both_forms, claims, figure, n
 from torch import Tensor, nn
 
 import fused_res
-from fused_res.reference import ResBlock
 
-from .blocks import BlockWorkload, FoldedBlock, block, fused
-from .nets import NETS, FoldedNet, Values, values
+from .blocks import BlockWorkload, block, folded, fused, product_kernel
+from .nets import NETS, Values, values
 
 # What makes of a net and its input the call that is timed, which is given the input again.
 Prepare = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
@@ -77,8 +76,7 @@ def with_backend(module: nn.Module, x: Tensor, backend: str) -> Callable[[Tensor
 
 
 def cudnn_fused(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    fold = FoldedBlock if isinstance(module, ResBlock) else FoldedNet
-    return fold(module, x.dtype)
+    return folded(module, x.dtype)
 
 
 def _onnx(module: nn.Module, x: Tensor) -> bytes:
@@ -142,13 +140,7 @@ def kernels(workload: InferenceWorkload) -> tuple[Kernel, ...]:
     found: list[Kernel] = []
 
     def product(part: nn.Conv2d | nn.Linear, args: tuple, y: torch.Tensor) -> None:
-        (x,) = args
-        read, each = x.numel(), part.weight[0].numel()
-        if isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1):
-            # a strided 1x1 reads only the pixels it keeps
-            read = read * y[0, 0].numel() // x[0, 0].numel()
-        moved = read + part.weight.numel() + y.numel()
-        found.append(Kernel(2 * y.numel() * each, item * moved))
+        found.append(product_kernel(part, *args, y, item))
 
     def pooling(part: nn.Module, args: tuple, y: torch.Tensor) -> None:
         found.append(Kernel(0, item * (args[0].numel() + y.numel())))

@@ -24,7 +24,7 @@ from fused_res.models import NetResDeep, ResNet
 from fused_res.reference import ResBlock
 
 from . import blocks
-from .blocks import FoldedBlock, FoldedConv, fused
+from .blocks import folded, fused
 
 DISTINCT = 16  # images
 
@@ -102,19 +102,6 @@ NETS = {
 }
 
 
-def sequence(net: nn.Module) -> nn.Sequential:
-    """The net as one row of its children, in the order in which its forward calls them."""
-    if isinstance(net, ResNet):
-        layers = (block for i in range(net.depth) for block in getattr(net, f"layer{i + 1}"))
-        stem = net.conv1, net.bn1, nn.ReLU(), net.maxpool
-        return nn.Sequential(*stem, *layers, net.avgpool, nn.Flatten(), net.fc)
-    if isinstance(net, NetResDeep):
-        stem = net.conv1, nn.ReLU(), nn.MaxPool2d(2)
-        head = nn.MaxPool2d(2), nn.Flatten(), net.fc1, nn.ReLU(), net.fc2
-        return nn.Sequential(*stem, *net.resblocks, *head)
-    return net
-
-
 @dataclass
 class Values:
     """``copies`` of the same few images and labels, and the net's parameters and buffers."""
@@ -155,28 +142,6 @@ def values(name: str, shape: tuple[int, ...], device: str = "cpu", seed: int = 0
     copies = batch // few
     state = {name: t.clone() for name, t in net.state_dict().items()}
     return Values(x.repeat(copies, 1, 1, 1), labels.repeat(copies), copies, state)
-
-
-class FoldedNet(nn.Sequential):
-    """A net in eval mode, in ``dtype`` throughout."""
-
-    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-        children = list(sequence(net))
-        while children:
-            part = children.pop(0)
-            if isinstance(part, nn.Conv2d):
-                bn = children.pop(0) if isinstance(children[0], nn.BatchNorm2d) else None
-                relu = children.pop(0) if isinstance(children[0], nn.ReLU) else None
-                part = FoldedConv(part, bn, dtype, relu is not None)
-            elif any(isinstance(m, nn.Conv2d) for m in part.modules()):
-                part = FoldedBlock(part, dtype)
-            self.append(part.to(dtype))
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.dtype))
 
 
 class NetProgram(Program):
@@ -272,7 +237,7 @@ class NetWorkload(TrainingWorkload):
         return partial(NetProgram, self, swap=partial(fused, backend=backend))
 
     def folded(self) -> Build | None:
-        return partial(NetProgram, self, swap=partial(FoldedNet, dtype=self.dtype), autocast=None)
+        return partial(NetProgram, self, swap=partial(folded, dtype=self.dtype), autocast=None)
 
     def candidates(self, device: str, options: Options) -> list[Candidate]:
         """Last torch.compile of the net with the first fused backend in it."""

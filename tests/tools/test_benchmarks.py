@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from net_sequences import sequence
 from sweeps import sweep
 
 from fused_res import fuse_, reference
@@ -411,7 +412,7 @@ def test_nets_run_the_backend_that_is_named(nets, torchvisions):
         assert blocks and all(block.backend == "eager" for block in blocks)
         if torchvisions:
             continue  # for a CPU, where nothing takes a net apart
-        norms = [m for m in nets.sequence(net.make()) if isinstance(m, torch.nn.BatchNorm2d)]
+        norms = [m for m in sequence(net.make()) if isinstance(m, torch.nn.BatchNorm2d)]
         assert len(norms) <= 1  # the stem's; all others are in blocks
 
 
@@ -422,7 +423,7 @@ def test_folded_net_is_the_net(nets, name):
     net.load_state_dict(v.state)
     expected = net.eval()(v.x)
     with torch.no_grad():
-        torch.testing.assert_close(nets.FoldedNet(net, torch.float32)(v.x), expected)
+        torch.testing.assert_close(nets.folded(net, torch.float32)(v.x), expected)
 
 
 class Countdown:
@@ -813,7 +814,7 @@ def test_the_convolutions_of_the_nets_are_timed(nets, suites):
     seen = set()
     for name, batch, size in of_net:
         with torch.device("meta"):
-            parts = nets.sequence(nets.NETS[name].make())
+            parts = sequence(nets.NETS[name].make())
             x = torch.empty(batch, 3, size, size)
         for block in parts:
             for part in block.modules():
