@@ -155,10 +155,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--quick", action="store_true", help="tiny nets: shows that all runs")
-    words = (
-        "folder of <device>/curves.json and curves.png; default benchmarks/results, and nothing "
-    )
-    add("--out", type=Path, help=f"{words}with --quick, --net, --dtype or --steps")
+    words = "folder of <device>/curves.json and curves.png; default benchmarks/results"
+    add("--out", type=Path, help=f"{words}, and nothing with --quick, --net, --dtype or --steps")
     args = parser.parse_args(argv)
     if args.out is None and not (args.quick or args.net or args.dtype or args.steps):
         args.out = RESULTS

@@ -56,10 +56,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, help=words)
     words = "torch.compile's max-autotune too; it compiles for long (on a GPU: --suite autotune)"
     add("--max-autotune", **flag, help=words)
-    words = (
-        "folder of <device>/<suite>.json; default benchmarks/results, and nothing with --quick or "
-    )
-    add("--out", type=Path, help=f"{words}--filter")
+    words = "folder of <device>/<suite>.json; default benchmarks/results"
+    add("--out", type=Path, help=f"{words}, and nothing with --quick or --filter")
     add("--child", help=argparse.SUPPRESS)
     add("--handed", type=Path, help=argparse.SUPPRESS)
     return complete(parser, parser.parse_args(argv))

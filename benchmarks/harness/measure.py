@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .program import Program, over_eager, rms
+from .program import Program, compare, compare_net, over_eager, rms
 from .rows import NOTHING, OUT_OF_TIME
 from .suite import Candidate, Kernel, Workload
 
@@ -87,7 +87,8 @@ class Measurement:
         program = candidate.build(self.values)
         self.peak[candidate.label] = self._warm_up(program, candidate)
         self._mark_step()
-        found, floor = self.workload.compare(program.result(), self.exact)
+        compared = compare_net if self.workload.net else compare
+        found, floor = compared(self.workload.dtype, program.result(), self.exact)
         if candidate.name == "eager":
             self.eager = {key: max(e, self.eager.get(key, 0.0)) for key, e in found.items()}
         ratio, where = over_eager(found, self.eager, floor)

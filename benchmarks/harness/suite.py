@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_res.dispatch.backends import BACKENDS, why_not
 
-from .program import CL, FORMATS, STEP, Errors, Program, compare, compare_net
+from .program import CL, FORMATS, STEP, Program
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FUSED = "fused_res-"
@@ -157,12 +157,6 @@ class Workload:
     def candidates(self, device: str, options: Options) -> list[Candidate]:
         """All that could run it, those named ``eager`` first."""
         raise NotImplementedError
-
-    def compare(
-        self, result: dict[str, Tensor], exact: dict[str, Tensor]
-    ) -> tuple[Errors, dict[str, float]]:
-        """As ``program.compare``."""
-        return (compare_net if self.net else compare)(self.dtype, result, exact)
 
     def moved_bytes(self, direction: str) -> int | None:
         """What an ideal call reads and writes; None: no bandwidth is reported."""

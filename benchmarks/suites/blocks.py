@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from fused_res import FusedResBlock, fuse_
-from fused_res.fuse.match import plan_of
-from fused_res.fuse.modules import child
 from fused_res.models import ResNet
 from fused_res.nn.blocks import FusedForward
 from fused_res.reference import ResBlock
@@ -47,14 +45,11 @@ class FoldedConv(nn.Module):
     """
 
     def __init__(
-        self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype, relu: bool = True
+        self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype, relu: bool = True
     ) -> None:
         super().__init__()
-        weight, bias = conv.weight, conv.bias
-        if bn is not None:
-            weight, bias = fuse_conv_bn_weights(
-                weight.float(), bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-            )
+        norm = bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+        weight, bias = fuse_conv_bn_weights(conv.weight.float(), conv.bias, *norm)
         weight = weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
@@ -77,20 +72,16 @@ class FoldedConv(nn.Module):
 class FoldedBlock(nn.Module):
     """A residual block in eval mode, one call for each convolution with all that follows it."""
 
-    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, block: ResBlock, dtype: torch.dtype) -> None:
         super().__init__()
-        plan = plan_of(block)
-
-        def folded(stage, relu: bool) -> FoldedConv:
-            bn = child(block, stage.norm) if stage.norm else None
-            return FoldedConv(child(block, stage.conv), bn, dtype, relu)
-
-        *inner, last = plan.branch
-        self.inner = nn.Sequential(*(folded(stage, True) for stage in inner))
-        self.add_inside = plan.relu
-        self.last = folded(last, plan.relu or last.relu)
-        projects = plan.shortcut is not None and plan.shortcut.conv is not None
-        self.shortcut = folded(plan.shortcut, False) if projects else None
+        *inner, self.last = (
+            FoldedConv(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), dtype)
+            for i in range(1, block.depth + 1)
+        )
+        self.inner = nn.Sequential(*inner)
+        self.add_inside = block.relu_placement == "after"
+        down = block.downsample
+        self.shortcut = None if down is None else FoldedConv(*down, dtype, relu=False)
         if self.shortcut is not None and self.add_inside:
             # one bias for both: PyTorch adds a bias without a ReLU in a pass of its own
             self.last.bias += self.shortcut.bias

@@ -70,11 +70,6 @@ def compiled(
     return call
 
 
-def with_backend(module: nn.Module, x: Tensor, backend: str) -> Callable[[Tensor], Tensor]:
-    """The residual blocks fused, run by ``backend`` or not at all; the rest is PyTorch's."""
-    return fused(nn.Sequential(module), backend)
-
-
 def cudnn_fused(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     return folded(module, x.dtype)
 
@@ -221,7 +216,9 @@ class InferenceWorkload(Workload):
                              **fields)  # fmt: skip
 
         def of_backend(name: str) -> Candidate:
-            prepare = partial(with_backend, backend=name)
+            def prepare(module: nn.Module, x: Tensor) -> nn.Module:
+                return fused(nn.Sequential(module), name)  # the rest is PyTorch's
+
             why = suite.backends(device, self.dtype, "conv_bn_act")[name]
             return of(FUSED + name, self.slack(name), prepare, bound=self.bound(), why_not=why)
 
