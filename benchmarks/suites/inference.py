@@ -90,9 +90,8 @@ def onnxruntime(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        _onnx(module, x), options, providers=["CPUExecutionProvider"]
-    )
+    providers = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(_onnx(module, x), options, providers=providers)
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
@@ -102,12 +101,9 @@ def openvino(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     import openvino
 
     core = openvino.Core()
-    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    model = core.compile_model(
-        core.read_model(_onnx(module, x)),
-        "CPU",
-        {**threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"},
-    )
+    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
+    model = core.compile_model(core.read_model(_onnx(module, x)), "CPU", options)
     request = model.create_infer_request()
 
     def call(x: Tensor) -> Tensor:
@@ -146,8 +142,7 @@ def kernels(workload: InferenceWorkload) -> tuple[Kernel, ...]:
             found[-1] = Kernel(found[-1].flops, found[-1].bytes + out)
             return
         shortcut, last = found.pop(), found.pop()
-        flops = last.flops + shortcut.flops
-        found.append(Kernel(flops, last.bytes + shortcut.bytes - out))
+        found.append(Kernel(last.flops + shortcut.flops, last.bytes + shortcut.bytes - out))
 
     for part in module.modules():
         if isinstance(part, (nn.Conv2d, nn.Linear)):
@@ -159,8 +154,9 @@ def kernels(workload: InferenceWorkload) -> tuple[Kernel, ...]:
     with torch.no_grad():
         module(x)
     if all(hasattr(part, "downsample") for part in module.children()) and found:
-        convs = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
-        weights = sum(conv.weight.numel() for conv in convs)
+        weights = sum(
+            conv.weight.numel() for conv in module.modules() if isinstance(conv, nn.Conv2d)
+        )
         return (Kernel(sum(k.flops for k in found), item * (weights + 2 * x.numel())),)
     return tuple(found)
 
