@@ -114,7 +114,10 @@ def folded(net: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def product_kernel(layer: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor, item: int) -> Kernel:
-    """Of a layer that reads x and its weight and writes y; item: bytes of an element."""
+    """What a layer computes and moves: it reads x and its weight, and writes y.
+
+    item: bytes of an element.
+    """
     read = x.numel()
     if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
         # a strided 1x1 reads only the pixels it keeps
@@ -216,7 +219,10 @@ class BlockWorkload(TrainingWorkload):
         return partial(self.program, self.block, wrap=partial(FoldedBlock, dtype=self.dtype))
 
     def convolutions(self) -> dict[str, tuple[int, int]]:
-        """Bytes that each moves and writes, by name, as hooks see them on tensors without data."""
+        """By name, the bytes that each convolution moves and those that it writes.
+
+        Hooks see them on tensors without data.
+        """
         found, item = {}, self.dtype.itemsize
         block = self.block(device="meta")
         for name, part in block.named_modules():
@@ -241,7 +247,7 @@ class BlockWorkload(TrainingWorkload):
         if self.kind == "single":
             backward -= size  # the ReLU comes before the add: dresidual is dy
         if self.shape_out() != self.shape:
-            # the statistics of the projection's BatchNorm read its output again
+            # the statistics of the projection's BatchNorm read the projection once more
             forward += size
             backward += 2 * size
         # of branch and skip, added
