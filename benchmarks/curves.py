@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from harness.measure import reason
 from harness.program import FORMATS
-from harness.rows import NOTHING, RESULTS, ROOT, environment, write_rows
+from harness.rows import NOTHING, RESULTS, environment, write_rows
 from harness.suite import CL, DTYPES, FUSED, fused_backends
 from report import plot
 from suites import SUITES
@@ -155,7 +155,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--quick", action="store_true", help="tiny nets: shows that all runs")
-    words = f"folder of <device>/curves.json and curves.png; default {RESULTS.relative_to(ROOT)}"
+    words = "folder of <device>/curves.json and curves.png; default benchmarks/results"
     add("--out", type=Path, help=f"{words}, and nothing with --quick, --net, --dtype or --steps")
     args = parser.parse_args(argv)
     if args.out is None and not (args.quick or args.net or args.dtype or args.steps):

@@ -43,22 +43,22 @@ def _build() -> list[list[str]]:
         major, minor = torch.cuda.get_device_capability()
         suffix = "a" if major >= 9 else ""
         environ = ["FUSED_RES_BUILD_CUDA=1", f"TORCH_CUDA_ARCH_LIST={major}.{minor}{suffix}"]
-    install = ["pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
-    return [["env", *environ, sys.executable, "-m", *install], [sys.executable, "-m", "fused_res",
-                                                                "doctor"]]  # fmt: skip
+    module = [sys.executable, "-m"]
+    install = [*module, "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
+    return [["env", *environ, *install], [*module, "fused_res", "doctor"]]
 
 
 def _tests() -> list[list[str]]:
     # Triton compiles on the CPU, for longer than the kernels run
     parallel = ["-n", "6"] if importlib.util.find_spec("xdist") else []
     run = [sys.executable, "-m", "pytest", "-q", *parallel, "-m", "gpu"]
+    convs = ["tests/conv_bn_act/test_gpu.py", "tests/conv_halo/test_gpu.py"]
     return [
         [*run, "tests/bn_act/test_gpu.py"],
-        [*run, "tests/conv_bn_act/test_gpu.py", "tests/conv_halo/test_gpu.py",
-         "tests/serve/test_optimize.py"],
+        [*run, *convs, "tests/serve/test_optimize.py"],
         [*run, "tests/res_chain/test_gpu.py"],
         [*run, "tests/res_block/test_gpu.py"],
-    ]  # fmt: skip
+    ]
 
 
 def _sanitizer() -> list[list[str]]:
@@ -95,11 +95,15 @@ def _curves(rows: Path) -> list[list[str]]:
 def commands(part: str, rows: Path, limit: float) -> list[list[str]]:
     if part in SUITES:
         return _suite(part, rows, limit)
-    if part == "plots":
-        return _plots(rows)
-    if part == "curves":
-        return _curves(rows)
+    if part in ("plots", "curves"):
+        return {"plots": _plots, "curves": _curves}[part](rows)
     return {"build": _build, "tests": _tests, "sanitizer": _sanitizer}[part]()
+
+
+def say(line: str, log: TextIO) -> None:
+    """On the screen and in the log."""
+    print(line, flush=True)
+    print(line, file=log, flush=True)
 
 
 def run(part: str, rows: Path, limit: float, log: TextIO, cache: Path) -> bool:
@@ -115,9 +119,7 @@ def run(part: str, rows: Path, limit: float, log: TextIO, cache: Path) -> bool:
         process = subprocess.Popen(limited, cwd=ROOT, env=environ, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT, text=True)  # fmt: skip
         for line in process.stdout:
-            print(line, end="", flush=True)
-            log.write(line)
-            log.flush()
+            say(line.removesuffix("\n"), log)
         passed &= process.wait() == 0
     return passed
 
@@ -160,16 +162,12 @@ def main() -> int:
             begin = time.monotonic()
             limit = args.limit or NAMED.get(part) or (LIMITS[part] if args.part else None)
             limit = limit or limits_left(names[i:], sum(LIMITS.values()), begin - start)
-            title = f"--- {part}, at most {limit:.0f} s"
-            print(title, flush=True)
-            print(title, file=log, flush=True)
+            say(f"--- {part}, at most {limit:.0f} s", log)
             with tempfile.TemporaryDirectory() as cache:
                 passed = run(part, rows, limit, log, Path(cache))
             results[part] = passed, time.monotonic() - begin
         for part, (passed, seconds) in results.items():
-            line = f"{part:10} {'passed' if passed else 'FAILED':7} {seconds:6.1f} s"
-            print(line)
-            print(line, file=log)
+            say(f"{part:10} {'passed' if passed else 'FAILED':7} {seconds:6.1f} s", log)
     print(f"log: {out / 'gpu.log'}; rows: {rows}")
     return 0 if all(passed for passed, _ in results.values()) else 1
 

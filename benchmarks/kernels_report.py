@@ -27,6 +27,7 @@ from fused_res.kernels import conv_bn_act as conv_kernels
 from fused_res.kernels import training_convolution as training_kernels
 from report import cuda_resources as cuda
 from report.cuda_resources import Resources
+from report.tables import replaced
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -103,7 +104,7 @@ def _type(value) -> str:
 
 
 @contextlib.contextmanager
-def _recording(*words: str):
+def recording(*words: str):
     """Yields a list of what would be launched; nothing is."""
     found = []
 
@@ -129,6 +130,19 @@ def _recording(*words: str):
         yield found
 
 
+def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Without data, in channels_last."""
+    t = torch.empty(shape, dtype=dtype, device="meta")
+    return t.to(memory_format=torch.channels_last)
+
+
+def _stage(
+    dtype: torch.dtype, filters: int, channels: int, size: int = 3, step: int = 1, norm=None
+) -> ConvNorm:
+    weight, padding = empty(dtype, filters, channels, size, size), (size // 2,) * 2
+    return ConvNorm(weight, None, (step, step), padding, (1, 1), 1, norm)
+
+
 def _record(shape, dtype, layout: str, residual: str) -> list[Configuration]:
     norm = residual == "norm"
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
@@ -137,7 +151,7 @@ def _record(shape, dtype, layout: str, residual: str) -> list[Configuration]:
     first, of_first = Norm(w, w, w, w, True), bn_act_bwd.NormCall(w, True)
     second, of_second, other = (first, of_first, x) if norm else (None, None, None)
     wanted = bn_act_bwd.Wanted(True, True, True)
-    with _recording(_TYPES[dtype], layout, residual) as found:
+    with recording(_TYPES[dtype], layout, residual) as found:
         _, mask, stats = bn_act_fwd.forward(bn_act_fwd.Call(x, first, x, second))
         call = bn_act_bwd.Call(x, x, of_first, stats, mask, other, of_second, wanted=wanted)
         bn_act_bwd.backward(call)
@@ -147,51 +161,21 @@ def _record(shape, dtype, layout: str, residual: str) -> list[Configuration]:
     return found
 
 
-def record_bare() -> list[Configuration]:
-    """bn_act with all left out that may be: each is a compilation of its own."""
-    found = []
-    for shape in SHAPES["channels_last"]:
-        x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        x = x.to(memory_format=torch.channels_last)
-        w = torch.empty(shape[1], device="meta")
-        for training in (True, False):
-            running = (None, None) if training else (w, w)
-            norm = Norm(*running, None, None, training)
-            with _recording("bf16", "channels_last", "none") as launched:
-                _, mask, stats = bn_act_fwd.forward(
-                    bn_act_fwd.Call(x, norm, act=0, save_mask=False)
-                )
-                of_norm = bn_act_bwd.NormCall(None, training)
-                for need_x in (True, False):
-                    wanted = bn_act_bwd.Wanted(need_x, False, not need_x)
-                    call = bn_act_bwd.Call(x, x, of_norm, stats, mask, act=0, wanted=wanted)
-                    bn_act_bwd.backward(call)
-            found += launched
-    return list(dict.fromkeys(found))
-
-
 def record_conv(config: conv_tiles.Config, dtype, residual: str) -> Configuration:
     """3x3 in steps of 2."""
     n, c, h, w = CONV_SHAPE
-    k = CONV_FILTERS
-
-    def empty(*shape):
-        t = torch.empty(shape, dtype=dtype, device="meta")
-        return t.to(memory_format=torch.channels_last)
-
-    def stage(size: int) -> ConvNorm:
-        channels = torch.empty(k, device="meta")
-        norm = Norm(channels, channels, channels, channels)
-        padding = (size // 2, size // 2)
-        return ConvNorm(empty(k, c, size, size), None, (2, 2), padding, (1, 1), 1, norm)
-
-    shortcut, other = None, empty(n, k, h // 2, w // 2)
+    norm = Norm(*[torch.empty(CONV_FILTERS, device="meta")] * 4)
+    stage = partial(_stage, dtype, CONV_FILTERS, c, step=2, norm=norm)
+    x, shortcut, other = (
+        empty(dtype, n, c, h, w),
+        None,
+        empty(dtype, n, CONV_FILTERS, h // 2, w // 2),
+    )
     if residual == "projection":
-        shortcut, other = stage(1), empty(n, c, h, w)
-    size = other.element_size()
-    config = config._replace(BK=max(16, config.BK * 2 // size))
-    with _recording(_TYPES[dtype], "3x3/2", residual) as found:
-        conv_kernels.forward(empty(n, c, h, w), stage(3), other, shortcut, config=config)
+        shortcut, other = stage(size=1), x
+    config = config._replace(BK=max(16, config.BK * 2 // dtype.itemsize))
+    with recording(_TYPES[dtype], "3x3/2", residual) as found:
+        conv_kernels.forward(x, stage(), other, shortcut, config=config)
     return found[0]
 
 
@@ -210,32 +194,23 @@ def conv_configurations() -> list[Configuration]:
     return found
 
 
-def record_training(config: conv_tiles.Config, dtype, epilogue: int) -> Configuration:
+def record_training(config: conv_tiles.Config, dtype, epilogue: str) -> Configuration:
     """3x3, with an epilogue; ADD with a mask."""
     n, c, h, w = CONV_SHAPE
-    k = CONV_FILTERS
-
-    def empty(*shape):
-        t = torch.empty(shape, dtype=dtype, device="meta")
-        return t.to(memory_format=torch.channels_last)
-
-    def stage(k: int, c: int) -> ConvNorm:
-        return ConvNorm(empty(k, c, 3, 3), None, (1, 1), (1, 1), (1, 1), 1, None)
-
-    word = {v: name for name, v in vars(training_kernels).items() if name in EPILOGUES}[epilogue]
+    k, x = CONV_FILTERS, empty(dtype, n, c, h, w)
     with (
         mock.patch.object(training_kernels, "_kind", lambda *_: config.kind),
-        _recording(_TYPES[dtype], "3x3", word) as found,
+        recording(_TYPES[dtype], "3x3", epilogue) as found,
     ):
-        if epilogue == training_kernels.STATISTICS:
-            training_kernels.convolve(empty(n, c, h, w), stage(k, c), True, config)
+        if epilogue == "STATISTICS":
+            training_kernels.convolve(x, _stage(dtype, k, c), True, config)
         else:
-            like, stats = empty(n, k, h, w), torch.empty(5, k, device="meta")
+            like, stats = empty(dtype, n, k, h, w), torch.empty(5, k, device="meta")
             mask = torch.empty(n * h * w, k // 8, dtype=torch.uint8, device="meta")
-            add = epilogue == training_kernels.ADD
+            add = epilogue == "ADD"
             given = {"other": like, "mask": mask} if add else {"a": like, "stats": stats}
-            ending = training_kernels.Epilogue(epilogue, **given)
-            training_kernels.input_gradient(empty(n, c, h, w), stage(c, k), (h, w), ending, config)
+            ending = training_kernels.Epilogue(getattr(training_kernels, epilogue), **given)
+            training_kernels.input_gradient(x, _stage(dtype, c, k), (h, w), ending, config)
     return found[0]
 
 
@@ -251,9 +226,7 @@ def training_configurations() -> list[Configuration]:
         if config.kind not in kinds and not wide:
             kinds.add(config.kind)
             dtypes.append(torch.float32)
-        for dtype in dtypes:
-            for name in EPILOGUES:
-                found.append(record_training(config, dtype, getattr(training_kernels, name)))
+        found += [record_training(config, *how) for how in itertools.product(dtypes, EPILOGUES)]
     return found
 
 
@@ -262,11 +235,9 @@ def configurations() -> list[Configuration]:
     depend on the dtype, the layout or the residual."""
     found: dict[Configuration, list[Configuration]] = {}
     for layout, shapes in SHAPES.items():
-        for shape in shapes:
-            for dtype in DTYPES:
-                for residual in RESIDUALS:
-                    for c in _record(shape, dtype, layout, residual):
-                        found.setdefault(c._replace(dtype="", layout="", residual=""), []).append(c)
+        for shape, dtype, residual in itertools.product(shapes, DTYPES, RESIDUALS):
+            for c in _record(shape, dtype, layout, residual):
+                found.setdefault(c._replace(dtype="", layout="", residual=""), []).append(c)
     every = {"dtype": len(DTYPES), "layout": len(SHAPES), "residual": len(RESIDUALS)}
     merged = []
     for calls in found.values():
@@ -292,10 +263,6 @@ AMDGCN = {
     "fp32": r"v_(pk_)?(add|sub|subrev|mul|fma|fmac|mac|mad)_f32",
     "fp64": r"v_(add|mul|fma|fmac)_f64",
     "mma": r"v_mfma_",
-    "matrix_loads": r"(?!)",  # there is no such thing
-    "copies": r"(?!)",
-    "wgmma": r"(?!)",
-    "tma": r"(?!)",
     "barriers": r"s_barrier",
 }
 
@@ -333,17 +300,16 @@ def compile_for(c: Configuration, target: str) -> Resources:
     return resources._replace(shared=built.metadata.shared)  # given at the launch
 
 
-def _compile(job: tuple[Configuration, str]) -> tuple[Configuration, str, Resources]:
-    return *job, compile_for(*job)
-
-
 def report(sections: Iterable[Section], workers: int = 2):
     """(Configuration, target, Resources) of every compilation of the sections."""
-    jobs = []
-    for section in sections:
-        jobs += itertools.product(section.configurations(), section.targets)
+    jobs = [
+        job
+        for section in sections
+        for job in itertools.product(section.configurations(), section.targets)
+    ]
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(_compile, jobs, chunksize=4))
+        found = pool.map(compile_for, *zip(*jobs, strict=True), chunksize=4)
+        return [(*job, resources) for job, resources in zip(jobs, found, strict=True)]
 
 
 # --- tables
@@ -429,6 +395,8 @@ _LABELS = ("tile", "warps", "layout", "residual")
 _TRAIN_LABELS = ("tile", "warps", "convolution", "epilogue")
 _CONV_LABELS = ("tile", "warps", "convolution", "residual")
 _CONV, _TRAIN = "_conv_bn_act_fwd", "_training_convolution_fwd_bwd"
+_CONV_TMA, _CONV_POINTER = (f"{_CONV}_descriptor_kernel",), (f"{_CONV}_pointer_kernel",)
+_TRAIN_TMA, _TRAIN_POINTER = (f"{_TRAIN}_descriptor_kernel",), (f"{_TRAIN}_pointer_kernel",)
 SECTIONS = (
     Section("cuda", ("variant",), list(cuda.ARCHITECTURES), source="bn_act"),
     Section("cuda-chain", ("variant",), list(cuda.ARCHITECTURES), (), CHAIN_COLUMNS, "res_chain"),
@@ -436,20 +404,12 @@ SECTIONS = (
     Section("cuda-block", ("variant",), list(cuda.ARCHITECTURES), source="res_block"),
     Section("triton-nvidia", _LABELS, ["sm_80", "sm_90", "sm_100"], _BN_ACT),
     Section("triton-amd", _LABELS, ["gfx942"], _BN_ACT),
-    Section(
-        "conv-tma", _CONV_LABELS, ["sm_90", "sm_100"], (f"{_CONV}_descriptor_kernel",), CONV_COLUMNS
-    ),
-    Section("conv-nvidia", _CONV_LABELS, ["sm_80"], (f"{_CONV}_pointer_kernel",), CONV_COLUMNS),
-    Section(
-        "train-tma",
-        _TRAIN_LABELS,
-        ["sm_90", "sm_100"],
-        (f"{_TRAIN}_descriptor_kernel",),
-        CONV_COLUMNS,
-    ),
-    Section("train-nvidia", _TRAIN_LABELS, ["sm_80"], (f"{_TRAIN}_pointer_kernel",), CONV_COLUMNS),
-    Section("train-amd", _TRAIN_LABELS, ["gfx942"], (f"{_TRAIN}_pointer_kernel",), CONV_COLUMNS),
-    Section("conv-amd", _CONV_LABELS, ["gfx942"], (f"{_CONV}_pointer_kernel",), CONV_COLUMNS),
+    Section("conv-tma", _CONV_LABELS, ["sm_90", "sm_100"], _CONV_TMA, CONV_COLUMNS),
+    Section("conv-nvidia", _CONV_LABELS, ["sm_80"], _CONV_POINTER, CONV_COLUMNS),
+    Section("train-tma", _TRAIN_LABELS, ["sm_90", "sm_100"], _TRAIN_TMA, CONV_COLUMNS),
+    Section("train-nvidia", _TRAIN_LABELS, ["sm_80"], _TRAIN_POINTER, CONV_COLUMNS),
+    Section("train-amd", _TRAIN_LABELS, ["gfx942"], _TRAIN_POINTER, CONV_COLUMNS),
+    Section("conv-amd", _CONV_LABELS, ["gfx942"], _CONV_POINTER, CONV_COLUMNS),
 )
 
 
@@ -479,14 +439,6 @@ def markers(section: str) -> tuple[str, str]:
     return f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
 
 
-def replaced(text: str, section: str, new: str) -> str:
-    """``text`` with ``new`` between the section's markers."""
-    begin, end = markers(section)
-    head, rest = text.split(begin)
-    _, tail = rest.split(end)
-    return f"{head}{begin}\n{new}\n{end}{tail}"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     every = list(dict.fromkeys(target for section in SECTIONS for target in section.targets))
@@ -511,7 +463,8 @@ def main(argv: list[str] | None = None) -> int:
         text = f"{_caption(compiler, targets, rows)}\n\n{tables(rows, section)}"
         print(f"{text}\n")
         if args.write:
-            args.write.write_text(replaced(args.write.read_text(), section.name, text))
+            new = replaced(args.write.read_text(), *markers(section.name), text)
+            args.write.write_text(new)
         for row in rows:
             for target, r in zip(targets, row.found, strict=True):
                 if r.spilled:

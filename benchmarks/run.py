@@ -18,16 +18,7 @@ from pathlib import Path
 
 import torch
 from harness.measure import Deadline, measure
-from harness.rows import (
-    OUT_OF_TIME,
-    RESULTS,
-    ROOT,
-    environment,
-    lines,
-    losses,
-    validate,
-    write_rows,
-)
+from harness.rows import OUT_OF_TIME, RESULTS, environment, lines, losses, validate, write_rows
 from harness.suite import FUSED, Candidate, Options, Workload
 from suites import SUITES, workloads
 
@@ -65,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, help=words)
     words = "torch.compile's max-autotune too; it compiles for long (on a GPU: --suite autotune)"
     add("--max-autotune", **flag, help=words)
-    words = f"folder of <device>/<suite>.json; default {RESULTS.relative_to(ROOT)}"
+    words = "folder of <device>/<suite>.json; default benchmarks/results"
     add("--out", type=Path, help=f"{words}, and nothing with --quick or --filter")
     add("--child", help=argparse.SUPPRESS)
     add("--handed", type=Path, help=argparse.SUPPRESS)

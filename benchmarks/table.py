@@ -11,32 +11,23 @@ import json
 import sys
 from pathlib import Path
 
-from report import networks, plot
-from report.tables import load
+from harness.rows import RESULTS
+from report import plot
+from report.tables import load, networks, replaced
 from suites import SUITES
 
-RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 BEGIN_NETWORKS = "<!-- bench:begin networks -->"
 
 
-def _of_suites(found: dict[str, list[dict]], kind: str) -> list[tuple[bool, str]]:
-    return [
-        line
-        for name, suite in SUITES.items()
-        if name in found
-        for line in getattr(suite, kind)(found[name])
-    ]
-
-
 def targets(found: dict[str, list[dict]]) -> list[tuple[bool, str]]:
     """(met, what) of every figure that one CPU's rows are held to, 2 threads, float32."""
-    return _of_suites(found, "targets")
+    return [line for name in SUITES if name in found for line in SUITES[name].targets(found[name])]
 
 
 def goals(found: dict[str, list[dict]]) -> list[tuple[bool, str]]:
     """(met, what) of what is aimed at and not demanded."""
-    return _of_suites(found, "goals")
+    return [line for name in SUITES if name in found for line in SUITES[name].goals(found[name])]
 
 
 def markdown(results: Path) -> str:
@@ -63,20 +54,6 @@ def dispatch(results: Path) -> str:
     return "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n"
 
 
-def replaced(text: str, results: Path) -> str:
-    """``text`` with the tables of ``results`` between its two markers.
-
-    Raises:
-        ValueError: the markers are not there, once each and in order.
-    """
-    begin = BEGIN_NETWORKS if BEGIN_NETWORKS in text else BEGIN
-    if text.count(begin) != 1 or text.count(END) != 1 or text.index(begin) > text.index(END):
-        raise ValueError(f"{begin} and {END} must each be there once, in this order")
-    table = markdown(results) if begin == BEGIN else networks.markdown(load(results))
-    head, tail = text.split(begin)[0], text.split(END)[1]
-    return f"{head}{begin}\n{table}\n{END}{tail}"
-
-
 def print_targets(results: Path) -> int:
     cpus = [found for device, found in load(results).items() if device.startswith("cpu-")]
     demanded, aims = ([line for found in cpus for line in f(found)] for f in (targets, goals))
@@ -91,7 +68,10 @@ def update(path: Path, results: Path, check: bool) -> int:
     """Replaces the tables in a file, or says whether they are out of date."""
     text = path.read_text()
     try:
-        new = replaced(text, results)
+        if BEGIN_NETWORKS in text:
+            new = replaced(text, BEGIN_NETWORKS, END, networks(load(results)))
+        else:
+            new = replaced(text, BEGIN, END, markdown(results))
     except ValueError as error:
         print(f"{path}: {error}", file=sys.stderr)
         return 2
@@ -109,12 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     add = mode.add_argument
     add("--write", type=Path, metavar="FILE", help="replace the tables in FILE")
     add("--check", type=Path, metavar="FILE", help="exit 1 where FILE's differ")
-    add(
-        "--dispatch",
-        type=Path,
-        metavar="FILE",
-        help="write what `auto` follows, shipped_timings.json",
-    )
+    words = "write what `auto` follows, shipped_timings.json"
+    add("--dispatch", type=Path, metavar="FILE", help=words)
     words = "write speed.png, curves.png and chains.png of one device beside its rows"
     add("--plots", type=Path, metavar="FOLDER", help=words)
     words = "hold CPU results against the targets, and show how far the goals are"

@@ -13,9 +13,8 @@ from functools import lru_cache
 
 import pytest
 import torch
-from harness.measure import Measurement, free
+from harness.measure import DeviceClock, Measurement, free
 from harness.suite import Candidate, Options, Workload
-from harness.timing import DeviceClock
 from suites import SUITES, workloads
 
 GPU = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""What a candidate is built into: calls that are timed, and the result that is checked.
+"""What a candidate is built into, calls that are timed and a result; and how wrong a result may be.
 
 All candidates of a workload get the same values.
 """
@@ -6,8 +6,10 @@ All candidates of a workload get the same values.
 from __future__ import annotations
 
 import gc
+import math
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 CL = "channels_last"
 STEP = "forward+backward"
+HALVES = (torch.bfloat16, torch.float16)
+Call = Callable[[], Tensor | tuple[Tensor, ...]]
+Errors = dict[tuple[str, str], float]  # by tensor, and "largest" or "rms"
 
 
 def same(module: nn.Module) -> nn.Module:
@@ -25,55 +30,45 @@ def outputs(returned: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (returned,) if isinstance(returned, Tensor) else returned
 
 
-class Graphed:
-    """``call`` captured after three calls on a side stream; calling it replays the graph.
+def captured(call: Call) -> Call:
+    """Replays of a CUDA graph of ``call``, which write to the same tensors and return them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    # a graph or an event that the collector destroyed during the capture would break it
+    gc.collect()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # without the autograd graph, which would keep what was saved for backward
+        kept = tuple(t.detach() for t in outputs(call()))
 
-    Replays write to the same tensors, which are returned. Where there is no GPU nothing is captured
-    and the call itself runs.
-    """
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return kept
 
-    def __init__(self, call: Callable[[], Tensor | tuple[Tensor, ...]], device: str) -> None:
-        self.call = call
-        self.graph = None
-        if torch.device(device).type != "cuda":
-            return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        # a graph or an event that the collector destroyed during the capture would break it
-        gc.collect()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            # without the autograd graph, which would keep what was saved for backward
-            self.outputs = tuple(t.detach() for t in outputs(call()))
-        self.graph = graph
-
-    def __call__(self) -> Tensor | tuple[Tensor, ...]:
-        if self.graph is None:
-            return self.call()
-        self.graph.replay()
-        return self.outputs
+    return replay
 
 
 class Program:
-    """``calls``: what is timed, by direction. The last of ``directions`` is what is checked.
+    """``calls``: what is timed, by direction. The last one is checked.
 
     ``inputs``: the tensors that every call is given, always the same.
     """
 
-    directions: tuple[str, ...]
-    inputs: tuple[Tensor, ...]
-    calls: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
+    def __init__(self, calls: dict[str, Call], inputs: tuple[Tensor, ...]) -> None:
+        self.calls, self.inputs = calls, inputs
 
     def run(self) -> tuple[Tensor, ...]:
-        return outputs(self.calls[self.directions[-1]]())
+        *_, checked = self.calls.values()
+        return outputs(checked())
 
     def capture(self, device: str) -> None:
-        """From now on every call is a replay of a CUDA graph of it."""
-        self.calls = {name: Graphed(call, device) for name, call in self.calls.items()}
+        """From now on every call is a replay of a CUDA graph of it, where there is a GPU."""
+        if torch.device(device).type == "cuda":
+            self.calls = {name: captured(call) for name, call in self.calls.items()}
 
     def release(self) -> None:
         """Frees what a step leaves behind."""
@@ -97,7 +92,6 @@ class TensorProgram(Program):
     dy: Tensor
     inputs: tuple[Tensor, ...]
     module: nn.Module | None = None
-    initial: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.initial = {name: t.clone() for name, t in self.state.items()}
@@ -119,7 +113,7 @@ class TensorProgram(Program):
         y, *grads = self.run()
         # clones: a CUDA graph overwrites its outputs
         result = {"y": y.detach().clone()}
-        if "eval" in self.directions:
+        if "eval" in self.calls:
             return result
         result.update((f"d{k}", g.clone()) for k, g in zip(self.wrt, grads, strict=True))
         result.update((k, t.clone()) for k, t in self.state.items())
@@ -177,3 +171,74 @@ def separate(
         nudge = 1e-3 * torch.randn((count, target.size(1)), generator=generator)
         target.permute(0, 2, 3, 1)[near] += nudge.to(target.device)
     raise RuntimeError(f"{count} ReLU inputs stay near zero")
+
+
+# --- the correctness rule: errors against float64, and how many times PyTorch's own they are
+
+
+def errors(result: dict[str, Tensor], exact: dict[str, Tensor]) -> Errors:
+    """Largest and RMS error of every tensor.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+    """
+    if set(result) != set(exact):
+        raise ValueError(f"returned {sorted(result)} instead of {sorted(exact)}")
+    out = {}
+    for name, e in exact.items():
+        if result[name].shape != e.shape:
+            raise ValueError(f"{name} has shape {tuple(result[name].shape)}, not {tuple(e.shape)}")
+        off = result[name].double() - e
+        out[name, "largest"] = float(off.abs().max())
+        out[name, "rms"] = rms(off)
+    return out
+
+
+def rms(t: Tensor) -> float:
+    return float(t.square().mean().sqrt())
+
+
+def half_ulp(size: float, dtype: torch.dtype) -> float:
+    """Half a unit in the last place of numbers of that size: rounding alone errs so."""
+    if not 0 < size < math.inf:
+        return 0.0
+    return torch.finfo(dtype).eps / 2 * 2.0 ** math.floor(math.log2(size))
+
+
+def compare(
+    dtype: torch.dtype, result: dict[str, Tensor], exact: dict[str, Tensor]
+) -> tuple[Errors, dict[str, float]]:
+    """The errors that count, and the least that each is taken for: half an ulp.
+
+    In 16 bits only RMS errors do, with half an ulp of the RMS: of millions of ReLU inputs some
+    round to the other side of zero, and the largest error tells of that chance alone.
+    """
+    found = errors(result, exact)
+    size = rms if dtype in HALVES else lambda e: float(e.abs().max())
+    floor = {name: half_ulp(size(e), dtype) for name, e in exact.items()}
+    if dtype in HALVES:
+        found = {key: error for key, error in found.items() if key[1] == "rms"}
+    return found, floor
+
+
+def compare_net(
+    dtype: torch.dtype, result: dict[str, Tensor], exact: dict[str, Tensor]
+) -> tuple[Errors, dict[str, float]]:
+    """As ``compare``; of a net's many gradients only the one with the median relative error."""
+    found, floor = compare(dtype, result, exact)
+    sizes = {name: rms(e) for name, e in exact.items() if name != "y"}
+    relative = [found[name, "rms"] / size for name, size in sizes.items() if size]
+    found = {("y", "rms"): found["y", "rms"]}
+    if relative:
+        found["gradients", "rms"] = statistics.median(relative)
+        floor["gradients"] = torch.finfo(dtype).eps / 2
+    return found, floor
+
+
+def over_eager(found: Errors, eager: Errors, floor: dict[str, float]) -> tuple[float, str]:
+    """The worst error over eager's own, which counts for half an ulp at least; and of what."""
+    ratios = {
+        key: error / max(eager.get(key, 0.0), floor[key[0]], 1e-300) for key, error in found.items()
+    }
+    worst = max(ratios, key=lambda key: (math.isnan(ratios[key]), ratios[key]))
+    return ratios[worst], f"{worst[0]}, {worst[1]}"

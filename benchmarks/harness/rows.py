@@ -16,6 +16,7 @@ import torch
 
 import fused_res
 from fused_res.dispatch.backends import STATUS, cpu_isa
+from fused_res.dispatch.user_timings import processor
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -86,18 +87,19 @@ def lines(rows: list[dict]) -> list[str]:
     return out
 
 
+MORE_FIGURES = (
+    ("images_per_s", "images/s", "8.0f"), ("peak_mib", "MiB", "8.0f"),
+    ("tflops", "TFLOP/s", "8.3g"), ("percent_of_roofline", "% of roofline", "4.0f"),
+)  # fmt: skip
+
+
 def _figures(row: dict) -> str:
     out = f"{row['median_ms']:9.3f} ms [{row['p20_ms']:.3f}, {row['p80_ms']:.3f}]"
     if row["gbps"] is not None:
         out += f" {row['gbps']:6.1f} GB/s {row['percent_of_copy']:4.0f} %"
     if row["page_faults"] is not None:
         out += f" {row['page_faults']:7.0f} faults"
-    for field, unit, digits in (
-        ("images_per_s", "images/s", "8.0f"),
-        ("peak_mib", "MiB", "8.0f"),
-        ("tflops", "TFLOP/s", "8.3g"),
-        ("percent_of_roofline", "% of roofline", "4.0f"),
-    ):
+    for field, unit, digits in MORE_FIGURES:
         if row.get(field) is not None:
             out += f" {row[field]:{digits}} {unit}"
     return out
@@ -118,34 +120,17 @@ def losses(rows: list[dict]) -> list[str]:
 # --- where they are made: device, versions, commit and date, as every row has them
 
 
-def device_info(device: str) -> dict:
+def _device(device: str) -> dict:
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        name = properties.name
-        return {
-            "slug": _slug(name),
-            "name": name,
-            "cores": properties.multi_processor_count,
-            "threads": torch.get_num_threads(),
-            "isa": f"sm_{properties.major}{properties.minor}",
-        }
-    name, cores = _cpu_name(), os.cpu_count() or 1
-    return {
-        "slug": f"cpu-{_slug(name)}-{cores}c",
-        "name": name,
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "isa": torch.backends.cpu.get_cpu_capability().lower() if STATUS["cpu"] else cpu_isa(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
+        name, cores = properties.name, properties.multi_processor_count
+        slug, isa = _slug(name), f"sm_{properties.major}{properties.minor}"
+    else:
+        name, cores = processor(), os.cpu_count() or 1
+        slug = f"cpu-{_slug(name)}-{cores}c"
+        isa = torch.backends.cpu.get_cpu_capability().lower() if STATUS["cpu"] else cpu_isa()
+    threads = torch.get_num_threads()
+    return {"slug": slug, "name": name, "cores": cores, "threads": threads, "isa": isa}
 
 
 def _slug(name: str) -> str:
@@ -160,18 +145,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def versions() -> dict:
-    return {
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "fused_res": fused_res.__version__,
-        "onnxruntime": _version("onnxruntime"),
-        "openvino": _version("openvino"),
-    }
-
-
-def commit() -> str:
+def _commit() -> str:
     """The commit, with ``-dirty`` where anything but the results differs from it.
 
     A copy of the tree that has no history is told by ``FUSED_RES_COMMIT``.
@@ -191,9 +165,13 @@ def commit() -> str:
 
 def environment(device: str) -> dict:
     now = datetime.datetime.now(datetime.timezone.utc)
-    return {
-        "device": device_info(device),
-        "versions": versions(),
-        "commit": commit(),
-        "date": now.isoformat(timespec="seconds"),
+    versions = {
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "fused_res": fused_res.__version__,
+        "onnxruntime": _version("onnxruntime"),
+        "openvino": _version("openvino"),
     }
+    date = now.isoformat(timespec="seconds")
+    return {"device": _device(device), "versions": versions, "commit": _commit(), "date": date}

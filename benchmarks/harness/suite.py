@@ -15,9 +15,7 @@ from torch import Tensor
 
 from fused_res.dispatch.backends import BACKENDS, why_not
 
-from . import check
 from .program import CL, FORMATS, STEP, Program
-from .roofline import Kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FUSED = "fused_res-"
@@ -34,6 +32,13 @@ FOLDED_SLACK = 3.0
 WINOGRAD_BOUND = 5e-6
 
 Build = Callable[[Any], Program]  # of the workload's values
+
+
+class Kernel(NamedTuple):
+    """What a kernel of the roofline does at least."""
+
+    flops: int
+    bytes: int
 
 
 class Options(NamedTuple):
@@ -108,16 +113,6 @@ def why_none(device: str, *args) -> str | None:
     return "; ".join(f"{name}: {why}" for name, why in found.items())
 
 
-def compile_modes(*names: str) -> dict[str, dict]:
-    """Options of torch.compile by the candidate's name, for the modes named.
-
-    One fixed shape and no graph break: what torch.compile is best at.
-    """
-    fixed = {"fullgraph": True, "dynamic": False}
-    modes = {f"compile-{name}": {**fixed, "mode": name} for name in names if name != "default"}
-    return {"compile": fixed, **modes} if "default" in names else modes
-
-
 @dataclass(frozen=True)
 class Workload:
     """What candidates run. A subclass says what it computes.
@@ -142,6 +137,7 @@ class Workload:
     alone: bool = False
     modes: tuple[str, ...] | None = None
 
+    net = None  # the name of a whole net
     settles = False  # a turn begins with a pause, for runtimes with threads of their own
     counts_saved = False  # what is saved for backward is counted
     whole_net = False  # images a second and, in training, the peak of memory are reported
@@ -162,13 +158,23 @@ class Workload:
         """All that could run it, those named ``eager`` first."""
         raise NotImplementedError
 
-    def compare(self, result: dict[str, Tensor], exact: dict[str, Tensor]):
-        """As ``check.compare``."""
-        return check.compare(self.dtype, result, exact)
-
     def moved_bytes(self, direction: str) -> int | None:
         """What an ideal call reads and writes; None: no bandwidth is reported."""
         return sum(kernel.bytes for kernel in self.kernels()) or None
+
+    def slack(self, backend: str) -> float:
+        """How many times PyTorch's own error the fused kernels of a backend may have."""
+        folded = self.net and not self.training and backend == "cuda"
+        return FOLDED_SLACK if folded and self.dtype != torch.float32 else FUSED_SLACK
+
+    def winograd(self) -> int:
+        """How many convolutions the fused kernels may run by Winograd's algorithm."""
+        return 0
+
+    def bound(self) -> float:
+        """The relative RMS error that they may have whatever PyTorch's is."""
+        exact = self.training or self.dtype != torch.float32
+        return 0.0 if exact else WINOGRAD_BOUND * self.winograd() ** 0.5
 
     def kernels(self) -> tuple[Kernel, ...]:
         """What the roofline is made of; none: no share of it is reported."""
@@ -200,18 +206,17 @@ class TrainingWorkload(Workload):
     def backends(self, device: str, options: Options) -> dict[str, str | None]:
         return backends(device, self.dtype)
 
-    def slack(self, backend: str) -> float:
-        folded = self.whole_net and not self.training and backend == "cuda"
-        return FOLDED_SLACK if folded and self.dtype != torch.float32 else FUSED_SLACK
-
-    def bound(self) -> float:
-        return 0.0
-
     def compile_modes(self, options: Options) -> dict[str, dict]:
-        if not options.compile:
-            return {}
-        names = ["default"] + ["reduce-overhead"] * options.gpu
-        return compile_modes(*(self.modes or [*names, *["max-autotune"] * options.max_autotune]))
+        """Options of torch.compile by the candidate's name.
+
+        One fixed shape and no graph break: what torch.compile is best at.
+        """
+        fixed = {"fullgraph": True, "dynamic": False}
+        modes = {} if self.modes else {"compile": fixed}
+        names = [*["reduce-overhead"] * options.gpu, *["max-autotune"] * options.max_autotune]
+        for name in self.modes or names:
+            modes[f"compile-{name}"] = {**fixed, "mode": name}
+        return modes if options.compile else {}
 
     def candidates(self, device: str, options: Options) -> list[Candidate]:
         layout = self.layout or CL

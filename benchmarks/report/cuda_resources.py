@@ -57,11 +57,12 @@ class Resources(NamedTuple):
     fp32: int  # additions, multiplications and both in one
     fp64: int
     mma: int  # products of matrices in registers
-    matrix_loads: int  # ldmatrix: their operands, from shared memory
-    copies: int  # cp.async: from global to shared memory, past the registers
-    wgmma: int  # in shared memory: sm_90's, and sm_100's tcgen05
-    tma: int  # loads of tensors' boxes
     barriers: int
+    # NVIDIA's alone
+    matrix_loads: int = 0  # ldmatrix: their operands, from shared memory
+    copies: int = 0  # cp.async: from global to shared memory, past the registers
+    wgmma: int = 0  # in shared memory: sm_90's, and sm_100's tcgen05
+    tma: int = 0  # loads of tensors' boxes
 
     @property
     def spilled(self) -> bool:
@@ -155,11 +156,6 @@ class Kernel(NamedTuple):
     resources: Resources
 
     @property
-    def vector(self) -> bool:
-        """Whether it goes over tensors 16 bytes at a time."""
-        return "kChannelsLast" in self.arguments and self.arguments.get("kVector") != "false"
-
-    @property
     def variant(self) -> str:
         words = []
         for name, value in self.arguments.items():
@@ -210,30 +206,15 @@ def compile_source(source: Path, architecture: str, folder: Path) -> list[Kernel
     flags = [*SETUP["common_flags"](), "-DUSE_CUDA", f"-gencode=arch={compute},code={architecture}"]
     command = [SETUP["nvcc"](), *flags, "-cubin", str(source), "-o", str(cubin)]
     subprocess.run(command, check=True, capture_output=True)
-    return _kernels(cubin)
+    return kernels_in(cubin)
 
 
-def _kernels(cubin: Path) -> list[Kernel]:
+def kernels_in(cubin: Path) -> list[Kernel]:
     found = read_cubin(cubin)
     names = subprocess.check_output(["c++filt", *found], text=True).splitlines()
     kernels = [_kernel(*pair) for pair in zip(names, found.values(), strict=True)]
     order = {short(name): i for i, name in enumerate(declared())}
     return sorted(kernels, key=lambda k: (order.get(k.name, len(order)), k.variant, k.dtype))
-
-
-def built_kernels(folder: Path) -> dict[str, list[Kernel]]:
-    """Every kernel of the extension that is built in this checkout, by architecture; none where
-    there is none, or a source is newer."""
-    library = ROOT / "fused_res/_C_cuda.abi3.so"
-    sources = [ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]
-    if not library.exists() or library.stat().st_mtime < max(p.stat().st_mtime for p in sources):
-        return {}
-    command = [cuobjdump(), "-xelf", "all", str(library)]
-    subprocess.run(command, check=True, capture_output=True, cwd=folder)
-    found: dict[str, list[Kernel]] = {}
-    for cubin in sorted(folder.glob("*.cubin")):
-        found.setdefault(cubin.stem.split(".")[-1], []).extend(_kernels(cubin))
-    return found
 
 
 def compile_kernels(architecture: str, folder: Path, stem: str = "") -> list[Kernel]:

@@ -13,18 +13,10 @@ MARKERS = "osD^v<>PX*hp"
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 4, 5, 7, 10, 15, 20)
 
 
-def load(folder: Path, name: str) -> list[dict]:
-    path = folder / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def timed(folder: Path, suite: Suite) -> list[dict]:
+def timed(rows: list[dict], suite: Suite) -> list[dict]:
     """The rows that have a time in a direction that is shown."""
-    return [
-        row
-        for row in load(folder, suite.name)
-        if row["direction"] in suite.plot.directions and row["median_ms"] is not None
-    ]
+    shown = suite.plot.directions
+    return [row for row in rows if row["direction"] in shown and row["median_ms"] is not None]
 
 
 def label(row: dict, plain: bool) -> str:
@@ -61,15 +53,15 @@ def panels_of(suite: Suite, rows: list[dict]) -> list[tuple[str, Points, bool]]:
     return [panel for panel in out if panel[1]]
 
 
-def draw(folder: Path, suites: list[Suite]) -> Path | None:
-    """Writes speed.png; None where there is nothing to draw."""
+def draw(rows: dict[str, list[dict]], suites: list[Suite], path: Path) -> Path | None:
+    """Writes speed.png; None where there is nothing to draw. rows: by suite."""
     from matplotlib import pyplot as plt
 
-    found = {suite.name: timed(folder, suite) for suite in suites}
+    found = {suite.name: timed(rows.get(suite.name, []), suite) for suite in suites}
     panels = [p for suite in suites for p in panels_of(suite, found[suite.name])]
     if not panels:
         return None
-    lines = [list(dict.fromkeys(line for _, line, _ in points)) for _, points, _ in panels]
+    lines = [unique(line for _, line, _ in points) for _, points, _ in panels]
     candidates = sorted({name for _, points, _ in panels for name, _, _ in points})
     colours = plt.get_cmap("tab20").colors
     heights = [len(found) + 3 for found in lines]
@@ -97,7 +89,7 @@ def draw(folder: Path, suites: list[Suite]) -> Path | None:
         ax.grid(axis="y", linewidth=0.3)
         ax.set_title(title, fontsize=9, loc="left")
         ax.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return save(figure, next(filter(None, found.values()))[:1], folder / "speed.png")
+    return save(figure, next(filter(None, found.values()))[:1], path)
 
 
 def save(figure, rows: list[dict], path: Path) -> Path:
@@ -180,10 +172,11 @@ def write(folder: Path, suites: dict[str, Suite]) -> int:
         print(f"no plot: {error}")
         return 0
     matplotlib.use("Agg")
-    paths = [draw(folder, [suite for suite in suites.values() if suite.plot])]
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    plotted = [suite for suite in suites.values() if suite.plot]
+    paths = [draw(found, plotted, folder / "speed.png")]
     for name, suite in suites.items():
-        rows = load(folder, name)
-        if rows and suite.picture:
-            paths.append(suite.picture(rows, folder / f"{name}.png"))
+        if found.get(name) and suite.picture:
+            paths.append(suite.picture(found[name], folder / f"{name}.png"))
     print("\n".join(f"wrote {p}" for p in paths if p) or f"no plot: no rows in {folder}")
     return 0

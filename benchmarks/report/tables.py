@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -28,13 +29,8 @@ HEADINGS = {
     "fused_res-optimized": "`optimize_for_inference`",
     "fused_res-frozen": "`optimize_for_inference(freeze=True)`",
 }
-
-
 # the two of a CPU, see docs/performance.md
-ALLOCATORS = {
-    "default": "Default allocator",
-    "raised": "Allocator that keeps freed memory",
-}
+ALLOCATORS = {"default": "Default allocator", "raised": "Allocator that keeps freed memory"}
 
 
 def heading(candidate: str, quote: str = "`") -> str:
@@ -72,39 +68,35 @@ class Lookup:
         self.fused = unique(row["rival"] for row in rows if row["rival"].startswith(FUSED))
         self.backends = [name for name in self.fused if re.fullmatch(rf"{FUSED}[a-z0-9]+", name)]
 
-    def row(self, workload: str, candidate: str, direction: str, allocator: str) -> dict | None:
-        """The candidate's row; of two layouts the channels_last one."""
-        found = [
-            row
-            for row in self.rows
-            if (row["workload"], row["rival"], row["direction"], row["allocator"])
-            == (workload, candidate, direction, allocator)
-        ]
-        return max(found, key=lambda row: row["layout"] == CL, default=None)
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(candidate with fused kernels, allocator)"""
+        return list(itertools.product(self.fused, self.allocators))
+
+    def row(self, workload: str, candidate: str, direction: str, allocator: str) -> dict:
+        """The candidate's row; of two layouts the channels_last one; empty where there is none."""
+        fields = ("workload", "rival", "direction", "allocator")
+        wanted = [workload, candidate, direction, allocator]
+        found = [row for row in self.rows if [row[field] for field in fields] == wanted]
+        return max(found, key=lambda row: row["layout"] == CL, default={})
 
     def speedup(
-        self, workload: str, candidate: str, direction: str, allocator: str, baselines: list[str]
+        self, workload: str, candidate: str, direction: str, allocator: str, *baselines: str
     ) -> float | None:
         """Over the fastest of the baselines (``eager``, ``eager channels_last``, ``compile*``, ...)
         that ran."""
-        row = self.row(workload, candidate, direction, allocator) or {"speedup_over": {}}
+        ratios = self.row(workload, candidate, direction, allocator).get("speedup_over", {})
         found = [
             ratio
-            for label, ratio in row["speedup_over"].items()
+            for label, ratio in ratios.items()
             if label in baselines
             or any(fnmatch.fnmatchcase(label.split()[0], base) for base in baselines)
         ]
         return min(found, default=None)
 
-    def fastest(self, workload: str, direction: str, fused: bool) -> dict | None:
-        rows = [
-            row
-            for row in self.rows
-            if (row["workload"], row["direction"]) == (workload, direction)
-            and row["median_ms"] is not None
-            and row["rival"].startswith(FUSED) == fused
-        ]
-        return min(rows, key=lambda row: row["median_ms"], default=None)
+    def speedups(self, workloads: Iterable[str], *args: str) -> list[float | None]:
+        """Of each workload; the other arguments as of ``speedup``."""
+        return [self.speedup(workload, *args) for workload in workloads]
 
 
 # --- columns
@@ -120,7 +112,7 @@ class Line(NamedTuple):
     allocator: str
 
     def row(self, candidate: str, direction: str, allocator: str) -> dict:
-        return self.rows.row(self.workload, candidate, direction, allocator) or {}
+        return self.rows.row(self.workload, candidate, direction, allocator)
 
 
 class Column(NamedTuple):
@@ -145,7 +137,7 @@ def over(
     def cell(line: Line) -> str:
         name = (of or line.candidate) + GRAPHED * graphed
         way = direction or line.direction
-        return number(line.rows.speedup(line.workload, name, way, line.allocator, baselines))
+        return number(line.rows.speedup(line.workload, name, way, line.allocator, *baselines))
 
     return Column(heading, cell)
 
@@ -162,28 +154,25 @@ def figure(
     return Column(heading, cell)
 
 
-def _pair(
-    heading: str, names: Callable[[str], tuple[str, str]], field: str, digits: str, mark: str
-):
-    """A field of two candidates' rows, under the first allocator."""
-
-    def cell(line: Line) -> str:
-        allocator = line.rows.allocators[0]
-        rows = (line.row(name, line.direction, allocator) for name in names(line.candidate))
-        return mark.join(number(row.get(field), digits) for row in rows)
-
-    return Column(heading, cell)
-
-
 def both_forms(heading: str, field: str, digits: str = ".3g") -> Column:
     """A field as the candidate is, and in a CUDA graph."""
-    heading = f"{heading}, as it is / in a CUDA graph"
-    return _pair(heading, lambda name: (name, name + GRAPHED), field, digits, " / ")
+
+    def cell(line: Line) -> str:
+        names = line.candidate, line.candidate + GRAPHED
+        rows = (line.row(name, line.direction, line.allocator) for name in names)
+        return " / ".join(number(row.get(field), digits) for row in rows)
+
+    return Column(f"{heading}, as it is / in a CUDA graph", cell)
 
 
-def arrow(heading: str, field: str, digits: str = ".0f") -> Column:
+def arrow(heading: str, field: str) -> Column:
     """A field of eager PyTorch's row, and of the candidate's."""
-    return _pair(f"{heading}: eager → fused", lambda name: ("eager", name), field, digits, " → ")
+
+    def cell(line: Line) -> str:
+        rows = (line.row(n, line.direction, line.allocator) for n in ("eager", line.candidate))
+        return " → ".join(number(row.get(field), ".0f") for row in rows)
+
+    return Column(f"{heading}: eager → fused", cell)
 
 
 def saved(direction: str = "") -> Column:
@@ -235,12 +224,12 @@ class Table:
             for allocator in found.allocators:
                 if len(found.allocators) > 1:
                     out.append(f"**{ALLOCATORS[allocator]}**")
-                out.append("\n".join(self.table(found, name, allocator)))
+                out.append(self.table(found, name, allocator))
         if found.allocators == ["cuda"]:
             out.append(behind(found))
         return [*out, caption(rows)]
 
-    def table(self, found: Lookup, candidate: str, allocator: str) -> list[str]:
+    def table(self, found: Lookup, candidate: str, allocator: str) -> str:
         mode = ["mode"] if self.by_direction else []
         body = []
         for workload, direction in self._lines(found):
@@ -260,22 +249,39 @@ class Table:
         return list(dict(lines).items())
 
 
-def to_markdown(header: list[str], body: list[list[str]]) -> list[str]:
+def to_markdown(header: list[str], body: list[list[str]]) -> str:
     align = ["---"] + ["---:"] * (len(header) - 1)
-    return [f"| {' | '.join(cells)} |" for cells in (header, align, *body)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *body))
+
+
+def replaced(text: str, begin: str, end: str, new: str) -> str:
+    """``text`` with ``new`` between the two markers.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{begin} and {end} must each be there once, in this order")
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    return f"{head}{begin}\n{new}\n{end}{tail}"
 
 
 def behind(found: Lookup) -> str:
     """Where the fastest candidate is not a fused one, and by how much."""
-    rows = [row for row in found.rows if row["direction"] != "saved"]
+    # by workload and direction: the fastest row of the others and of the fused ones
+    fastest: dict[tuple[str, str], dict[bool, dict]] = {}
+    for row in found.rows:
+        if row["median_ms"] is not None:
+            of = fastest.setdefault((row["workload"], row["direction"]), {})
+            fused = row["rival"].startswith(FUSED)
+            of[fused] = min(of.get(fused, row), row, key=lambda one: one["median_ms"])
     lost, count = [], 0
-    for line in unique((row["workload"], row["direction"]) for row in rows):
-        fused, other = found.fastest(*line, fused=True), found.fastest(*line, fused=False)
-        if fused and other:
+    for line, of in fastest.items():
+        if len(of) == 2:
             count += 1
-            if other["median_ms"] < fused["median_ms"]:
-                ratio = other["median_ms"] / fused["median_ms"]
-                name = f"{heading(other['rival'])}, {other['layout']}"
+            ratio = of[False]["median_ms"] / of[True]["median_ms"]
+            if ratio < 1:
+                name = f"{heading(of[False]['rival'])}, {of[False]['layout']}"
                 lost.append(f"{', '.join(line)}: {ratio:.2f} ({name})")
     head = f"The fastest fused candidate loses to the fastest other in {len(lost)} of {count}"
     return f"{head}: {'; '.join(lost)}." if lost else f"{head}."
@@ -318,3 +324,44 @@ def caption(rows: list[dict]) -> str:
         units = f"{d['cores']} multiprocessors"
     dtypes = ", ".join(unique(row["dtype"] for row in rows))
     return f"*{d['name']} ({d['isa']}, {units}), {dtypes}, {versions}, {made(rows)}.*"
+
+
+# --- whole networks: the README's table, of a CPU, in inference, with the default allocator
+
+# suite -> what its networks run as, the candidate whose weights are as fixed as the rivals'
+NETWORKS = {"inference": "fused_res-optimized", "chains": "fused_res-frozen"}
+NETWORK_COLUMNS = (
+    figure("PyTorch, ms", "median_ms", ".2f", of="eager"),
+    figure("fused_res, ms", "median_ms", ".2f"),
+    over("speed-up over PyTorch", f"eager {CL}"),
+    over("over torch.compile", "compile-freezing"),
+    over("over ONNX Runtime", "onnxruntime"),
+    over("over OpenVINO", "openvino"),
+)
+
+
+def networks(devices: dict[str, dict[str, list[dict]]]) -> str:
+    """A table for each CPU, under it where and when it was measured."""
+    sections, header = [], ["inference, float32", *(column.heading for column in NETWORK_COLUMNS)]
+    for suites in (suites for device, suites in devices.items() if device.startswith("cpu-")):
+        body, shown = [], []
+        for suite, candidate in NETWORKS.items():
+            rows = [row for row in suites.get(suite, []) if "ResNet" in row["workload"]]
+            found = Lookup(rows)
+            for workload in found.workloads:
+                line = Line(found, workload, candidate, "eval", found.allocators[0])
+                cells = (column.cell(line) for column in NETWORK_COLUMNS)
+                body.append([workload.removeprefix("torchvision "), *cells])
+            shown += rows
+        if body:
+            sections += [to_markdown(header, body), _where(shown)]
+    return "\n\n".join(sections) if sections else "No results yet."
+
+
+def _where(rows: list[dict]) -> str:
+    """Device, versions, commits and dates of the rows."""
+    device, versions = rows[0]["device"], rows[0]["versions"]
+    named = [f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino")]
+    runs = " and ".join(unique(f"commit {row['commit']}, {row['date'][:10]}" for row in rows))
+    isa = f"{device['isa']}, {device['cores']} cores, {device['threads']} threads"
+    return f"*{device['name']} ({isa}), {', '.join(named)}, {runs}.*"

@@ -1,4 +1,4 @@
-"""Residual blocks: a training step or, on a GPU, eval mode too."""
+"""Residual blocks in training and in eval mode: those that ``fuse_`` fuses whole, and in part."""
 
 from __future__ import annotations
 
@@ -7,16 +7,123 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from harness.cudnn import FoldedBlock
+import torch.nn.functional as F
 from harness.program import FORMATS, TensorProgram, double, place, same, separate
-from harness.suite import CL, STEP, Build, Plot, Suite, TrainingWorkload
+from harness.suite import CL, STEP, Build, Kernel, Options, Plot, Suite, TrainingWorkload, why_none
 from report.tables import AGAINST, Lookup, Table, claims, figure, over, saved
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval, fuse_conv_bn_weights
 
-from fused_res import FusedResBlock
+from fused_res import FusedResBlock, fuse_
+from fused_res.models import ResNet
+from fused_res.nn.blocks import FusedForward
 from fused_res.reference import ResBlock
 
+from .ops import bn_act_bytes
+
 Shape = tuple[int, int, int, int]
+
+
+def fused(net: nn.Module, backend: str) -> nn.Module:
+    """``net`` with every residual block fused, run by ``backend`` or not at all."""
+    fuse_(net, strict=True)
+    for part in net.modules():
+        if isinstance(part, FusedForward):
+            part.backend = backend
+    return net
+
+
+# --- BatchNorm folded into the weights, then cuDNN's convolution + add + ReLU in one call: how one
+# builds a net for inference by hand in PyTorch
+
+
+class FoldedConv(nn.Module):
+    """A convolution with its BatchNorm folded in, then + z and a ReLU, in one call on a GPU.
+
+    The same in PyTorch's ops on a CPU, where cuDNN is not, and where channels are not in eights,
+    which the fused engines want.
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype, relu: bool = True
+    ) -> None:
+        super().__init__()
+        norm = bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+        weight, bias = fuse_conv_bn_weights(conv.weight.float(), conv.bias, *norm)
+        weight = weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        self.relu = relu
+        self.fusable = relu and not (weight.size(0) % 8 or weight.size(1) % 8)
+        # the order of F.conv2d's last arguments, and of cuDNN's
+        self.how = conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        if x.is_cuda and self.fusable:
+            if z is None:
+                return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.how)
+            return torch.cudnn_convolution_add_relu(x, self.weight, z, 1.0, self.bias, *self.how)
+        y = F.conv2d(x, self.weight, self.bias, *self.how)
+        if z is not None:
+            y = y + z
+        return F.relu(y) if self.relu else y
+
+
+class FoldedBlock(nn.Module):
+    """A residual block in eval mode, one call for each convolution with all that follows it."""
+
+    def __init__(self, block: ResBlock, dtype: torch.dtype) -> None:
+        super().__init__()
+        *inner, self.last = (
+            FoldedConv(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), dtype)
+            for i in range(1, block.depth + 1)
+        )
+        self.inner = nn.Sequential(*inner)
+        self.add_inside = block.relu_placement == "after"
+        down = block.downsample
+        self.shortcut = None if down is None else FoldedConv(*down, dtype, relu=False)
+        if self.shortcut is not None and self.add_inside:
+            # one bias for both: PyTorch adds a bias without a ReLU in a pass of its own
+            self.last.bias += self.shortcut.bias
+            self.shortcut.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x if self.shortcut is None else self.shortcut(x)
+        out = self.inner(x)
+        return self.last(out, z) if self.add_inside else self.last(out) + z
+
+
+def folded(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A net or a block in eval mode, in ``dtype`` throughout.
+
+    A net's first convolution runs in PyTorch's ops: the fused engines do not take 3 channels.
+    """
+    net = nn.Sequential(net).eval()
+    for parent in list(net.modules()):
+        if isinstance(parent, ResNet):
+            parent.conv1 = fuse_conv_bn_eval(parent.conv1.float(), parent.bn1)
+            parent.bn1 = nn.Identity()
+        for name, part in list(parent.named_children()):
+            if isinstance(part, ResBlock):
+                setattr(parent, name, FoldedBlock(part, dtype))
+    net.register_forward_pre_hook(lambda _, args: (args[0].to(dtype),))
+    return net.to(dtype, memory_format=torch.channels_last)
+
+
+# --- workloads
+
+
+def product_kernel(layer: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor, item: int) -> Kernel:
+    """What a layer computes and moves: it reads x and its weight, and writes y.
+
+    item: bytes of an element.
+    """
+    read = x.numel()
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+        # a strided 1x1 reads only the pixels it keeps
+        read = read * y[0, 0].numel() // x[0, 0].numel()
+    moved = read + layer.weight.numel() + y.numel()
+    return Kernel(2 * y.numel() * layer.weight[0].numel(), item * moved)
 
 
 @dataclass(frozen=True)
@@ -111,51 +218,50 @@ class BlockWorkload(TrainingWorkload):
     def folded(self) -> Build | None:
         return partial(self.program, self.block, wrap=partial(FoldedBlock, dtype=self.dtype))
 
-    def convolutions(self) -> list[tuple[int, int, int, int, int]]:
-        """(channels in, channels out, size, pixels read, pixels written) of the branch's."""
-        n, c, h, w = self.shape
-        _, out, p, q = self.shape_out()
-        inner, before, after = self.width or c, n * h * w, n * p * q
-        return {
-            "basic": [(c, inner, 3, before, after), (inner, out, 3, after, after)],
-            "bottleneck": [
-                (c, inner, 1, before, before),
-                (inner, inner, 3, before, after),
-                (inner, out, 1, after, after),
-            ],
-            "single": [(c, out, 3, before, after)],
-        }[self.kind]
+    def convolutions(self) -> dict[str, tuple[int, int]]:
+        """By name, the bytes that each convolution moves and those that it writes.
+
+        Hooks see them on tensors without data.
+        """
+        found, item = {}, self.dtype.itemsize
+        block = self.block(device="meta")
+        for name, part in block.named_modules():
+            if isinstance(part, nn.Conv2d):
+
+                def seen(conv: nn.Conv2d, args: tuple, y: Tensor, name: str = name) -> None:
+                    found[name] = product_kernel(conv, *args, y, item).bytes, item * y.numel()
+
+                part.register_forward_hook(seen)
+        block(torch.empty(self.shape, device="meta"))
+        return found
 
     def moved_bytes(self, direction: str) -> int | None:
         """By every bn_act, ideally, and by the convolutions of ATen, cuDNN or oneDNN beside them.
 
         Statistics need a pass of their own: in training x is read twice forward, x and dy backward.
         """
-        item = self.dtype.itemsize
-        n, c, h, w = self.shape_out()
-        size, mask = item * n * c * h * w, n * c * h * w // 8
-        forward = 4 * size + mask  # x, x, residual -> y, mask
-        backward = 6 * size + 2 * mask  # dy, x, mask; dy, x, mask -> dx, dresidual
+        numbers = torch.Size(self.shape_out()).numel()
+        size = self.dtype.itemsize * numbers
+        forward, backward = bn_act_bytes(numbers, self.dtype)
         evaluated = 3 * size  # x, residual -> y
-        branch = self.convolutions()
-        convs = list(branch)
         if self.kind == "single":
             backward -= size  # the ReLU comes before the add: dresidual is dy
         if self.shape_out() != self.shape:
-            # a strided 1x1 reads only the pixels it keeps; its BatchNorm's statistics read it again
-            convs.append((self.shape[1], c, 1, n * h * w, n * h * w))
+            # the statistics of the projection's BatchNorm read the projection once more
             forward += size
             backward += 2 * size
-        backward += 3 * item * torch.Size(self.shape).numel()  # of branch and skip, added
-        for c_in, c_out, k, read, written in convs:
-            operands = item * (read * c_in + written * c_out + c_in * c_out * k * k)
+        # of branch and skip, added
+        backward += 3 * self.dtype.itemsize * torch.Size(self.shape).numel()
+        convs = self.convolutions()
+        *inside, _ = [name for name in convs if name.startswith("conv")]
+        for name, (operands, written) in convs.items():
             forward += operands
             evaluated += operands
             backward += 2 * operands
-        for _, c_out, _, _, written in branch[:-1]:
-            forward += 3 * item * written * c_out  # a, a -> z
-            backward += 5 * item * written * c_out  # dz, a; dz, a -> da
-            evaluated += 2 * item * written * c_out
+            if name in inside:
+                forward += 3 * written  # a, a -> z
+                backward += 5 * written  # dz, a; dz, a -> da
+                evaluated += 2 * written
         return {"forward": forward, STEP: forward + backward, "eval": evaluated}[direction]
 
 
@@ -235,27 +341,163 @@ def targets(rows: list[dict]) -> list[tuple[bool, str]]:
         ("basic, 64 channels", [w for w in blocks.workloads if " 64ch " in w], 1.1),
         ("bottleneck", deep, 1.3),
     ]
-    best = [f"eager {CL}", "compile", "compile-max-autotune"]
+    best = f"eager {CL}", "compile", "compile-max-autotune"
     for candidate in blocks.fused:
         for allocator in blocks.allocators:
             what = f"{candidate}, allocator {allocator}: block step over the best of PyTorch"
-            steps = {
-                w: blocks.speedup(w, candidate, STEP, allocator, best) for w in blocks.workloads
-            }
-            out += claims((what, list(steps.values()), 1.0, 6, 6))
+            case = candidate, STEP, allocator, *best
+            out += claims((what, blocks.speedups(blocks.workloads, *case), 1.0, 6, 6))
             for kind, names, least in kinds:
-                found = [steps[name] for name in names]
-                out += claims((f"{what}, {kind}", found, least, len(names), len(names)))
-        ratios = [
-            blocks.speedup(w, candidate, "saved", blocks.allocators[0], ["eager"]) for w in deep
-        ]
+                speeds, count = blocks.speedups(names, *case), len(names)
+                out += claims((f"{what}, {kind}", speeds, least, count, count))
+        ratios = blocks.speedups(deep, candidate, "saved", blocks.allocators[0], "eager")
         spared = [None if x is None else 1 - 1 / x for x in ratios]
         what = f"{candidate}: share of saved bytes spared, bottleneck"
         out += claims((what, spared, 0.15, 1, 1))
     return out
 
 
+# --- blocks that are fused in part: with attention, another activation or another order
+
+
+class PartialBlock(ResBlock):
+    """A basic block or bottleneck with more in it.
+
+    Args:
+        extra: ``SE``: its branch weighted by squeeze-and-excitation (Hu et al., 2018), ``ECA``: by
+            efficient channel attention (Wang et al., 2020); ``SiLU`` in place of every ReLU;
+            ``pre-activation``: BatchNorm and ReLU before each convolution (He et al., 2016b).
+    """
+
+    def __init__(self, *args, extra: str, device=None, dtype=None, **kwargs) -> None:
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(*args, **factory, **kwargs)
+        self.extra = extra
+        channels = getattr(self, f"conv{self.depth}").out_channels
+        if extra == "SE":
+            inner = max(channels // 16, 8)
+            self.squeeze = nn.Conv2d(channels, inner, 1, **factory)
+            self.excite = nn.Conv2d(inner, channels, 1, **factory)
+        elif extra == "ECA":
+            self.across = nn.Conv1d(1, 1, 5, padding=2, bias=False, **factory)
+        elif extra == "SiLU":
+            self.silu = nn.SiLU()
+        else:
+            for i in range(1, self.depth + 1):
+                before = getattr(self, f"conv{i}").in_channels
+                setattr(self, f"bn{i}", nn.BatchNorm2d(before, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = self.silu if self.extra == "SiLU" else self.relu
+        z = x
+        for i in range(1, self.depth + 1):
+            conv, norm = getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
+            if self.extra == "pre-activation":
+                z = conv(self.relu(norm(z)))
+            else:
+                z = norm(conv(z))
+                z = z if i == self.depth else act(z)
+        if self.extra == "pre-activation":
+            return z + x
+        if self.extra == "SE":
+            z = z * self.excite(self.relu(self.squeeze(z.mean((2, 3), keepdim=True)))).sigmoid()
+        elif self.extra == "ECA":
+            weights = self.across(z.mean((2, 3)).unsqueeze(1)).transpose(1, 2).unsqueeze(3)
+            z = z * torch.sigmoid(weights)
+        return act(z + x)
+
+
+@dataclass(frozen=True)
+class PartialWorkload(BlockWorkload):
+    extra: str = "SE"
+
+    def block(self, device=None, dtype=None) -> nn.Module:
+        return self._make(PartialBlock, extra=self.extra, device=device, dtype=dtype)
+
+    def fused(self, backend: str) -> Build:
+        return partial(self.program, self.block, wrap=partial(fused, backend=backend))
+
+    def folded(self) -> Build | None:
+        return None
+
+    def backends(self, device: str, options: Options) -> dict[str, str | None]:
+        if options.gpu:
+            return super().backends(device, options)
+        return {"auto": why_none(device, self.dtype)}  # which leaves some norms to PyTorch
+
+    def winograd(self) -> int:
+        return self.block(device="meta").depth
+
+    def moved_bytes(self, direction: str) -> int | None:
+        return None
+
+
+PARTIAL_BLOCKS = (
+    ("SE", "basic", (32, 64, 32, 32)), ("SE", "bottleneck", (16, 256, 28, 28), 64),
+    ("ECA", "bottleneck", (16, 256, 28, 28), 64), ("SiLU", "bottleneck", (16, 256, 28, 28), 64),
+    ("pre-activation", "bottleneck", (16, 256, 28, 28), 64),
+    ("SE", "bottleneck", (16, 1024, 14, 14), 256),
+)  # fmt: skip
+PARTIAL_QUICK = (
+    ("SE", "basic", (4, 16, 9, 9)), ("ECA", "bottleneck", (4, 32, 9, 9), 16),
+    ("SiLU", "basic", (4, 16, 9, 9)), ("pre-activation", "bottleneck", (4, 32, 9, 9), 16),
+)  # fmt: skip
+GPU_PARTIAL = (
+    ("SE", "bottleneck", (128, 256, 56, 56), 64), ("ECA", "bottleneck", (128, 512, 28, 28), 128),
+    ("SiLU", "bottleneck", (128, 512, 28, 28), 128),
+    ("pre-activation", "bottleneck", (128, 256, 56, 56), 64), ("SE", "basic", (256, 64, 32, 32)),
+)  # fmt: skip
+
+
+def partial_workloads(gpu: bool, quick: bool) -> list[PartialWorkload]:
+    found = []
+    blocks = PARTIAL_QUICK[: 1 if gpu else None]
+    if not quick:
+        blocks = GPU_PARTIAL if gpu else PARTIAL_BLOCKS
+    for extra, *args in blocks:
+        plain = replace(block(*args), suite="partial")
+        name = f"{extra} {plain.name}" + " bf16" * (gpu and not quick)
+        one = PartialWorkload(**vars(plain) | {"name": name}, extra=extra)
+        found += both(replace(one, dtype=torch.bfloat16) if gpu else one)
+    return found
+
+
+def _columns(what: str, direction: str) -> list:
+    return [
+        over(f"{what} over PyTorch, {CL}", f"eager {CL}", direction=direction),
+        over(f"{what} over torch.compile", "compile", direction=direction),
+        figure(f"{what} ms", "median_ms", direction=direction),
+    ]
+
+
+PARTIAL_REPORT = Table(
+    "Blocks fused in part",
+    "Blocks that {candidate} fuses in part (channels_last): speed-up of a training step and, in "
+    "eval mode without gradients, of inference; and what is saved for backward.",
+    "block",
+    [*_columns("step", STEP), *_columns("inference", "eval"), saved(STEP)],
+)
+GPU_PARTIAL_REPORT = replace(
+    GPU_REPORT,
+    title="Blocks fused in part on a GPU",
+    intro="A block that `fuse_` fuses in part ({candidate}, channels_last): speed-up over PyTorch, "
+    "and what is saved for backward.",
+)
+
+
+def partial_targets(rows: list[dict]) -> list[tuple[bool, str]]:
+    found, out = Lookup(rows), []
+    for candidate, allocator in found.pairs:
+        for direction, what in (STEP, "step"), ("eval", "inference"):
+            over = found.speedups(found.workloads, candidate, direction, allocator, f"eager {CL}")
+            what = f"{candidate}, allocator {allocator}: {what} of blocks fused in part"
+            out += claims((f"{what} over eager {CL}", over, 1.0, 6, 6))
+    return out
+
+
 SUITES = (
     Suite("blocks", 20, workloads, report=REPORT, gpu_report=GPU_REPORT, targets=targets,
           plot=Plot("blocks", (STEP, "eval"))),
+    Suite("partial", 30, partial_workloads, named=True, report=PARTIAL_REPORT,
+          gpu_report=GPU_PARTIAL_REPORT, targets=partial_targets),
 )  # fmt: skip

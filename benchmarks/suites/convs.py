@@ -13,8 +13,17 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from harness.program import Program, double
-from harness.roofline import Kernel
-from harness.suite import CL, DTYPES, FUSED, FUSED_SLACK, Candidate, Options, Suite, Workload
+from harness.suite import (
+    CL,
+    DTYPES,
+    FUSED,
+    FUSED_SLACK,
+    Candidate,
+    Kernel,
+    Options,
+    Suite,
+    Workload,
+)
 from report.tables import Lookup, caption, number, on_device, to_markdown, unique
 from torch import Tensor
 
@@ -22,7 +31,7 @@ from fused_res import reference
 from fused_res.dispatch import inference_conv, training_conv
 from fused_res.dispatch.backends import why_not
 from fused_res.dispatch.inference_conv import IMPLEMENTATIONS
-from fused_res.ops.conv_bn_act import Call, run_as
+from fused_res.ops.conv_bn_act import Call, out_shape, run_as
 from fused_res.reference import ConvNorm, Norm, ResBlock
 
 
@@ -66,14 +75,9 @@ def _conv_norm(v: dict[str, Tensor], prefix: str, stride: int) -> ConvNorm:
     return ConvNorm(weight, None, (stride,) * 2, (weight.size(2) // 2,) * 2, (1, 1), 1, norm)
 
 
-class ConvProgram(Program):
-    """``run``: what is given a ``Call``."""
-
-    def __init__(self, run: Callable[[Call], Tensor], workload: ConvWorkload, v: dict) -> None:
-        call = workload.call_of(v)
-        self.inputs = (call.x,)
-        self.directions = workload.directions
-        self.calls = {"eval": torch.no_grad()(partial(run, call))}
+def program(run: Callable[[Call], Tensor], workload: ConvWorkload, v: dict) -> Program:
+    call = workload.call_of(v)
+    return Program({"eval": torch.no_grad()(partial(run, call))}, (call.x,))
 
 
 def eager(call: Call) -> Tensor:
@@ -82,6 +86,7 @@ def eager(call: Call) -> Tensor:
 
 @dataclass(frozen=True)
 class ConvWorkload(Workload):
+    directions: tuple[str, ...] = ("eval",)
     conv: Conv | None = None
 
     settles = True
@@ -117,7 +122,7 @@ class ConvWorkload(Workload):
         return Call(v["x"], _conv_norm(v, "conv", conv.stride), v.get("residual"), shortcut)
 
     def exact(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
-        return ConvProgram(eager, self, double(v)).result()
+        return program(eager, self, double(v)).result()
 
     def candidates(self, device: str, options: Options) -> list[Candidate]:
         call = self.call_of(self.values(device))
@@ -128,20 +133,17 @@ class ConvWorkload(Workload):
             configs = [None] if why or implementation.configs is None else None
             for config in configs or implementation.configs(call):
                 run = partial(run_as, choice=inference_conv.Candidate(name, "timed", config))
-                found.append(candidate(name, config, partial(ConvProgram, run, self), why_not=why))
-        return [candidate("eager", None, partial(ConvProgram, eager, self)), *found]
+                found.append(candidate(name, config, partial(program, run, self), why_not=why))
+        return [candidate("eager", None, partial(program, eager, self)), *found]
 
     def kernels(self) -> tuple[Kernel, ...]:
-        conv, (n, c, h, w) = self.conv, self.shape
-        k, pixels = conv.out_channels, n * -(-h // conv.stride) * -(-w // conv.stride)
-        weights, read = k * c * conv.size**2, n * c * h * w
-        if conv.size == 1:
-            read = pixels * c
-        if conv.residual == "add":
-            read += pixels * k
-        elif conv.residual == "shortcut":
-            weights += k * conv.shortcut_channels
-            read += pixels * conv.shortcut_channels
+        v, (_, c, _, _) = self.values("meta"), self.shape
+        n, k, p, q = out_shape(*self.call_of(v)[:2])
+        pixels = n * p * q
+        weights = sum(t.numel() for name, t in v.items() if name.endswith(".weight"))
+        read = pixels * c if self.conv.size == 1 else v["x"].numel()
+        if "residual" in v:  # a shortcut reads only the pixels that it keeps
+            read += pixels * v["residual"].size(1)
         moved = self.dtype.itemsize * (read + weights + pixels * k)
         return (Kernel(2 * pixels * weights, moved),)
 
@@ -158,7 +160,7 @@ def conv(shape: tuple[int, int, int, int], dtype: str, conv: Conv) -> ConvWorklo
     if conv.residual == "shortcut":
         what += f" {conv.shortcut_channels}ch stride {conv.shortcut_stride}"
     name = f"conv {conv.size}x{conv.size} {channels}{what} batch {shape[0]} {dtype}"
-    return ConvWorkload("convs", name, shape, CL, DTYPES[dtype], ("eval",), conv=conv)
+    return ConvWorkload("convs", name, shape, CL, DTYPES[dtype], conv=conv)
 
 
 def convs_of(bottleneck: bool, batch: int, dtype: str) -> list[ConvWorkload]:
@@ -171,13 +173,12 @@ def convs_of(bottleneck: bool, batch: int, dtype: str) -> list[ConvWorkload]:
         for stride in (2 if stage else 1, 1):  # the first block; all others are alike
             after = size // stride
             residual = ("add",) if width == last else ("shortcut", width, stride)
-            here, then = (batch, width, size, size), (batch, inner, after, after)
             if bottleneck:
-                out.append(conv(here, dtype, Conv(inner, 1)))
-                out.append(conv((batch, inner, size, size), dtype, Conv(inner, 3, stride)))
-            else:
-                out.append(conv(here, dtype, Conv(inner, 3, stride)))
-            out.append(conv(then, dtype, Conv(last, 1 if bottleneck else 3, 1, *residual)))
+                out.append(conv((batch, width, size, size), dtype, Conv(inner, 1)))
+            read = batch, inner if bottleneck else width, size, size
+            out.append(conv(read, dtype, Conv(inner, 3, stride)))
+            last_conv = Conv(last, 1 if bottleneck else 3, 1, *residual)
+            out.append(conv((batch, inner, after, after), dtype, last_conv))
             width, size = last, after
     return out
 
@@ -208,9 +209,8 @@ class TrainingConvProgram(Program):
         # statistics and sums may be updated in place
         self.initial, self.v = v, {name: t.clone() for name, t in v.items()}
         self.steps, self.choice = Steps(workload.call, self.v), choice
-        self.inputs = tuple(self.v.values())
-        self.directions = workload.directions
-        self.calls = {workload.directions[0]: lambda: tuple(self.steps.run(choice).values())}
+        calls = {workload.directions[0]: lambda: tuple(self.steps.run(choice).values())}
+        super().__init__(calls, tuple(self.v.values()))
 
     def result(self) -> dict[str, Tensor]:
         for name, t in self.v.items():
@@ -236,14 +236,9 @@ class TrainingConvWorkload(Workload):
         convolve = partial(F.conv2d, weight=v["weight"], stride=call.stride, padding=call.padding)
 
         def normalized(a: Tensor) -> Tensor:
-            norm = (
-                v["mean"].clone(),
-                v["var"].clone(),
-                v["gamma"],
-                v["beta"],
-                training_conv.trains(call),
-            )
-            return F.relu(F.batch_norm(a, *norm))
+            running = v["mean"].clone(), v["var"].clone()
+            training = training_conv.trains(call)
+            return F.relu(F.batch_norm(a, *running, v["gamma"], v["beta"], training))
 
         if not call.backward:
             return {"y": normalized(convolve(v["x"]))}
@@ -377,7 +372,7 @@ def table(intro: str, rows: list[dict]) -> list[str]:
         body.append([workload.removeprefix("conv "), *ms, number(over), share, config])
     header = ["convolution", *(f"{name}, ms" for name in names), "fastest over eager",
               "% of roofline", "Triton's configuration"]  # fmt: skip
-    return [intro, "\n".join(to_markdown(header, body)), caption(rows)]
+    return [intro, to_markdown(header, body), caption(rows)]
 
 
 REPORT = partial(

@@ -126,7 +126,7 @@ def report(rows: list[dict]) -> list[str]:
         "losses are from PyTorch's in channels_last, relatively. "
         f"[Curves](../benchmarks/results/{rows[0]['device']['slug']}/curves.png)."
     )
-    return ["### Loss curves", intro, "\n".join(to_markdown(header, body)), caption(rows)]
+    return ["### Loss curves", intro, to_markdown(header, body), caption(rows)]
 
 
 def draw(rows: list[dict], path: Path) -> Path:

@@ -16,20 +16,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from harness import check, suite
-from harness.cudnn import FoldedBlock
+from harness import suite
 from harness.program import FORMATS, Program
-from harness.roofline import Kernel, kernels
-from harness.suite import CL, DTYPES, FUSED, OPTIMIZED, Candidate, Options, Plot, Suite, Workload
+from harness.suite import CL, DTYPES, FUSED, OPTIMIZED, Candidate, Kernel, Plot, Suite, Workload
 from report.plot import draw_roofline
-from report.tables import COMPILED, Lookup, Table, both_forms, claims, figure, over
+from report.tables import COMPILED, Lookup, Table, both_forms, claims, figure, number, over
 from torch import Tensor, nn
 
 import fused_res
-from fused_res.reference import ResBlock
 
-from .blocks import BlockWorkload, block
-from .nets import NETS, Values, folded, fused, values
+from .blocks import BlockWorkload, block, folded, fused, product_kernel
+from .nets import NETS, Values, values
 
 # What makes of a net and its input the call that is timed, which is given the input again.
 Prepare = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
@@ -37,28 +34,18 @@ FROZEN = "fused_res-frozen"
 COMPILE_FROZEN = "compile-freezing"
 
 
-class InferenceProgram(Program):
+def program(prepare: Prepare, workload: InferenceWorkload, v: Values, layout: str = CL) -> Program:
     """``prepare``'s call of the workload's module, given the values ``v``."""
-
-    def __init__(
-        self, prepare: Prepare, workload: InferenceWorkload, v: Values, layout: str = CL
-    ) -> None:
-        module = workload.module().to(v.x.device)
-        module.load_state_dict(v.state, strict=False)  # a block's values count no batches
-        for part in module.modules():
-            if isinstance(part, (nn.Conv2d, nn.Linear)):
-                part.to(workload.dtype)
-        module = module.to(memory_format=FORMATS[layout]).eval()
-        self.x = v.x.to(workload.dtype, memory_format=FORMATS[layout])
-        self.inputs = (self.x,)
-        self.directions = workload.directions
-        self.calls = {"eval": self.evaluate}
-        with torch.no_grad():
-            self.call = prepare(module, self.x)
-
-    def evaluate(self) -> Tensor:
-        with torch.no_grad():
-            return self.call(self.x)
+    module = workload.module().to(v.x.device)
+    module.load_state_dict(v.state, strict=False)  # a block's values count no batches
+    for part in module.modules():
+        if isinstance(part, (nn.Conv2d, nn.Linear)):
+            part.to(workload.dtype)
+    module = module.to(memory_format=FORMATS[layout]).eval()
+    x = v.x.to(workload.dtype, memory_format=FORMATS[layout])
+    with torch.no_grad():
+        call = prepare(module, x)
+    return Program({"eval": torch.no_grad()(partial(call, x))}, (x,))
 
 
 def eager(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -83,18 +70,8 @@ def compiled(
     return call
 
 
-def optimized(module: nn.Module, x: Tensor, freeze: bool = False) -> Callable[[Tensor], Tensor]:
-    return fused_res.optimize_for_inference(module, x, freeze=freeze)
-
-
-def with_backend(module: nn.Module, x: Tensor, backend: str) -> Callable[[Tensor], Tensor]:
-    """The residual blocks fused, run by ``backend`` or not at all; the rest is PyTorch's."""
-    return fused(nn.Sequential(module), backend)
-
-
 def cudnn_fused(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    fold = FoldedBlock if isinstance(module, ResBlock) else folded
-    return fold(module, x.dtype)
+    return folded(module, x.dtype)
 
 
 def _onnx(module: nn.Module, x: Tensor) -> bytes:
@@ -113,9 +90,8 @@ def onnxruntime(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        _onnx(module, x), options, providers=["CPUExecutionProvider"]
-    )
+    providers = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(_onnx(module, x), options, providers=providers)
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
@@ -125,12 +101,9 @@ def openvino(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     import openvino
 
     core = openvino.Core()
-    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    model = core.compile_model(
-        core.read_model(_onnx(module, x)),
-        "CPU",
-        {**threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"},
-    )
+    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
+    model = core.compile_model(core.read_model(_onnx(module, x)), "CPU", options)
     request = model.create_infer_request()
 
     def call(x: Tensor) -> Tensor:
@@ -144,15 +117,55 @@ RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino}
 
 
 @functools.cache
-def _kernels(workload: InferenceWorkload) -> tuple[Kernel, ...]:
+def kernels(workload: InferenceWorkload) -> tuple[Kernel, ...]:
+    """The least that the net, block or chain costs where each convolution is one kernel.
+
+    BatchNorm, residual add and ReLU happen inside it, a projection is summed up in the convolution
+    that it is added to, and every tensor crosses memory once in each kernel that reads or writes
+    it. A chain of blocks is one kernel, which reads its weights and x once and writes y. Hooks see
+    the layers in the order in which they run on tensors without data.
+    """
     with torch.device("meta"):
-        return kernels(workload.module(), workload.shape, workload.dtype.itemsize)
+        module, x = workload.module().eval(), torch.empty(workload.shape)
+    item = workload.dtype.itemsize  # bytes
+    found: list[Kernel] = []
+
+    def product(part: nn.Conv2d | nn.Linear, args: tuple, y: torch.Tensor) -> None:
+        found.append(product_kernel(part, *args, y, item))
+
+    def pooling(part: nn.Module, args: tuple, y: torch.Tensor) -> None:
+        found.append(Kernel(0, item * (args[0].numel() + y.numel())))
+
+    def block(part: nn.Module, args: tuple, y: torch.Tensor) -> None:
+        out = item * y.numel()
+        if part.downsample is None:  # the last convolution reads x
+            found[-1] = Kernel(found[-1].flops, found[-1].bytes + out)
+            return
+        shortcut, last = found.pop(), found.pop()
+        found.append(Kernel(last.flops + shortcut.flops, last.bytes + shortcut.bytes - out))
+
+    for part in module.modules():
+        if isinstance(part, (nn.Conv2d, nn.Linear)):
+            part.register_forward_hook(product)
+        elif isinstance(part, (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
+            part.register_forward_hook(pooling)
+        elif hasattr(part, "downsample"):
+            part.register_forward_hook(block)
+    with torch.no_grad():
+        module(x)
+    if all(hasattr(part, "downsample") for part in module.children()) and found:
+        weights = sum(
+            conv.weight.numel() for conv in module.modules() if isinstance(conv, nn.Conv2d)
+        )
+        return (Kernel(sum(k.flops for k in found), item * (weights + 2 * x.numel())),)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
 class InferenceWorkload(Workload):
     """A net or a block."""
 
+    directions: tuple[str, ...] = ("eval",)
     net: str | None = None
     block: BlockWorkload | None = None
 
@@ -171,23 +184,16 @@ class InferenceWorkload(Workload):
 
     def exact(self, v: Values) -> dict[str, Tensor]:
         exact = replace(self, dtype=torch.float64)
-        program = InferenceProgram(lambda module, x: module.double(), exact, v.one(), "NCHW")
-        return {"y": v.repeated(program.result()["y"])}
-
-    def compare(self, result: dict[str, Tensor], exact: dict[str, Tensor]):
-        compare = check.compare_net if self.net else check.compare
-        return compare(self.dtype, result, exact)
+        result = program(lambda module, x: module.double(), exact, v.one(), "NCHW").result()
+        return {"y": v.repeated(result["y"])}
 
     def kernels(self) -> tuple[Kernel, ...]:
-        return _kernels(self)
+        return kernels(self)
 
-    def bound(self) -> float:
-        """What a result may be off by, whatever PyTorch's is; 0 where Winograd is not."""
-        if self.dtype != torch.float32:
-            return 0.0
-        return suite.WINOGRAD_BOUND * sum(kernel.flops > 0 for kernel in self.kernels()) ** 0.5
+    def winograd(self) -> int:
+        return sum(kernel.flops > 0 for kernel in self.kernels())
 
-    def compile_modes(self, options: Options) -> dict[str, dict]:
+    def compile_modes(self, options: suite.Options) -> dict[str, dict]:
         """Arguments of ``compiled`` by the candidate's name: frozen, of a block on a CPU not frozen
         too; frozen is a net at its best, and a net compiles for long."""
         if not options.compile:
@@ -200,36 +206,37 @@ class InferenceWorkload(Workload):
         frozen = {COMPILE_FROZEN: {"freezing": True}}
         return frozen if options.gpu or self.net else {"compile": {"freezing": False}, **frozen}
 
-    def candidates(self, device: str, options: Options) -> list[Candidate]:
+    def candidates(self, device: str, options: suite.Options) -> list[Candidate]:
         def of(name: str, slack: float, prepare: Prepare, layout: str = CL, **fields) -> Candidate:
-            build = partial(InferenceProgram, prepare, self, layout=layout)
-            return Candidate(name, layout, slack, build, **fields)
+            return Candidate(name, layout, slack, partial(program, prepare, self, layout=layout),
+                             **fields)  # fmt: skip
+
+        def of_backend(name: str) -> Candidate:
+            def prepare(module: nn.Module, x: Tensor) -> nn.Module:
+                return fused(nn.Sequential(module), name)  # the rest is PyTorch's
+
+            why = suite.backends(device, self.dtype, "conv_bn_act")[name]
+            return of(FUSED + name, self.slack(name), prepare, bound=self.bound(), why_not=why)
 
         why = suite.why_none(device, self.dtype, "conv_bn_act")
-        of_fused = partial(of, slack=suite.FUSED_SLACK, bound=self.bound(), why_not=why)
-        best = of_fused(OPTIMIZED, prepare=optimized, core=True)
+        optimized = partial(of, slack=suite.FUSED_SLACK, bound=self.bound(), why_not=why)
+        optimize = fused_res.optimize_for_inference
+        best = optimized(OPTIMIZED, prepare=optimize, core=True)
         found = [of("eager", 1.0, eager, core=True)]
         if options.gpu:
             found += [best, of("cudnn-fused", suite.COMPILE_SLACK, cudnn_fused, core=True)]
-            for name, why in suite.backends(device, self.dtype, "conv_bn_act").items():
-                folded = self.net and name == "cuda" and self.dtype != torch.float32
-                slack = suite.FOLDED_SLACK if folded else suite.FUSED_SLACK
-                prepare = partial(with_backend, backend=name)
-                found.append(of(FUSED + name, slack, prepare, bound=self.bound(), why_not=why))
+            found += map(of_backend, suite.backends(device))
             found += map(suite.graphed, list(found))
         else:
             found += [of("eager", 1.0, eager, "NCHW"), best]
             if self.suite == "chains":
-                found.append(of_fused(FROZEN, prepare=partial(optimized, freeze=True)))
-                prepare = partial(with_backend, backend="cpu")
-                why = suite.backends(device, self.dtype, "conv_bn_act")["cpu"]
-                found.append(of_fused(FUSED + "cpu", prepare=prepare, why_not=why))
+                found.append(optimized(FROZEN, prepare=partial(optimize, freeze=True)))
+                found.append(of_backend("cpu"))
             for name, prepare in RUNTIMES.items():
                 found.append(of(name, suite.COMPILE_SLACK, prepare, "NCHW"))
         seconds = NETS[self.net].compile_s * 0.6 if self.net else 20.0
         for name, how in self.compile_modes(options).items():
-            times = 3 if "autotune" in name else 1
-            prepare = partial(compiled, **how)
+            prepare, times = partial(compiled, **how), 3 if "autotune" in name else 1
             found.append(of(name, suite.COMPILE_SLACK, prepare, seconds=seconds * times))
         return found
 
@@ -237,28 +244,27 @@ class InferenceWorkload(Workload):
 # --- workloads
 
 
-def net(name: str, batch: int, pixels: int = 224, dtype: str = "", **fields) -> InferenceWorkload:
+def net(
+    name: str, batch: int, pixels: int = 224, dtype: str = "", suite: str = "inference", **fields
+) -> InferenceWorkload:
     """dtype: of a GPU's, in the name too; default: float32."""
-    full = f"{name} batch {batch} {dtype}".strip()
+    full, shape = f"{name} batch {batch} {dtype}".strip(), (batch, 3, pixels, pixels)
     fields |= {"dtype": DTYPES[dtype or "fp32"], "alone": bool(dtype), "net": name}
-    fields = {"suite": "inference", **fields}
-    return InferenceWorkload(name=full, shape=(batch, 3, pixels, pixels), directions=("eval",),
-                             **fields)  # fmt: skip
+    return InferenceWorkload(suite, full, shape, **fields)
 
 
 def one_block(*args, dtype: str = "", **fields) -> InferenceWorkload:
     """A block, as ``blocks.block`` takes it."""
     of = block(*args, directions=("eval",), dtype=DTYPES[dtype or "fp32"])
     name = f"{of.name} {dtype}".strip()
-    return InferenceWorkload("inference", name, of.shape, dtype=of.dtype, directions=("eval",),
-                             block=of, **fields)  # fmt: skip
+    return InferenceWorkload("inference", name, of.shape, dtype=of.dtype, block=of, **fields)
 
 
 def chain(
     count: int, channels: int, pixels: int, batch: int, dtype: str = "", **fields
 ) -> InferenceWorkload:
     name = f"chain of {count}, {channels}ch"
-    found = net(name, batch, pixels, dtype, suite="chains", **fields)
+    found = net(name, batch, pixels, dtype, "chains", **fields)
     full = f"{name} {pixels}x{pixels} batch {batch} {dtype}".strip()
     return replace(found, name=full, shape=(batch, channels, pixels, pixels))
 
@@ -399,23 +405,20 @@ CHAINS_REPORT = Table(
 
 def targets(rows: list[dict]) -> list[tuple[bool, str]]:
     found, out = Lookup(rows), []
-    single, many = (
-        [w for w in found.workloads if re.search(rf"ResNet-\d+ batch {n}$", w)] for n in (1, 16)
-    )
     blocks = [w for w in found.workloads if "ResNet" not in w]
-    for candidate, allocator in ((c, a) for c in found.fused for a in found.allocators):
-
-        def over(names: list[str], *bases: str, pair=(candidate, allocator)):
-            return [found.speedup(w, pair[0], "eval", pair[1], list(bases)) for w in names]
-
+    for candidate, allocator in found.pairs:
         what = f"{candidate}, allocator {allocator}: inference of"
-        for names, batch, least, frozen in (single, 1, 1.35, 1.10), (many, 16, 1.3, 1.05):
+        case = candidate, "eval", allocator
+        for batch, least, least_frozen in (1, 1.35, 1.10), (16, 1.3, 1.05):
+            names = [w for w in found.workloads if re.search(rf"ResNet-\d+ batch {batch}$", w)]
             nets = f"{what} ResNet-18, ResNet-50, batch {batch}, over"
+            over = found.speedups(names, *case, f"eager {CL}")
+            frozen = found.speedups(names, *case, COMPILE_FROZEN)
             out += claims(
-                (f"{nets} eager {CL}", over(names, f"eager {CL}"), least, 2, 2),
-                (f"{nets} torch.compile, frozen", over(names, COMPILE_FROZEN), frozen, 2, 2),
+                (f"{nets} eager {CL}", over, least, 2, 2),
+                (f"{nets} torch.compile, frozen", frozen, least_frozen, 2, 2),
             )
-        best = over(blocks, "eager", "compile", COMPILE_FROZEN)
+        best = found.speedups(blocks, *case, "eager", "compile", COMPILE_FROZEN)
         out += claims((f"{what} blocks over the best of PyTorch", best, 1.0, 6, 6))
     return out
 
@@ -423,14 +426,12 @@ def targets(rows: list[dict]) -> list[tuple[bool, str]]:
 def goals(rows: list[dict]) -> list[tuple[bool, str]]:
     """To be the fastest runtime there is."""
     found, out = Lookup(rows), []
-    for candidate in found.fused:
-        for allocator in found.allocators:
-            for workload in found.workloads:
-                over = found.speedup(workload, candidate, "eval", allocator, list(RUNTIMES))
-                shown = "-" if over is None else f"{over:.2f}"
-                what = f"{candidate}, allocator {allocator}: {workload} over the faster of"
-                met = over is not None and over >= 1
-                out.append((met, f"{what} {' and '.join(RUNTIMES)}, >= 1.00: {shown}"))
+    for candidate, allocator in found.pairs:
+        for workload in found.workloads:
+            over = found.speedup(workload, candidate, "eval", allocator, *RUNTIMES)
+            what = f"{candidate}, allocator {allocator}: {workload} over the faster of"
+            met = over is not None and over >= 1
+            out.append((met, f"{what} {' and '.join(RUNTIMES)}, >= 1.00: {number(over)}"))
     return out
 
 
@@ -439,17 +440,15 @@ def chain_targets(rows: list[dict]) -> list[tuple[bool, str]]:
     least = {"16x16 batch 1": (6.0, 1), "8x8 batch 1": (10.0, 1), "batch 64": (2.5, 2),
              "CIFAR": (3.0, 1)}  # fmt: skip
     for allocator in found.allocators:
-
-        def over(workload: str, base: str, allocator=allocator) -> float | None:
-            return found.speedup(workload, FROZEN, "eval", allocator, [base])
-
+        case = FROZEN, "eval", allocator
         what = f"{FROZEN}, allocator {allocator}: chain of 100 blocks"
         for part, (enough, count) in least.items():
-            speeds = [over(w, f"eager {CL}") for w in found.workloads if part in w]
+            names = [w for w in found.workloads if part in w]
+            speeds = found.speedups(names, *case, f"eager {CL}")
             out += claims((f"{what}, {part}, over eager {CL}", speeds, enough, count, count))
         rest = []
         for workload in (w for w in found.workloads if "chain" in w):
-            each = [over(workload, base) for base in (COMPILE_FROZEN, *RUNTIMES)]
+            each = [found.speedup(workload, *case, base) for base in (COMPILE_FROZEN, *RUNTIMES)]
             rest.append(None if None in each else min(each))
         what = f"{what}, over the best of other runtimes and torch.compile"
         out += claims((what, rest, 1.5, 4, 4))

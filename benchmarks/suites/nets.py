@@ -15,19 +15,16 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from harness import check
-from harness.cudnn import FoldedNet
 from harness.program import FORMATS, Program, double, same
 from harness.suite import CL, FUSED, Build, Candidate, Options, Plot, Suite, TrainingWorkload
 from report.tables import AGAINST, Table, arrow, over
 from torch import Tensor, nn
 
-from fused_res import fuse_
 from fused_res.models import NetResDeep, ResNet
-from fused_res.nn.blocks import FusedForward
 from fused_res.reference import ResBlock
 
 from . import blocks
+from .blocks import folded, fused
 
 DISTINCT = 16  # images
 
@@ -105,19 +102,6 @@ NETS = {
 }
 
 
-def sequence(net: nn.Module) -> nn.Sequential:
-    """The net as one row of its children, in the order in which its forward calls them."""
-    if isinstance(net, ResNet):
-        layers = (block for i in range(net.depth) for block in getattr(net, f"layer{i + 1}"))
-        stem = net.conv1, net.bn1, nn.ReLU(), net.maxpool
-        return nn.Sequential(*stem, *layers, net.avgpool, nn.Flatten(), net.fc)
-    if isinstance(net, NetResDeep):
-        stem = net.conv1, nn.ReLU(), nn.MaxPool2d(2)
-        head = nn.MaxPool2d(2), nn.Flatten(), net.fc1, nn.ReLU(), net.fc2
-        return nn.Sequential(*stem, *net.resblocks, *head)
-    return net
-
-
 @dataclass
 class Values:
     """``copies`` of the same few images and labels, and the net's parameters and buffers."""
@@ -149,28 +133,15 @@ def values(name: str, shape: tuple[int, ...], device: str = "cpu", seed: int = 0
             if isinstance(part, nn.Conv2d):
                 nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
     net.to(device)
-    norms = [part for part in net.modules() if isinstance(part, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = 1.0
     with torch.no_grad():  # running statistics as of a trained net: those of the images
         classes = net(x).size(1)
     labels = torch.randint(classes, (few,), generator=generator, device=device)
     copies = batch // few
     state = {name: t.clone() for name, t in net.state_dict().items()}
     return Values(x.repeat(copies, 1, 1, 1), labels.repeat(copies), copies, state)
-
-
-def fused(net: nn.Module, backend: str) -> nn.Module:
-    """``net`` with every residual block fused, run by ``backend`` or not at all."""
-    fuse_(net, strict=True)
-    for part in net.modules():
-        if isinstance(part, FusedForward):
-            part.backend = backend
-    return net
-
-
-def folded(net: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return FoldedNet(sequence(net), dtype).eval()
 
 
 class NetProgram(Program):
@@ -191,11 +162,10 @@ class NetProgram(Program):
         self.module = swap(net)
         self.call = wrap(self.module)
         self.x, self.labels = v.x.to(memory_format=FORMATS[layout]), v.labels
-        self.inputs = (self.x,)
+        calls = {"train": self.step} if workload.training else {"eval": self.evaluate}
+        super().__init__(calls, (self.x,))
         self.initial = v.state
         self.autocast = autocast
-        self.directions = workload.directions
-        self.calls = {"train": self.step} if workload.training else {"eval": self.evaluate}
         self.optimizer = None
         if workload.training:
             self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
@@ -203,10 +173,8 @@ class NetProgram(Program):
     def _autocast(self) -> torch.autocast:
         # Every weight is cast once a step, so the cache of casts spares nothing, and a CUDA graph
         # must not be given a cast from before its capture.
-        enabled = self.autocast is not None
-        return torch.autocast(
-            self.x.device.type, self.autocast, enabled=enabled, cache_enabled=False
-        )
+        on = self.autocast is not None
+        return torch.autocast(self.x.device.type, self.autocast, enabled=on, cache_enabled=False)
 
     def step(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -257,9 +225,6 @@ class NetWorkload(TrainingWorkload):
         """On one copy of the images."""
         result = NetProgram(self, v.one(), "NCHW", autocast=None).result()
         return {**result, "y": v.repeated(result["y"])}
-
-    def compare(self, result: dict[str, Tensor], exact: dict[str, Tensor]):
-        return check.compare_net(self.dtype, result, exact)
 
     def eager(self, layout: str) -> Build:
         return partial(NetProgram, self, layout=layout)
@@ -326,11 +291,7 @@ GPU_REPORT = Table(
     "optimizer's step: speed-up, and images a second and peak memory above the parameters, eager "
     "channels_last → fused.",
     "net",
-    [
-        arrow("images/s", "images_per_s"),
-        *AGAINST,
-        arrow("peak memory, MiB", "peak_mib"),
-    ],
+    [arrow("images/s", "images_per_s"), *AGAINST, arrow("peak memory, MiB", "peak_mib")],
     by_direction=True,
 )
 AUTOTUNE_REPORT = Table(

@@ -1,4 +1,5 @@
-"""``bn_act`` in training: batch statistics, the residual added, ReLU after."""
+"""What a device can do at most: the bandwidth of a copy, the rate of a product of matrices; and
+``bn_act`` in training: batch statistics, the residual added, ReLU after."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from harness.measure import copy_gbps, product, repeated_ms, spread, tflops
 from harness.program import FORMATS, TensorProgram, double, place, separate
+from harness.rows import NOTHING
 from harness.suite import CL, DTYPES, FUSED, STEP, Build, Plot, Suite, TrainingWorkload
-from report.tables import COMPILED, Lookup, Table, claims, figure, on_device, over
+from report.tables import COMPILED, Lookup, Table, caption, claims, figure, on_device, over
 from torch import Tensor
 
 from fused_res import reference
@@ -37,6 +40,59 @@ GPU_SHAPES = (
 GPU_QUICK = (
     ((8, 16, 12, 12), CL, "bf16"), ((8, 16, 12, 12), "NCHW", "fp32"), ((8, 24, 7, 7), CL, "fp16"),
 )  # fmt: skip
+
+
+# (name, dtype, torch.set_float32_matmul_precision's value)
+MATMULS = (
+    ("bfloat16", torch.bfloat16, "highest"),
+    ("float16", torch.float16, "highest"),
+    ("float32 TF32", torch.float32, "high"),
+    ("float32", torch.float32, "highest"),
+)
+
+
+# --- peaks
+
+
+def _row(workload: str, shape: list[int], dtype: str, ms: list[float], **fields) -> dict:
+    median, p20, p80 = spread(ms)
+    return {
+        **NOTHING, "suite": "peaks", "workload": workload, "shape": shape, "dtype": dtype,
+        "layout": "contiguous", "rival": "eager", "direction": "forward", "rounds": len(ms),
+        "median_ms": median, "p20_ms": p20, "p80_ms": p80, "speedup_over": {}, **fields,
+    }  # fmt: skip
+
+
+def peaks(device: str, rounds: int, quick: bool) -> list[dict]:
+    """A copy of 1 GiB, and products of square matrices of random numbers."""
+    megabytes, n = (16, 128) if quick else (1024, 8192)
+    size = 2 * megabytes * 2**20  # read and written
+    ms = [size / copy_gbps(device, megabytes) / 1e6 for _ in range(rounds)]
+    gbps = size / spread(ms)[0] / 1e6
+    fields = {"bytes": size, "gbps": gbps, "copy_gbps": gbps, "percent_of_copy": 100.0}
+    out = [_row(f"copy {megabytes} MiB", [size // 8], "float32", ms, **fields)]
+    before = torch.get_float32_matmul_precision()
+    for name, dtype, precision in MATMULS:
+        torch.set_float32_matmul_precision(precision)
+        ms = repeated_ms(product(device, n, dtype), device, rounds)
+        what = f"matmul {n}x{n}x{n} {name}"
+        dtype_name = str(dtype).removeprefix("torch.")
+        out.append(_row(what, [n, n, n], dtype_name, ms, tflops=tflops(n, spread(ms)[0])))
+    torch.set_float32_matmul_precision(before)
+    return out
+
+
+def peaks_report(rows: list[dict]) -> list[str]:
+    shown = [
+        f"{row['workload']} {row['gbps']:.0f} GB/s"
+        if row["gbps"] is not None
+        else f"{row['workload']} {row['tflops']:.0f} TFLOP/s"
+        for row in rows
+    ]
+    return [f"Measured peaks: {'; '.join(shown)}.", caption(rows)]
+
+
+# --- bn_act
 
 
 @dataclass(frozen=True)
@@ -82,12 +138,18 @@ class OpWorkload(TrainingWorkload):
         return partial(self.program, call)
 
     def moved_bytes(self, direction: str) -> int:
-        """Statistics need a pass of their own: x is read twice forward, x and dy backward."""
-        numbers = torch.Size(self.shape).numel()
-        size, mask = self.dtype.itemsize * numbers, numbers // 8
-        forward = 4 * size + mask  # x, x, residual -> y, mask
-        backward = 6 * size + 2 * mask  # dy, x, mask; dy, x, mask -> dx, dresidual
+        forward, backward = bn_act_bytes(torch.Size(self.shape).numel(), self.dtype)
         return forward + backward * (direction == STEP)
+
+
+def bn_act_bytes(numbers: int, dtype: torch.dtype) -> tuple[int, int]:
+    """What a forward and a backward in training move at least.
+
+    Statistics need a pass of their own: x is read twice forward, x and dy backward.
+    """
+    size, mask = dtype.itemsize * numbers, numbers // 8
+    # x, x, residual -> y, mask; dy, x, mask; dy, x, mask -> dx, dresidual
+    return 4 * size + mask, 6 * size + 2 * mask
 
 
 def op(shape: tuple[int, int, int, int], layout: str, dtype: str = "") -> OpWorkload:
@@ -129,21 +191,19 @@ GPU_REPORT = Table(
 
 def targets(rows: list[dict]) -> list[tuple[bool, str]]:
     ops, out = Lookup(rows), []
-    for candidate, allocator, layout, least in (
-        (c, a, *limit) for c in ops.fused for a in ops.allocators
-        for limit in (("NCHW", 2.0), (CL, 1.6))
-    ):  # fmt: skip
-        names = [w for w in ops.workloads if w.endswith(f" {layout}")]
-        eager, compiled = (
-            [ops.speedup(w, candidate, STEP, allocator, [base]) for w in names]
-            for base in ("eager", "compile")
-        )
-        what = f"{candidate}, allocator {allocator}: bn_act {layout} forward+backward over"
-        out += claims(
-            (f"{what} eager", eager, least, 5, 6),
-            (f"{what} eager", eager, 1.25, 6, 6),
-            (f"{what} torch.compile", compiled, 1.3, 6, 6),
-        )
+    for candidate, allocator in ops.pairs:
+        for layout, least in ("NCHW", 2.0), (CL, 1.6):
+            names = [w for w in ops.workloads if w.endswith(f" {layout}")]
+            eager, compiled = (
+                ops.speedups(names, candidate, STEP, allocator, base)
+                for base in ("eager", "compile")
+            )
+            what = f"{candidate}, allocator {allocator}: bn_act {layout} forward+backward over"
+            out += claims(
+                (f"{what} eager", eager, least, 5, 6),
+                (f"{what} eager", eager, 1.25, 6, 6),
+                (f"{what} torch.compile", compiled, 1.3, 6, 6),
+            )
     return out
 
 
@@ -160,6 +220,7 @@ def timings(rows: list[dict]) -> list[dict]:
 
 
 SUITES = (
+    Suite("peaks", 0, rows=peaks, gpu_report=peaks_report),
     Suite("ops", 10, workloads, report=REPORT, gpu_report=GPU_REPORT, targets=targets,
           timings=timings, plot=Plot("bn_act, forward + backward", (STEP,), bandwidth=True)),
 )  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from net_sequences import sequence
 from sweeps import sweep
 
 from fused_res import fuse_, reference
@@ -42,7 +43,6 @@ table = module_fixture("table")
 suites = module_fixture("suites")
 rows = module_fixture("harness.rows")
 suite = module_fixture("harness.suite")
-roofline = module_fixture("harness.roofline")
 measuring = module_fixture("harness.measure", "measuring")
 ops = module_fixture("suites.ops")
 blocks = module_fixture("suites.blocks")
@@ -175,34 +175,34 @@ def test_suites_of_a_gpu(gpu_results, rows, suite):
     assert copy["gbps"] > 0 and len(matmuls) == 4 and all(r["tflops"] > 0 for r in matmuls)
 
 
-def test_roofline_of_blocks(roofline, inference):
+def test_roofline_of_blocks(measuring, suite, inference):
     """x 8 channels of 4x4 and 4 images, in bf16."""
     x, pixels = 2 * 4 * 8 * 16, 4 * 16
     first, last = inference.one_block("basic", (4, 8, 4, 4), dtype="bf16").kernels()
     weights = 2 * 8 * 8 * 9
-    assert first == roofline.Kernel(pixels * 8 * weights // 8, x + weights + x)
-    assert last == roofline.Kernel(first.flops, first.bytes + x)  # the last reads the residual
+    assert first == suite.Kernel(pixels * 8 * weights // 8, x + weights + x)
+    assert last == suite.Kernel(first.flops, first.bytes + x)  # the last reads the residual
     # 8 channels to 16 at a quarter of the pixels: the projection is in the last kernel
     strided = inference.one_block("basic", (4, 8, 4, 4), None, 16, 2, dtype="bf16")
     kernels = strided.kernels()
     weights, y = 2 * 16 * (16 * 9 + 8), x // 2
-    assert kernels[1] == roofline.Kernel(pixels // 4 * weights, y + x // 4 + weights + y)
+    assert kernels[1] == suite.Kernel(pixels // 4 * weights, y + x // 4 + weights + y)
     # the slower of arithmetic and bytes, for each
-    arithmetic, copies = (roofline.bound_ms(kernels, *rates) for rates in ((1, 1e9), (1e9, 1)))
-    assert arithmetic == pytest.approx(roofline.flops(kernels) / 1e9)
+    arithmetic, copies = (measuring.bound_ms(kernels, *rates) for rates in ((1, 1e9), (1e9, 1)))
+    assert arithmetic == pytest.approx(measuring.flops(kernels) / 1e9)
     assert copies == pytest.approx(strided.moved_bytes("eval") / 1e6)
 
 
-def test_roofline_of_a_chain(roofline, inference):
+def test_roofline_of_a_chain(suite, inference):
     """x of 2 images, 16 channels and 8x8, in float32: read once, as the weights are."""
     weights, x = 3 * 16 * 16 * 9, 2 * 16 * 64
     (one,) = inference.chain(3, 16, 8, 2).kernels()
-    assert one == roofline.Kernel(2 * weights * 2 * 64, 4 * (weights + 2 * x))
+    assert one == suite.Kernel(2 * weights * 2 * 64, 4 * (weights + 2 * x))
 
 
-def test_roofline_of_nets(roofline, inference, convs):
+def test_roofline_of_nets(measuring, inference, convs):
     """ResNet-50: 4.1 billion multiplications an image, He et al., 2016, with strides in the 3x3."""
-    count = roofline.flops(inference.net("ResNet-50", 2).kernels())
+    count = measuring.flops(inference.net("ResNet-50", 2).kernels())
     assert count / 4 == pytest.approx(4.09e9, rel=1e-3)
     for depth, bottleneck in (18, False), (50, True):
         own, theirs = (inference.net(f"{name}ResNet-{depth}", 2) for name in ("", "torchvision "))
@@ -255,7 +255,7 @@ def test_what_inference_may_be_off_by(measuring, suite, inference, suites, facto
     def prepare(module, x):
         return lambda x: module(x) * factor
 
-    build = partial(inference.InferenceProgram, prepare, workload)
+    build = partial(inference.program, prepare, workload)
     found = measuring.measure(
         workload, [eager, dataclasses.replace(ours, build=build)], rounds=1, least_ms=0.1
     )
@@ -263,18 +263,17 @@ def test_what_inference_may_be_off_by(measuring, suite, inference, suites, facto
     assert (found[1]["refused"] is None) == right
 
 
-def test_a_turn_begins_with_a_call_that_is_not_timed():
-    timing = importlib.import_module("harness.timing")
+def test_a_turn_begins_with_a_call_that_is_not_timed(measuring):
     calls = []
     counts = []
     for settle in (False, True):
         calls.clear()
-        timing.rotate({"a": lambda: calls.append(1)}, 3, "cpu", least_ms=1e-6, settle=settle)
+        measuring.rotate({"a": lambda: calls.append(1)}, 3, "cpu", least_ms=1e-6, settle=settle)
         counts.append(len(calls))
     assert counts[1] == counts[0] + 3
 
 
-def test_a_gpus_clock_measures_between_calls(monkeypatch):
+def test_a_gpus_clock_measures_between_calls(measuring, monkeypatch):
     """Far from its origin too, with a stand-in for the events."""
     now = iter([1e9, 1e9 + 2, 1e9 + 5])
 
@@ -292,7 +291,7 @@ def test_a_gpus_clock_measures_between_calls(monkeypatch):
             return end.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    clock = importlib.import_module("harness.timing").DeviceClock()
+    clock = measuring.DeviceClock()
     assert [clock(), clock()] == pytest.approx([0.002, 0.005])
 
 
@@ -413,7 +412,7 @@ def test_nets_run_the_backend_that_is_named(nets, torchvisions):
         assert blocks and all(block.backend == "eager" for block in blocks)
         if torchvisions:
             continue  # for a CPU, where nothing takes a net apart
-        norms = [m for m in nets.sequence(net.make()) if isinstance(m, torch.nn.BatchNorm2d)]
+        norms = [m for m in sequence(net.make()) if isinstance(m, torch.nn.BatchNorm2d)]
         assert len(norms) <= 1  # the stem's; all others are in blocks
 
 
@@ -491,13 +490,15 @@ def test_a_graph_is_captured_and_replayed(monkeypatch):
         calls.append(1)
         return 2 * x
 
-    graphed = graphs.Graphed(call, "cuda")
+    program = graphs.Program({"forward": call}, ())
+    program.capture("cuda")
     captured = len(calls)
-    (y,), (z,) = graphed(), graphed()
+    (y,), (z,) = program.run(), program.run()
     assert y is z and not y.requires_grad and torch.equal(y, 2 * x)
     assert len(calls) == captured and len(replays) == 2
-    on_cpu = graphs.Graphed(call, "cpu")
-    assert len(calls) == captured and on_cpu().requires_grad and len(calls) == captured + 1
+    on_cpu = graphs.Program({"forward": call}, ())
+    on_cpu.capture("cpu")
+    assert len(calls) == captured and on_cpu.run()[0].requires_grad and len(calls) == captured + 1
 
 
 def test_filter_without_a_match(run, capsys):
@@ -813,7 +814,7 @@ def test_the_convolutions_of_the_nets_are_timed(nets, suites):
     seen = set()
     for name, batch, size in of_net:
         with torch.device("meta"):
-            parts = nets.sequence(nets.NETS[name].make())
+            parts = sequence(nets.NETS[name].make())
             x = torch.empty(batch, 3, size, size)
         for block in parts:
             for part in block.modules():

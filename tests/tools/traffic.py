@@ -25,7 +25,8 @@ from unittest import mock
 import numpy as np
 import torch
 from fused_res.kernels import bn_act, res_block
-from suites.nets import NETS, sequence
+from net_sequences import sequence
+from suites.nets import NETS
 from torch import Tensor
 from triton_traffic import Traffic
 
