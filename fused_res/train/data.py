@@ -187,15 +187,9 @@ class _Cifar(NamedTuple):
 
 
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+_BINARY = tuple(f"{name}.bin" for name in _BATCHES)
 _CIFAR = (
-    _Cifar(
-        "cifar10",
-        "cifar-10-batches-bin",
-        tuple(f"{name}.bin" for name in _BATCHES),
-        "test_batch.bin",
-        "batches.meta.txt",
-        1,
-    ),
+    _Cifar("cifar10", "cifar-10-batches-bin", _BINARY, "test_batch.bin", "batches.meta.txt", 1),
     _Cifar("cifar100", "cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", 2),
     _Cifar("cifar10", "cifar-10-batches-py", _BATCHES, "test_batch", "batches.meta", b"labels"),
     _Cifar("cifar100", "cifar-100-python", ("train",), "test", "meta", b"fine_labels"),
