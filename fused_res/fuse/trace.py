@@ -279,7 +279,7 @@ class Trace(NamedTuple):
 def trace(
     block: nn.Module,
     training: bool,
-    tracer: Tracer | None = None,
+    tracer: Tracer,
     inputs: int | None = None,
     known: Reads | None = None,
 ) -> Trace:
@@ -293,7 +293,7 @@ def trace(
         Untraceable: the forward does something that a trace does not show.
     """
     with _one_at_a_time:
-        return _trace(block, training, tracer or Tracer(), inputs, known or Reads())
+        return _trace(block, training, tracer, inputs, known or Reads())
 
 
 def _trace(
@@ -302,7 +302,7 @@ def _trace(
     block = _copied(original)
     for m in block.modules():  # attributes, not train(): models override that (to freeze a norm)
         m.training = training
-    before, read = _state(block), _described(block, known, tracer)
+    before, read = _state(block), _described(block, known)
     recorder = tracer.recorder = Recorder(block, lambda: tracer.made, original)
     with torch.set_grad_enabled(tracer.grad), _seen(tracer):
         generators = _Generators()
@@ -320,7 +320,7 @@ def _trace(
     if _state(block) != before or any(n.op == "get_attr" for n in into):
         raise Untraceable("its forward writes to the module")
     refused = recorder.refused
-    if refused is None and _described(block, known, tracer) != read:
+    if refused is None and _described(block, known) != read:
         refused = "its forward changes what it reads"
     for node in list(graph.nodes):
         if node.op == "call_module" and does_nothing(child(block, node.target)):
@@ -330,7 +330,7 @@ def _trace(
     return Trace(graph, recorder.reads(), refused)
 
 
-def _described(block: nn.Module, reads: Reads, tracer: Tracer) -> tuple:
+def _described(block: nn.Module, reads: Reads) -> tuple:
     try:
         return Description(block, reads).tokens
     except Unknowable as reason:  # Record raises the same error
