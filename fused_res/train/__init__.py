@@ -67,13 +67,7 @@ def _resuming(settings: Settings, out: Path) -> str:
 
 def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: Place) -> int:
     last = out / "last.pt"
-    pictures = data.load(
-        settings.data,
-        classes=settings.classes,
-        size=settings.size,
-        images=settings.images,
-        seed=settings.seed,
-    )
+    pictures = data.load_named(settings)
     if state is not None:
         _check_resumed(state, last, pictures, place)
     statistics = data.statistics(pictures.train_images)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..cli import CommandError
+from .settings import Settings
 
 
 class DataError(CommandError):
@@ -113,6 +114,12 @@ def load(
     for part in pieces:
         digest.update(part.numpy())
     return Data(found.name, names, *pieces, digest.hexdigest())
+
+
+def load_named(settings: Settings, **changed: Any) -> Data:
+    """The pictures that the settings of a run name; ``changed`` replaces arguments of ``load``."""
+    named = {name: getattr(settings, name) for name in ("classes", "size", "images", "seed")}
+    return load(settings.data, **{**named, **changed})
 
 
 def _check_memory(count: int, size: int | None, of_pixel: int = 3) -> None:

@@ -41,13 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     state = checkpoint.load(args.checkpoint)
     settings = _settings(args, state["settings"])
-    pictures = data.load(
-        settings.data,
-        classes=state["classes"],
-        size=settings.size,
-        images=settings.images if args.data is None else None,
-        seed=settings.seed,
-    )
+    images = settings.images if args.data is None else None
+    pictures = data.load_named(settings, classes=state["classes"], images=images)
     model, name = _model(args, settings, state)
     statistics, classes = (state["mean"], state["std"]), state["classes"]
     nets.check(model, settings.model, pictures.val_images, statistics, len(classes))
