@@ -91,6 +91,7 @@ _ARGUMENTS = Rule(
     lambda value: type(value) is tuple and len(value) <= 100 and all(map(_is_argument, value)),
 )
 CLASSES = checks.text(1000)  # the name of a class
+_NAME = checks.text(4096)  # of a model or of data
 
 
 @dataclass(frozen=True)
@@ -105,17 +106,14 @@ class Settings:
         "resnet20",
         "a name of fused_res.models, or torchvision:NAME, timm:NAME, package.module:NAME or "
         "file.py:NAME",
-        checks.text(4096),
+        _NAME,
     )
     model_arg: tuple[tuple[str, Any], ...] = _flag(
         (), "an argument of the model; repeatable", _ARGUMENTS, action="append", type=argument,
         metavar="KEY=VALUE",
     )  # fmt: skip
     data: str | None = _flag(
-        None,
-        "what to train on; default: digits, which needs no download",
-        checks.text(4096),
-        free=True,
+        None, "what to train on; default: digits, which needs no download", _NAME, free=True
     )
     classes: tuple[str, ...] | None = _flag(
         None, "train on these classes alone", checks.each(tuple, CLASSES, 2, 100_000), type=_names,
