@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import torch
 
 from ..dispatch.backends import BackendUnavailable
 from ..version import __version__
@@ -57,6 +60,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: str = 
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Runs the body with ``count`` threads of PyTorch; None: with as many as before."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _one_line(error: Exception) -> str:

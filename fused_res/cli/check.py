@@ -8,7 +8,6 @@ mean square.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import itertools
 import math
@@ -23,7 +22,7 @@ from .. import reference
 from ..dispatch import backends
 from ..ops.bn_act import bn_act_norms
 from ..reference import Act, Norm
-from . import table
+from . import table, threads
 
 LIMIT = 1.5
 # float64 has no wider type for a comparison. There PyTorch's error counts as this share of the
@@ -224,7 +223,7 @@ def check_bn_act(
     """
     errors, count = Errors(), 0
     for case in cases(dtype):
-        with _one_thread():
+        with threads(1):  # on such small maps threads cost time, on a busy machine much
             inputs = _inputs(case, device, count)
             _clear_ties(case, inputs)
             exact = _evaluate(reference.bn_act, case, inputs, torch.float64)
@@ -236,21 +235,10 @@ def check_bn_act(
             failure = f"{type(error).__name__}: {error}"
             return Result("bn_act", backend, dtype, count, math.inf, str(case), failure)
         mode = "train" if case.training else "eval"
-        with _one_thread():
+        with threads(1):
             for name, t in exact.items():
                 errors.add(f"{name} in {mode}", f"worst: {case}", fused.get(name), theirs[name], t)
     return Result("bn_act", backend, dtype, count, *errors.worst())
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Runs the body on one thread: on such small maps threads cost time, on a busy machine much."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _evaluate_block(block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
@@ -352,7 +340,7 @@ def check_all() -> list[Result]:
 
             results.append(check_bn_act(bn_act, dtype, name, device))
         if name == "eager" or name in backends.SUPPORT["bn_act"]:
-            with _one_thread():  # both sides spend their time in PyTorch's convolutions
+            with threads(1):  # both sides spend their time in PyTorch's convolutions
                 results.append(check_block(FusedResBlock, name, device))
                 results.append(check_inference(FusedResBlock, name, device))
     return results

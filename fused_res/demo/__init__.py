@@ -7,20 +7,14 @@ import importlib.util
 from pathlib import Path
 
 from ..cli import CommandError
+from ..train.settings import parsed
 
 PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     def number(flag: str, default: int | None, text: str) -> None:
-        parser.add_argument(flag, type=_positive, default=default, metavar="N", help=text)
+        parser.add_argument(flag, type=parsed(int, 1), default=default, metavar="N", help=text)
 
     parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR",
                         help="where the plot and the page go (default: demo-out)")  # fmt: skip

@@ -69,20 +69,12 @@ def agreement_rows(report: Report) -> list[list[str]]:
 def plot(reports: Sequence[Report]) -> bytes:
     """A PNG: for each net its losses, step times and saved activations."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(
-            len(reports),
-            3,
-            figsize=(12, 3.6 * len(reports)),
-            squeeze=False,
-            width_ratios=(2, 1, 1),
-            layout="constrained",
-        )
+    with matplotlib.rc_context(style):
+        figure = Figure((12, 3.6 * len(reports)), layout="constrained")
+        axes = figure.subplots(len(reports), 3, squeeze=False, width_ratios=(2, 1, 1))
         for report, (losses, times, memory) in zip(reports, axes, strict=True):
             # dashed on top of solid: equal curves both stay visible
             for (label, color), curve, line in zip(
@@ -114,7 +106,6 @@ def plot(reports: Sequence[Report]) -> bytes:
             memory.set(title=f"saved activations, MiB (batch {report.batch})")
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=110)
-        plt.close(figure)
     return out.getvalue()
 
 

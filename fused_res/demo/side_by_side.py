@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..cli import doctor, table
+from ..cli import doctor, table, threads
 from ..dispatch import backends
 from ..fuse.swap import fuse_
 from ..models import create
@@ -98,10 +98,7 @@ def _facts(digits: data.Data) -> list[tuple[str, object]]:
 def demo(args: argparse.Namespace) -> None:
     """Trains the nets, prints the results, and writes the plot and the page into ``args.out``."""
     start = time.perf_counter()
-    threads = torch.get_num_threads()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    try:
+    with threads(args.threads):
         digits = data.load(args.images, args.seed)
         print(
             f"scikit-learn's digits as 32x32 colour images: "
@@ -112,8 +109,6 @@ def demo(args: argparse.Namespace) -> None:
             reports.append(_compared(net, digits, args.seed, args.seconds))
             _print(reports[-1])
         facts = _facts(digits)
-    finally:
-        torch.set_num_threads(threads)
     figure = page.plot(reports)
     text = page.page(reports, figure, digits.val_pictures[:16], facts)
     print(f"\n{page.RESULT_NOTE}\n{page.AGREEMENT_NOTE}\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from itertools import takewhile
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -84,8 +85,7 @@ def _stages(nodes: Nodes, chain: list[fx.Node], opaque: bool) -> list[Stage]:
 
 def _before_convs(nodes: Nodes, chain: list[fx.Node]) -> list[fx.Node]:
     """The nodes before the first convolution of a chain; their result may be the input itself."""
-    convs = (i for i, n in enumerate(chain) if isinstance(nodes.module(n), nn.Conv2d))
-    return chain[: next(convs, len(chain))]
+    return list(takewhile(lambda n: not isinstance(nodes.module(n), nn.Conv2d), chain))
 
 
 def _refuse_writes(nodes: Nodes, end: fx.Node, chains: list[list[fx.Node]]) -> None:

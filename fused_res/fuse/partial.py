@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from ..ops.res_block import MOST_STAGES
 from .modules import has_frozen, is_norm
 from .plan import BlockPlan, PartialPlan, Program, Stage
-from .trace import Nodes
+from .trace import Nodes, only_user
 
 IN_PLACE_ADDS = (operator.iadd, "add_")
 
@@ -54,10 +54,6 @@ class _Segment(NamedTuple):
         return BlockPlan(tuple(stages), shortcut, skip, relu, into=self.into)
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def _calls(nodes: Nodes, node: fx.Node, known: bool) -> bool:
     """Whether it calls a module with one tensor; the module is ``known`` and called once."""
     return (
@@ -94,17 +90,17 @@ def _is_own(nodes: Nodes, node: fx.Node) -> bool:
 def _into_its_own(nodes: Nodes, node: fx.Node) -> bool:
     """Whether a node writes only into a tensor that no other node can see."""
     (into,) = node.args[:1] or (None,)
-    own = isinstance(into, fx.Node) and _only_user(into) is node and _is_own(nodes, into)
+    own = isinstance(into, fx.Node) and only_user(into) is node and _is_own(nodes, into)
     return own and nodes.writes_first(node)
 
 
 def _around_norm(nodes: Nodes, norm: fx.Node) -> _Segment:
     (x,) = norm.args
     segments = [_Segment((norm,), x, None, norm, relu=False)]
-    conv = type(nodes.module(x)) is nn.Conv2d and _only_user(x) is norm
+    conv = type(nodes.module(x)) is nn.Conv2d and only_user(x) is norm
     if conv and _calls(nodes, x, True):
         segments.append(segments[-1]._replace(nodes=(x, norm), x=x.args[0], conv=x))
-    after = _only_user(norm)
+    after = only_user(norm)
     if after is not None and nodes.is_relu(after):
         segments += [p._replace(nodes=(*p.nodes, after), relu=True) for p in segments]
     return next(p for p in reversed(segments) if _movable(nodes, p))
@@ -115,7 +111,7 @@ def _with_add(nodes: Nodes, add: fx.Node, by_last: dict[fx.Node, _Segment]) -> _
     operands = nodes.operands_of_add(add)
     if operands is None or operands[0] is operands[1]:
         return None
-    found = [by_last.get(o) if _only_user(o) is add else None for o in operands]
+    found = [by_last.get(o) if only_user(o) is add else None for o in operands]
     if add.target in IN_PLACE_ADDS and not _into_its_own(nodes, add):
         return None  # other nodes may see the tensor that it writes into
     found = [None if one is None or one.residual is not None else one for one in found]
@@ -134,7 +130,7 @@ def _with_add(nodes: Nodes, add: fx.Node, by_last: dict[fx.Node, _Segment]) -> _
     # the branch is the side with the larger kernel; then prefer one pass for both norms
     candidates.sort(key=lambda p: (_work(nodes, p), p.shortcut is not None), reverse=True)
     for segment in candidates:
-        after = _only_user(add)
+        after = only_user(add)
         if after is not None and nodes.is_relu(after) and not segment.relu:
             longer = segment._replace(nodes=(*segment.nodes, after), relu_after=True)
             if _movable(nodes, longer):
@@ -171,7 +167,7 @@ def _join(nodes: Nodes, segment: _Segment, by_last: dict[fx.Node, _Segment]) -> 
     before = by_last.get(segment.x)
     if before is None or segment.conv is None or before.conv is None or before.residual is not None:
         return
-    if not before.relu or _only_user(segment.x) is not segment.conv:
+    if not before.relu or only_user(segment.x) is not segment.conv:
         return
     longer = segment._replace(
         nodes=(*before.nodes, *segment.nodes),

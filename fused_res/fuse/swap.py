@@ -129,7 +129,7 @@ def _set_state(self, state):
             plan = plan_of(self, cls.plan.opaque)
             made = made if plan is None else fused_class(made, plan, cls.recompute)
         served = "model_class" in cls.__dict__
-        self.__class__ = cls.serving(made) if served else made
+        self.__class__ = cls._serving_class(made) if served else made
 
 
 def refuse_wrapped(model: nn.Module, caller: str = "fuse_") -> None:

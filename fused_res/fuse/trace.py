@@ -61,10 +61,6 @@ class _Asked:
         self._tell("which tensor, dtype, device or shape it is")
         return object.__hash__(self)
 
-    def __str__(self):
-        self._tell("how a tensor is written")
-        return super().__str__()
-
     def __repr__(self):
         self._tell("how a tensor is written")
         return super().__repr__()
@@ -283,7 +279,7 @@ class Trace(NamedTuple):
 def trace(
     block: nn.Module,
     training: bool,
-    tracer: Tracer | None = None,
+    tracer: Tracer,
     inputs: int | None = None,
     known: Reads | None = None,
 ) -> Trace:
@@ -297,7 +293,7 @@ def trace(
         Untraceable: the forward does something that a trace does not show.
     """
     with _one_at_a_time:
-        return _trace(block, training, tracer or Tracer(), inputs, known or Reads())
+        return _trace(block, training, tracer, inputs, known or Reads())
 
 
 def _trace(
@@ -306,7 +302,7 @@ def _trace(
     block = _copied(original)
     for m in block.modules():  # attributes, not train(): models override that (to freeze a norm)
         m.training = training
-    before, read = _state(block), _described(block, known, tracer)
+    before, read = _state(block), _described(block, known)
     recorder = tracer.recorder = Recorder(block, lambda: tracer.made, original)
     with torch.set_grad_enabled(tracer.grad), _seen(tracer):
         generators = _Generators()
@@ -324,7 +320,7 @@ def _trace(
     if _state(block) != before or any(n.op == "get_attr" for n in into):
         raise Untraceable("its forward writes to the module")
     refused = recorder.refused
-    if refused is None and _described(block, known, tracer) != read:
+    if refused is None and _described(block, known) != read:
         refused = "its forward changes what it reads"
     for node in list(graph.nodes):
         if node.op == "call_module" and does_nothing(child(block, node.target)):
@@ -334,11 +330,16 @@ def _trace(
     return Trace(graph, recorder.reads(), refused)
 
 
-def _described(block: nn.Module, reads: Reads, tracer: Tracer) -> tuple:
+def _described(block: nn.Module, reads: Reads) -> tuple:
     try:
         return Description(block, reads).tokens
     except Unknowable as reason:  # Record raises the same error
         return (str(reason),)
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The node that uses this one; None where there is none or more than one."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 class Nodes:
@@ -386,34 +387,39 @@ class Nodes:
 
     def describe(self, node: fx.Node) -> str:
         """A node in words: the innermost child that it belongs to."""
-        module = self.module(node)
-        if module is not None:
-            return f"{node.target} ({type(module).__name__})"
-        stack = node.meta.get("nn_module_stack") or {}
-        owners = [path for path in stack if path]
-        name = getattr(node.target, "__name__", str(node.target))
-        if owners:
-            path = owners[-1]
-            return f"{path} ({type(child(self.block, path)).__name__})"
-        return f"{name}()"
+        if node.op == "call_module":
+            paths = [node.target]
+        else:
+            paths = [path for path in node.meta.get("nn_module_stack") or () if path]
+        if paths:
+            return f"{paths[-1]} ({type(child(self.block, paths[-1])).__name__})"
+        return f"{getattr(node.target, '__name__', str(node.target))}()"
 
     def times_called(self, node: fx.Node) -> int:
         """How often the module of a node is called."""
         return sum(n.op == "call_module" and n.target == node.target for n in self.graph.nodes)
 
+    def _is_known(self, node: fx.Node) -> bool:
+        """Whether PyTorch or a known library has the code that a node calls: its name and
+        arguments say whether it writes."""
+        if node.op == "call_module":
+            modules = self.module(node).modules()
+            return all(type(m).__module__.startswith(_KNOWN_MODULES) for m in modules)
+        module = getattr(node.target, "__module__", None) or ""
+        return node.op == "call_method" or module.startswith(_KNOWN_FUNCTIONS)
+
     def writes(self, node: fx.Node) -> bool:
         """Whether a node may write into an existing tensor."""
         if node.op == "call_module":
-            modules = list(self.module(node).modules())
-            known = all(type(m).__module__.startswith(_KNOWN_MODULES) for m in modules)
-            return not known or any(getattr(m, "inplace", False) for m in modules)
+            in_place = any(getattr(m, "inplace", False) for m in self.module(node).modules())
+            return in_place or not self._is_known(node)
         if node.op == "call_method":
             bare = node.target.strip("_")
             dunder = node.target.startswith("__")
             return bare in (*IN_PLACE, "setitem") if dunder else node.target.endswith("_")
         if node.op != "call_function":
             return False
-        if not (getattr(node.target, "__module__", None) or "").startswith(_KNOWN_FUNCTIONS):
+        if not self._is_known(node):
             return True
         relu_in_place = self.is_relu(node) and node.args[1:] == (True,)
         named = getattr(node.target, "__name__", "").endswith("_") or relu_in_place
@@ -422,11 +428,7 @@ class Nodes:
 
     def writes_first(self, node: fx.Node) -> bool:
         """Whether a node that ``writes`` writes into its first argument alone."""
-        if node.op == "call_module":
-            modules = self.module(node).modules()
-            return all(type(m).__module__.startswith(_KNOWN_MODULES) for m in modules)
-        known = (getattr(node.target, "__module__", None) or "").startswith(_KNOWN_FUNCTIONS)
-        return "out" not in node.kwargs and (known or node.op == "call_method")
+        return "out" not in node.kwargs and self._is_known(node)
 
     def without_what_is_quiet(self) -> tuple[str, ...]:
         """Removes the children that return their input in eval mode; returns their names."""

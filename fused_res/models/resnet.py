@@ -12,10 +12,10 @@ STEMS = ("imagenet", "cifar")
 INITS = ("kaiming", "default")
 
 
-def check_positive(**values: int) -> None:
+def check_at_least(least: int, **values: int) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
 
 
 def check_one_of(known: Sequence[str], **values: str) -> None:
@@ -78,10 +78,10 @@ class ResNet(nn.Module):
         block: type[nn.Module] = ResBlock,
     ) -> None:
         super().__init__()
-        check_positive(width=width, width_per_group=width_per_group, num_classes=num_classes)
+        check_at_least(1, width=width, width_per_group=width_per_group, num_classes=num_classes)
         if len(counts) < 1:
             raise ValueError(f"counts={counts!r} must have at least one stage")
-        check_positive(**{f"counts[{i}]": count for i, count in enumerate(counts)})
+        check_at_least(1, **{f"counts[{i}]": count for i, count in enumerate(counts)})
         check_one_of(STEMS, stem=stem)
         check_one_of(INITS, init=init)
         if zero_init_residual and kind == "plain":

@@ -11,12 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reference import ResBlock
-from .resnet import check_positive
-
-
-def check_channels(n_chans1: int) -> None:
-    if not isinstance(n_chans1, int) or n_chans1 < 2:
-        raise ValueError(f"n_chans1={n_chans1!r} must be an integer of at least 2")
+from .resnet import check_at_least
 
 
 class BlockNet(nn.Module):
@@ -46,22 +41,12 @@ class BlockNet(nn.Module):
         block: type[nn.Module] = ResBlock,
     ) -> None:
         super().__init__()
-        check_positive(width=width, n_blocks=n_blocks, num_classes=num_classes)
+        check_at_least(1, width=width, n_blocks=n_blocks, num_classes=num_classes)
         self.conv1 = nn.Conv2d(3, width, 3, padding=1)
         self.blocks, channels = nn.Sequential(), width
+        options = {"kind": kind, "skip": skip, "relu": relu, "bias": bias, "dropout": dropout}
         for i in range(n_blocks):
-            self.blocks.append(
-                block(
-                    channels,
-                    width,
-                    1 if i else stride,
-                    kind=kind,
-                    skip=skip,
-                    relu=relu,
-                    bias=bias,
-                    dropout=dropout,
-                )
-            )
+            self.blocks.append(block(channels, width, 1 if i else stride, **options))
             channels = channels + width if skip == "concat" else width
         self.fc = nn.Linear(channels, num_classes)
 
@@ -78,7 +63,7 @@ class TwoBlockNet(nn.Module):
         self, width: int = 64, *, num_classes: int = 10, block: type[nn.Module] = ResBlock
     ) -> None:
         super().__init__()
-        check_positive(width=width, num_classes=num_classes)
+        check_at_least(1, width=width, num_classes=num_classes)
         self.block1 = block(3, width, kind="plain", relu="after")
         self.block2 = block(width, 2 * width, kind="plain", relu="none")
         self.fc = nn.Linear(2 * width, num_classes)
@@ -111,7 +96,7 @@ class DeepCNN(nn.Module):
         block: type[nn.Module] = ResBlock,
     ) -> None:
         super().__init__()
-        check_positive(n_blocks=n_blocks, width=width, num_classes=num_classes)
+        check_at_least(1, n_blocks=n_blocks, width=width, num_classes=num_classes)
         self.conv1 = nn.Conv2d(3, width, 3, padding=1)
         self.bn1 = nn.BatchNorm2d(width)
         self.blocks = nn.Sequential(*(block(width, width, bias=bias) for _ in range(n_blocks)))
@@ -130,7 +115,7 @@ class Net(nn.Module):
 
     def __init__(self, *, num_classes: int = 10) -> None:
         super().__init__()
-        check_positive(num_classes=num_classes)
+        check_at_least(1, num_classes=num_classes)
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
         self.act1 = nn.Tanh()
         self.pool1 = nn.MaxPool2d(2)
@@ -153,8 +138,8 @@ class NetFunctional(nn.Module):
 
     def __init__(self, n_chans1: int = 16, *, num_classes: int = 10) -> None:
         super().__init__()
-        check_channels(n_chans1)
-        check_positive(num_classes=num_classes)
+        check_at_least(2, n_chans1=n_chans1)
+        check_at_least(1, num_classes=num_classes)
         self.conv1 = nn.Conv2d(3, n_chans1, 3, padding=1)
         self.conv2 = nn.Conv2d(n_chans1, n_chans1 // 2, 3, padding=1)
         self.fc1 = nn.Linear(8 * 8 * (n_chans1 // 2), 32)
@@ -207,8 +192,8 @@ class NetDepth(nn.Module):
 
     def __init__(self, n_chans1: int = 32, *, num_classes: int = 10) -> None:
         super().__init__()
-        check_channels(n_chans1)
-        check_positive(num_classes=num_classes)
+        check_at_least(2, n_chans1=n_chans1)
+        check_at_least(1, num_classes=num_classes)
         half = n_chans1 // 2
         self.conv1 = nn.Conv2d(3, n_chans1, 3, padding=1)
         self.conv2 = nn.Conv2d(n_chans1, half, 3, padding=1)
@@ -257,7 +242,7 @@ class NetResDeep(nn.Module):
         block: type[nn.Module] = ResBlock,
     ) -> None:
         super().__init__()
-        check_positive(n_chans1=n_chans1, n_blocks=n_blocks, num_classes=num_classes)
+        check_at_least(1, n_chans1=n_chans1, n_blocks=n_blocks, num_classes=num_classes)
 
         def single() -> nn.Module:
             made = block(n_chans1, n_chans1, kind="single")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .resnet import check_positive, kaiming_
+from .resnet import check_at_least, kaiming_
 
 
 class PreActBlock(nn.Module):
@@ -70,7 +70,7 @@ class WideResNet(nn.Module):
         num_classes: int = 10,
     ) -> None:
         super().__init__()
-        check_positive(depth=depth, widen_factor=widen_factor, num_classes=num_classes)
+        check_at_least(1, depth=depth, widen_factor=widen_factor, num_classes=num_classes)
         count, rest = divmod(depth - 4, 6)
         if rest or count < 1:
             raise ValueError(f"depth={depth} must be 6 n + 4: 10, 16, 22, 28, ...")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..fuse.modules import is_exported
 from ..fuse.swap import FuseReport, fused_class
+from ..nn.blocks import with_signature_of
 from ..run.reads import Reads
 from ..run.weight_cache import forget_weights
 from .calls import Call, Parameters, has_no_tensor
@@ -325,11 +325,6 @@ class OptimizedModel(nn.Module):
         finally:
             self._serving_forget()
 
-    @staticmethod
-    def serving(model_class: type[nn.Module]) -> type[OptimizedModel]:
-        """The class of a served model; ``model_class`` is the class before."""
-        return optimized_class(model_class)
-
     def __reduce_ex__(self, protocol):
         # the class is made at run time, so copies and pickles name its sources
         cls, fused = type(self).model_class, None
@@ -344,13 +339,12 @@ def optimized_class(model_class: type[nn.Module]) -> type[nn.Module]:
     # the class before fuse_ has the signature of the forward
     original = model_class.__dict__.get("original", model_class)
 
-    own = OptimizedModel.forward
-    forward = FunctionType(own.__code__, own.__globals__, closure=own.__closure__)
-    functools.update_wrapper(forward, original.forward)  # exporters name inputs by its signature
     body = {
-        "forward": forward,
+        # exporters name inputs by its signature
+        "forward": with_signature_of(OptimizedModel.forward, original.forward),
         "model_class": model_class,
         "_serving_parameters": Parameters(original.forward),
+        "_serving_class": staticmethod(optimized_class),  # fuse_ must not import this module
         "__module__": model_class.__module__,
         "__doc__": model_class.__doc__,
         "__qualname__": f"Optimized{original.__qualname__}",
@@ -393,14 +387,12 @@ def _place(t: Tensor, args: tuple, kwargs: dict) -> str:
 
 
 def _check(t: Tensor, want: Input, args: tuple, kwargs: dict, fixed: bool) -> None:
+    where = _place(t, args, kwargs)
     if t.dtype != want.dtype:
-        where = _place(t, args, kwargs)
         raise TypeError(f"{where} must be {want.dtype}, as the example, got {t.dtype}")
     if t.device != want.device:
-        where = _place(t, args, kwargs)
         raise ValueError(f"{where} must be on {want.device}, as the example, got {t.device}")
     if fixed and t.shape != want.shape:
-        where = _place(t, args, kwargs)
         raise ValueError(
             f"{where} must have shape {want.shape}, as the example, got {tuple(t.shape)}"
         )

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ..fuse.modules import child
 from ..fuse.swap import FuseReport
-from ..fuse.trace import Nodes, Tracer, trace
+from ..fuse.trace import Nodes, Tracer, only_user, trace
 from ..nn.blocks import FusedForward
 from ..run.chain import is_link
 from ..run.description import NORMS, has_hooks
@@ -70,10 +70,6 @@ def function(model: nn.Module, graph: fx.Graph) -> Callable:
     return type(fx.GraphModule(model, graph)).forward
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def _is_dtype(view: fx.Node) -> bool:
     return "dtype" in view.kwargs or any(isinstance(a, torch.dtype) for a in view.args)
 
@@ -87,9 +83,9 @@ def fuse_convolutions(model: nn.Module, graph: fx.Graph, report: FuseReport) -> 
         if type(nodes.module(node)) is not nn.Conv2d or len(node.args) != 1:
             continue
         chain, bn, relu = [node], None, False
-        after = _only_user(node)
+        after = only_user(node)
         if after is not None and type(nodes.module(after)) in NORMS:
-            chain, bn, after = [*chain, after], after.target, _only_user(after)
+            chain, bn, after = [*chain, after], after.target, only_user(after)
         if after is not None and nodes.is_relu(after):
             chain, relu = [*chain, after], after.target if after.op == "call_module" else True
         if len(chain) == 1:

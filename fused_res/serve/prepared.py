@@ -47,31 +47,20 @@ class _Found(NamedTuple):
     places: Places = Places()
 
 
-class _BlockSite(NamedTuple):
-    """A call of a fused block in the graph."""
-
-    path: str
-
-    def modules(self, model: nn.Module) -> list[nn.Module]:
-        return list(child(model, self.path).modules())
-
-    def plain(self, model: nn.Module, x: Tensor) -> Tensor:
-        return child(model, self.path)(x)
-
-    def find(self, model: nn.Module, x: Tensor) -> _Found | None:
-        block = child(model, self.path)
-        if not runs_plan(block) or any(map(has_hooks, block.modules())):
-            return None
-        if "forward" in block.__dict__ or not block._is_as_recorded():
-            return None
-        kept, places = kept_for(block, block.plan, x), guard_of(block, block.plan.record).places
-        if kept is None or places is None:
-            return None
-        return _Found(lambda x: run_kept(kept, x, x), kept.tensors, kept.fingerprint, places)
+def _prepared_block(block: nn.Module, x: Tensor) -> _Found | None:
+    """The steps that a fused block has kept for such inputs."""
+    if not runs_plan(block) or any(map(has_hooks, block.modules())):
+        return None
+    if "forward" in block.__dict__ or not block._is_as_recorded():
+        return None
+    kept, places = kept_for(block, block.plan, x), guard_of(block, block.plan.record).places
+    if kept is None or places is None:
+        return None
+    return _Found(lambda x: run_kept(kept, x, x), kept.tensors, kept.fingerprint, places)
 
 
-class _ChainSite(NamedTuple):
-    """Calls of consecutive blocks that keep the size of their input."""
+class _BlocksSite(NamedTuple):
+    """A call of a fused block, or calls of consecutive blocks that keep the size of their input."""
 
     paths: tuple[str, ...]
 
@@ -85,13 +74,15 @@ class _ChainSite(NamedTuple):
 
     def find(self, model: nn.Module, x: Tensor) -> _Found | None:
         blocks = [child(model, path) for path in self.paths]
+        if len(blocks) == 1:
+            return _prepared_block(blocks[0], x)
         made, found, steps, i = list(map(linked, blocks)), [], [], 0
         while i < len(blocks):
             tensors = unique_tensors(made[i:])
             before = fingerprint(tensors)
             chain, count = chain_of(blocks[i:], made[i:], x)
             if chain is None:
-                one = _BlockSite(self.paths[i]).find(model, x)
+                one = _prepared_block(blocks[i], x)
             else:
                 one = _Found(chain, tensors, before, places_of(made[i : i + count]))
             if one is not None:
@@ -131,7 +122,7 @@ class _ConvSite(NamedTuple):
         return None if found is None else _Found(*found)
 
 
-_Site = _BlockSite | _ChainSite | _ConvSite
+_Site = _BlocksSite | _ConvSite
 
 
 def _unchanged(found: list[_Found]) -> bool:
@@ -175,7 +166,7 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Site
     def add_module(path: str, x: fx.Node) -> fx.Node:
         module = child(model, path)
         if isinstance(module, FusedForward):
-            return add(_BlockSite(path), x)
+            return add(_BlocksSite((path,)), x)
         inside = any(isinstance(m, FusedForward) for m in module.modules())
         plain = type(module) in (nn.Sequential, FusedSequential)
         if not inside or not plain or has_hooks(module):
@@ -183,7 +174,7 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Site
         for linking, group in groupby(module._modules, lambda name: is_link(module._modules[name])):
             paths = [f"{path}.{name}" for name in group]
             if linking and len(paths) > 1:
-                x = add(_ChainSite(tuple(paths)), x)
+                x = add(_BlocksSite(tuple(paths)), x)
                 continue
             for each in paths:
                 x = add_module(each, x)
@@ -195,7 +186,7 @@ def _with_steps(model: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, list[_Site
         if node in runs:
             # at the first: a node between them may write to the chain's input
             paths = tuple(one.target for one in runs[node])
-            values[runs[node][-1]] = add(_ChainSite(paths), values[_only_arg(node)])
+            values[runs[node][-1]] = add(_BlocksSite(paths), values[_only_arg(node)])
         elif node.op == "call_function" and node.target is conv_norm_relu:
             x, *rest = node.args
             paths = [p.target if isinstance(p, fx.Node) else p for p in rest]
@@ -242,7 +233,7 @@ class PreparedForward:
         self._forward = function(model, graph)
         called = [n.target for n in graph.nodes if n.op in ("call_module", "get_attr")]
         for site in self._sites:
-            paths = site.paths if isinstance(site, _ChainSite) else site
+            paths = site.paths if isinstance(site, _BlocksSite) else site
             called += [path for path in paths if type(path) is str]
         self._containers = _above(called)
         leaves = reads.leaves.difference(self._containers)

@@ -7,19 +7,17 @@ import contextlib
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from ..cli import CommandError, UsageError, table
+from ..cli import CommandError, UsageError, table, threads
 from ..dispatch.user_timings import processor
 from ..version import __version__
 from . import checkpoint, data, nets, report, trust
 from . import settings as flags
-from .augment import prepare
 from .engine import Interrupted, Trainer
 from .lock import locked
 from .log import Log, now
@@ -55,41 +53,21 @@ def _run(args: argparse.Namespace) -> int:
         )
     settings = flags.of(args, None if state is None else state["settings"], str(last))
     if state is not None:
-        _check_named(args, settings, last)
-    threads = torch.get_num_threads()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    try:
-        with at(settings.device) as place:
-            return _train(settings, args.out, state, place)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _check_named(args: argparse.Namespace, settings: Settings, last: Path) -> None:
-    """Checks that the command line names everything that ``last`` must not name alone."""
-    missing = [name for name in trust.untrusted(settings) if not hasattr(args, name)]
-    if missing:
-        command = _resuming(settings, args.out)
-        raise UsageError(trust.refusal(settings, missing, str(last), command))
+        trust.check(settings, vars(args), str(last), _resuming(settings, args.out))
+    with threads(settings.threads), at(settings.device) as place:
+        return _train(settings, args.out, state, place)
 
 
 def _resuming(settings: Settings, out: Path) -> str:
     """The command that continues a run."""
     command = "torchrun ... -m fused_res" if launched() else "fused-res"
-    words = trust.words(settings, trust.untrusted(settings))
+    words = trust.words(settings)
     return f"{command} train {words + ' ' if words else ''}--out {shlex.quote(str(out))} --resume"
 
 
 def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: Place) -> int:
     last = out / "last.pt"
-    pictures = data.load(
-        settings.data,
-        classes=settings.classes,
-        size=settings.size,
-        images=settings.images,
-        seed=settings.seed,
-    )
+    pictures = data.load_named(settings)
     if state is not None:
         _check_resumed(state, last, pictures, place)
     statistics = data.statistics(pictures.train_images)
@@ -97,12 +75,13 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: P
     kinds = settings.nets()
     models, about = {}, {}
     for kind in kinds:
-        with _within(settings, state, kind, last):
+        weights = None if state is None else state["nets"][kind]["model"]
+        with nets.within(settings.model, weights, str(last)):
             models[kind], about[kind] = nets.make(
                 settings.model, arguments, kind == "fused", settings.seed
             )
-    some = prepare(pictures.train_images[:2], *statistics, None, None)
-    nets.check(models[kinds[0]], settings.model, some, len(pictures.classes))
+    first = models[kinds[0]]
+    nets.check(first, settings.model, pictures.train_images, statistics, len(pictures.classes))
     if settings.compare:  # a user's model may draw its weights without the seed
         models["plain"].load_state_dict(models["fused"].state_dict())
     kept = {
@@ -116,7 +95,7 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: P
     if state is not None:
         trainer.load(state, str(last))
     try:
-        with _log(out, state, place) as log:
+        with contextlib.nullcontext() if place.rank else _log(out, state) as log:
             if log is not None and log.size == 0:
                 log.write(_start(settings, arguments, pictures, place, about))
             if log is not None and state is not None:
@@ -130,14 +109,6 @@ def _train(settings: Settings, out: Path, state: dict[str, Any] | None, place: P
     if place.rank == 0:
         _finish(out, results, about)
     return 0
-
-
-def _within(
-    settings: Settings, state: dict[str, Any] | None, kind: str, last: Path
-) -> contextlib.AbstractContextManager:
-    if state is None:
-        return contextlib.nullcontext()
-    return nets.within(settings.model, state["nets"][kind]["model"], str(last))
 
 
 def _check_resumed(state: dict[str, Any], last: Path, pictures: data.Data, place: Place) -> None:
@@ -167,21 +138,14 @@ def _check_log(last: Path, size: int) -> None:
             )
 
 
-@contextlib.contextmanager
-def _log(out: Path, state: dict[str, Any] | None, place: Place) -> Iterator[Log | None]:
-    """The log, cut off where ``state`` was saved; None in all processes but the first."""
-    if place.rank:
-        yield None
-        return
+def _log(out: Path, state: dict[str, Any] | None) -> contextlib.closing[Log]:
+    """The log, cut off where ``state`` was saved."""
     out.mkdir(parents=True, exist_ok=True)
     if state is None:
         for name in ("last.pt", "best.pt", "report.html"):
             (out / name).unlink(missing_ok=True)
-    log = Log(out, *((0, 0) if state is None else (state["log"], state["epoch"])))
-    try:
-        yield log
-    finally:
-        log.close()
+    size, epoch = (0, 0) if state is None else (state["log"], state["epoch"])
+    return contextlib.closing(Log(out, size, epoch))
 
 
 def _start(

@@ -19,19 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from . import nets
-from .checks import (
-    CheckpointError,
-    Rule,
-    each,
-    is_like,
-    is_plain,
-    maybe,
-    number,
-    one_of,
-    shown,
-    tensor,
-)
+from . import checks, nets
+from .checks import CheckpointError, Rule
 from .settings import CLASSES, restored
 
 FORMAT, VERSION = "fused_res.train", 1
@@ -43,32 +32,32 @@ KEYS = {
 LARGE = 2**53
 # The rule of each key. ``Trainer.load`` checks the rest, which depends on the model and the data.
 RULES = {
-    "classes": each(list, CLASSES, 2, 100_000),
-    "mean": tensor(torch.float32, (3,), 0, 1),
-    "std": tensor(torch.float32, (3,), 1e-6, 1),
+    "classes": checks.each(list, CLASSES, 2, 100_000),
+    "mean": checks.tensor(torch.float32, (3,), 0, 1),
+    "std": checks.tensor(torch.float32, (3,), 1e-6, 1),
     "data": Rule(
         "64 hexadecimal digits",
         lambda value: type(value) is str and re.fullmatch("[0-9a-f]{64}", value) is not None,
     ),
-    "processes": number(int, 1, 2**20),
-    "epoch": number(int, 0, LARGE),
-    "net": number(int, 0, 1),
-    "step": number(int, 0, LARGE),
-    "best": number(float, -1, 1),
-    "log": number(int, 1, LARGE),
+    "processes": checks.number(int, 1, 2**20),
+    "epoch": checks.number(int, 0, LARGE),
+    "net": checks.number(int, 0, 1),
+    "step": checks.number(int, 0, LARGE),
+    "best": checks.number(float, -1, 1),
+    "log": checks.number(int, 1, LARGE),
 }
 IS_DICT = Rule("a dict", lambda value: isinstance(value, dict))
 NET = {
-    "model": IS_DICT, "average": maybe(IS_DICT), "optimizer": IS_DICT, "schedule": IS_DICT,
-    "scaler": IS_DICT, "accuracy": number(float, 0, 1),
+    "model": IS_DICT, "average": checks.maybe(IS_DICT), "optimizer": IS_DICT, "schedule": IS_DICT,
+    "scaler": IS_DICT, "accuracy": checks.number(float, 0, 1),
 }  # fmt: skip
 RANK = {
     "rng": Rule(
         "states of random number generators",
         lambda value: type(value) is dict and _is_rng_state(value),
     ),
-    "sums": tensor(torch.float64, (3,), 0),
-    "seconds": number(float, 0),
+    "sums": checks.tensor(torch.float64, (3,), 0),
+    "seconds": checks.number(float, 0),
 }
 TENSOR_NAME = Rule(
     "names with dots between them",
@@ -86,7 +75,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with _Written(temporary) as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -103,34 +92,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
-class _Written(io.FileIO):
-    """A new file. On leaving it raises the error of ``write`` again: ``torch.save`` replaces that
-    with a RuntimeError that does not say why."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "wb")
-        self.error = None
-
-    def write(self, content: Any) -> int:
-        rest = memoryview(content).cast("B")
-        try:
-            while rest:
-                rest = rest[super().write(rest) :]
-        except OSError as error:
-            self.error = error
-            raise
-        return memoryview(content).nbytes
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        super().__exit__(kind, error, trace)
-        if self.error is not None:
-            raise self.error
-
-
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes ``state``, a dict of the ``KEYS``, for ``torch.load(path, weights_only=True)``."""
+    content = io.BytesIO()  # of a file torch.save does not say why a write failed
+    torch.save({"format": FORMAT, "version": VERSION, **state}, content)
     with replacing(path) as file:
-        torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+        file.write(content.getbuffer())
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -159,13 +126,13 @@ def load(path: Path) -> dict[str, Any]:
             ) from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
-    if type(state) is not dict or not one_of([FORMAT]).accepts(state.get("format")):
+    if type(state) is not dict or not checks.one_of([FORMAT]).accepts(state.get("format")):
         raise CheckpointError(
             f"{path} is not a checkpoint of fused-res train: key 'format' must be {FORMAT!r}"
         )
-    if not one_of([VERSION]).accepts(state.get("version")):
+    if not checks.one_of([VERSION]).accepts(state.get("version")):
         raise CheckpointError(
-            f"{path}: key 'version' is {shown(state.get('version'))}, must be {VERSION}"
+            f"{path}: key 'version' is {checks.shown(state.get('version'))}, must be {VERSION}"
         )
     return _checked(state, path)
 
@@ -179,18 +146,18 @@ def _checked(state: dict[Any, Any], path: Path) -> dict[str, Any]:
     for key, rule in RULES.items():
         rule.check(state[key], f"{path}: {key}")
     if settings.classes is not None:
-        one_of([list(settings.classes)]).check(state["classes"], f"{path}: classes")
+        checks.one_of([list(settings.classes)]).check(state["classes"], f"{path}: classes")
     arguments = nets.arguments(settings, len(state["classes"]))
-    if not is_plain(state["arguments"]) or state["arguments"] != arguments:
+    if not checks.is_plain(state["arguments"]) or state["arguments"] != arguments:
         raise CheckpointError(
-            f"{path}: arguments must be {shown(arguments)}, by settings and classes, is "
-            f"{shown(state['arguments'])}"
+            f"{path}: arguments must be {checks.shown(arguments)}, by settings and classes, is "
+            f"{checks.shown(state['arguments'])}"
         )
     names = settings.nets()
-    number(int, 0, settings.epochs).check(state["epoch"], f"{path}: epoch")
+    checks.number(int, 0, settings.epochs).check(state["epoch"], f"{path}: epoch")
     done = state["epoch"] == settings.epochs
-    number(int, 0, 0 if done else len(names) - 1).check(state["net"], f"{path}: net")
-    number(int, 0, 0 if done else LARGE).check(state["step"], f"{path}: step")
+    checks.number(int, 0, 0 if done else len(names) - 1).check(state["net"], f"{path}: net")
+    checks.number(int, 0, 0 if done else LARGE).check(state["step"], f"{path}: step")
     _fields(state["nets"], dict.fromkeys(names, IS_DICT), f"{path}: nets")
     for name, net in state["nets"].items():
         where = f"{path}: nets.{name}"
@@ -215,7 +182,7 @@ def _fields(found: dict[Any, Any], rules: dict[str, Rule], where: str) -> None:
             raise CheckpointError(f"{where}.{key} does not fit: key {key!r} is missing")
         rule.check(found[key], f"{where}.{key}")
     for key in found.keys() - rules.keys():
-        raise CheckpointError(f"{where} does not fit: key {shown(key)} is unknown")
+        raise CheckpointError(f"{where} does not fit: key {checks.shown(key)} is unknown")
 
 
 def load_weights(model: nn.Module, weights: Any, where: str) -> None:
@@ -231,7 +198,7 @@ def load_weights(model: nn.Module, weights: Any, where: str) -> None:
     for key in (*wanted, *weights):
         if key not in weights or key not in wanted:
             words = "is missing" if key in wanted else "is not in the model"
-            named = key if TENSOR_NAME.accepts(key) else shown(key)
+            named = key if TENSOR_NAME.accepts(key) else checks.shown(key)
             raise CheckpointError(f"{where}.{named} {words}")
     for key, t in wanted.items():
         found = weights[key]
@@ -242,7 +209,7 @@ def load_weights(model: nn.Module, weights: Any, where: str) -> None:
             raise CheckpointError(
                 f"{where}.{key} has shape {shape}, the model's is {tuple(t.shape)}"
             )
-        if not is_like(found, t.dtype, t.shape):
+        if not checks.is_like(found, t.dtype, t.shape):
             raise CheckpointError(f"{where}.{key} must be a dense tensor of {t.dtype}")
         # a model may contain infinities, in a mask for example
         wrong = ~found.isfinite() & t.isfinite().to(found.device)
@@ -290,33 +257,31 @@ def _is_rng_state(state: dict[Any, Any]) -> bool:
     """Whether fresh generators accept ``state``."""
     if not {"torch", "python"} <= state.keys() <= {"torch", "python", "cuda", "numpy"}:
         return False
-    if not is_like(state["torch"], torch.uint8, torch.get_rng_state().shape):
+    if not checks.is_like(state["torch"], torch.uint8, torch.get_rng_state().shape):
         return False
-    if "cuda" in state:
-        cuda = state["cuda"]
-        if not is_like(cuda, torch.uint8, getattr(cuda, "shape", ())) or cuda.shape != (16,):
-            return False
+    if "cuda" in state and not checks.is_like(state["cuda"], torch.uint8, (16,)):
+        return False
     python = state["python"]
-    if not is_plain(python) or type(python) is not tuple or len(python) != 3:
+    if not checks.is_plain(python) or type(python) is not tuple or len(python) != 3:
         return False
     try:
         torch.Generator().set_state(state["torch"])
         random.Random().setstate(python)
     except (OverflowError, RuntimeError, TypeError, ValueError):
         return False
-    if python[2] is not None and not number(float, -math.inf).accepts(python[2]):
+    if python[2] is not None and not checks.number(float, -math.inf).accepts(python[2]):
         return False
     return "numpy" not in state or _is_numpy_state(state["numpy"])
 
 
 def _is_numpy_state(state: Any) -> bool:
-    word = number(int, 0, 2**32 - 1)
+    word = checks.number(int, 0, 2**32 - 1)
     rules = (
-        one_of(["MT19937"]),
+        checks.one_of(["MT19937"]),
         Rule("", lambda v: type(v) is list and len(v) == 624 and all(map(word.accepts, v))),
-        number(int, 0, 624),
-        number(int, 0, 1),
-        number(float, -math.inf),
+        checks.number(int, 0, 624),
+        checks.number(int, 0, 1),
+        checks.number(float, -math.inf),
     )
     return (
         type(state) is tuple

@@ -163,13 +163,11 @@ class _Repr(reprlib.Repr):
     def repr_float(self, x: float, level: int) -> str:
         return repr(x)
 
+    repr_bool = repr_NoneType = repr_float
+
     def repr_Tensor(self, x: Tensor, level: int) -> str:
         return f"a tensor of {str(x.dtype).removeprefix('torch.')}, shape {tuple(x.shape)}"
 
-    def repr_bool(self, x: bool, level: int) -> str:
-        return repr(x)
-
-    repr_NoneType = repr_bool
     repr_Parameter = repr_Tensor
 
 

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..cli import CommandError
+from .settings import Settings
 
 
 class DataError(CommandError):
@@ -115,6 +116,12 @@ def load(
     return Data(found.name, names, *pieces, digest.hexdigest())
 
 
+def load_named(settings: Settings, **changed: Any) -> Data:
+    """The pictures that the settings of a run name; ``changed`` replaces arguments of ``load``."""
+    named = {name: getattr(settings, name) for name in ("classes", "size", "images", "seed")}
+    return load(settings.data, **{**named, **changed})
+
+
 def _check_memory(count: int, size: int | None, of_pixel: int = 3) -> None:
     """Raises DataError if the images cannot fit into the machine's memory; ``of_pixel``: bytes."""
     try:
@@ -187,15 +194,9 @@ class _Cifar(NamedTuple):
 
 
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+_BINARY = tuple(f"{name}.bin" for name in _BATCHES)
 _CIFAR = (
-    _Cifar(
-        "cifar10",
-        "cifar-10-batches-bin",
-        tuple(f"{name}.bin" for name in _BATCHES),
-        "test_batch.bin",
-        "batches.meta.txt",
-        1,
-    ),
+    _Cifar("cifar10", "cifar-10-batches-bin", _BINARY, "test_batch.bin", "batches.meta.txt", 1),
     _Cifar("cifar100", "cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", 2),
     _Cifar("cifar10", "cifar-10-batches-py", _BATCHES, "test_batch", "batches.meta", b"labels"),
     _Cifar("cifar100", "cifar-100-python", ("train",), "test", "meta", b"fine_labels"),

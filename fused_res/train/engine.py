@@ -99,9 +99,8 @@ class Net:
     def __init__(
         self, name: str, model: nn.Module, settings: Settings, place: Place, steps: int
     ) -> None:
-        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.name = name
-        self.model = model.to(place.device, memory_format=layout)
+        self.model = model.to(place.device, memory_format=settings.layout)
         self.average = None
         if settings.ema is not None:
             decay = get_ema_multi_avg_fn(settings.ema)
@@ -236,10 +235,6 @@ def _fitted(found: Any, fresh: Any, rules: dict[str, Rule], where: str) -> Any:
     return fresh
 
 
-def _laid_out(x: Tensor, settings: Settings) -> Tensor:
-    return x if settings.channels_last else x.contiguous()
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -270,7 +265,7 @@ def evaluate(
     for index in mine.split(settings.batch_size) if len(mine) else ():
         x = prepare(images[index], *statistics, None, None)
         with torch.autocast(place.device.type, dtype, dtype != torch.float32):
-            logits = model(_laid_out(x, settings))
+            logits = model(x.contiguous(memory_format=settings.layout))
         y = labels[index]
         loss += F.cross_entropy(logits.float(), y, reduction="sum")
         confusion += torch.bincount(y * classes + logits.argmax(1), minlength=classes**2)
@@ -314,13 +309,8 @@ class Trainer:
                 f"--batch-size {self.batch_size} must be at least the number of processes, "
                 f"{place.world}"
             )
-        self.train, self.val = (
-            (images.to(place.device), labels.to(place.device))
-            for images, labels in (
-                (data.train_images, data.train_labels),
-                (data.val_images, data.val_labels),
-            )
-        )
+        self.train = data.train_images.to(place.device), data.train_labels.to(place.device)
+        self.val = data.val_images.to(place.device), data.val_labels.to(place.device)
         self.augment = None
         if settings.augment:
             self.augment = Augment(settings.crop, settings.flip, settings.cutout)
@@ -481,7 +471,7 @@ class Trainer:
             waits = self.place.world > 1 and i < len(batches) - 1
             with net.wrapped.no_sync() if waits else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, dtype != torch.float32):
-                    logits = net.wrapped(_laid_out(x, s))
+                    logits = net.wrapped(x.contiguous(memory_format=s.layout))
                     loss = F.cross_entropy(
                         logits, y, reduction="sum", label_smoothing=s.label_smoothing
                     )

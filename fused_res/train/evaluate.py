@@ -9,13 +9,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..cli import UsageError, table
 from . import checkpoint, data, nets, trust
-from .augment import prepare
 from .engine import accuracy, evaluate
 from .place import at
 from .settings import Settings, argument, parsed
@@ -43,37 +41,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     state = checkpoint.load(args.checkpoint)
     settings = _settings(args, state["settings"])
-    pictures = data.load(
-        settings.data,
-        classes=state["classes"],
-        size=settings.size,
-        images=settings.images if args.data is None else None,
-        seed=settings.seed,
-    )
+    images = settings.images if args.data is None else None
+    pictures = data.load_named(settings, classes=state["classes"], images=images)
     model, name = _model(args, settings, state)
-    some = prepare(pictures.val_images[:2], state["mean"], state["std"], None, None)
-    nets.check(model, settings.model, some, len(state["classes"]))
+    statistics, classes = (state["mean"], state["std"]), state["classes"]
+    nets.check(model, settings.model, pictures.val_images, statistics, len(classes))
     splits = {
         "validation": (pictures.val_images, pictures.val_labels),
         "training": (pictures.train_images, pictures.train_labels),
     }
     found: dict[str, Any] = {"checkpoint": str(args.checkpoint), "net": name}
     with at(args.device) as place:
-        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        model.to(place.device, memory_format=layout)
+        model.to(place.device, memory_format=settings.layout)
         for part, (images, labels) in splits.items():
             images, labels = images.to(place.device), labels.to(place.device)
             loss, confusion = evaluate(
-                model, images, labels, (state["mean"], state["std"]), len(state["classes"]),
-                settings, place,
-            )  # fmt: skip
+                model, images, labels, statistics, len(classes), settings, place
+            )
             counts = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist(), strict=True)
             each = [right / images if images else None for right, images in counts]
             found[part] = {
                 "images": len(labels),
                 "loss": loss,
                 "accuracy": accuracy(confusion),
-                "classes": dict(zip(state["classes"], each, strict=True)),
+                "classes": dict(zip(classes, each, strict=True)),
                 "confusion": confusion.tolist(),
             }
     print(json.dumps(found, indent=2) if args.json else _text(found))
@@ -94,12 +85,9 @@ def _settings(args: argparse.Namespace, saved: Settings) -> Settings:
     }
     given = {name: value for name, value in given.items() if value is not None}
     settings = dataclasses.replace(saved, **given)
-    wanted = trust.untrusted(settings)
-    missing = [name for name in wanted if name not in given]
-    if missing:
-        words = trust.words(settings, wanted, "--model ")
-        command = f"fused-res evaluate {shlex.quote(str(args.checkpoint))} {words}"
-        raise UsageError(trust.refusal(settings, missing, str(args.checkpoint), command))
+    words = trust.words(settings, "--model ")
+    command = f"fused-res evaluate {shlex.quote(str(args.checkpoint))} {words}"
+    trust.check(settings, given, str(args.checkpoint), command)
     return settings
 
 

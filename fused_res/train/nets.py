@@ -17,6 +17,7 @@ from ..cli.model import named_model
 from ..dispatch.backends import BackendUnavailable
 from ..fuse.swap import fuse_
 from ..nn.blocks import FusedForward
+from .augment import prepare
 from .checks import CheckpointError, is_like
 from .settings import Settings
 from .trust import is_known
@@ -46,31 +47,32 @@ def make(
             raise
         except Exception as error:  # arguments of any type and size can raise anything
             raise UsageError(f"MODEL {name}: {error}") from error
-    report = None
+    skipped = []
     if fused:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fuse_ found no residual block")
-            report = fuse_(model)
+            skipped = [list(pair) for pair in fuse_(model).skipped]
     return model, {
         "parameters": sum(p.numel() for p in model.parameters()),
         "fused": [n for n, m in model.named_modules() if isinstance(m, FusedForward)],
-        "skipped": [] if report is None else [list(pair) for pair in report.skipped],
+        "skipped": skipped,
     }
 
 
 @contextlib.contextmanager
-def within(model: str, weights: dict[str, Any], where: str) -> Iterator[None]:
+def within(model: str, weights: dict[str, Any] | None, where: str) -> Iterator[None]:
     """Limits models made in this context to about the size of a checkpoint's ``weights``: the
     checkpoint's arguments could ask for more memory than the machine has.
 
     Args:
         model: its name; a model that only the command line may name has no limit.
+        weights: None, without a checkpoint: no limit.
         where: the checkpoint, for errors.
 
     Raises:
         CheckpointError: a model is far larger, or cannot be made.
     """
-    if not is_known(model):
+    if weights is None or not is_known(model):
         yield
         return
     tensors = [t for t in weights.values() if is_like(t)]
@@ -102,8 +104,11 @@ def within(model: str, weights: dict[str, Any], where: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check(model: nn.Module, name: str, images: Tensor, classes: int) -> None:
-    """Checks that ``model`` maps images (N, 3, H, W) to (N, ``classes``)."""
+def check(
+    model: nn.Module, name: str, pictures: Tensor, statistics: tuple[Tensor, Tensor], classes: int
+) -> None:
+    """Checks that ``model`` maps pictures (N, 3, H, W), uint8, to (N, ``classes``)."""
+    images = prepare(pictures[:2], *statistics, None, None)
     mode = model.training
     try:
         found = model.eval()(images)

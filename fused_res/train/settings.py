@@ -8,25 +8,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+import torch
+
 from ..cli import UsageError
-from .checks import (
-    FLAG,
-    IDENTIFIER,
-    CheckpointError,
-    Rule,
-    each,
-    is_plain,
-    maybe,
-    number,
-    one_of,
-    shown,
-    text,
-)
+from . import checks
+from .checks import CheckpointError, Rule
 
 
 def parsed(kind: type, least: float, most: float = float("inf"), above: bool = False) -> Callable:
     """A parser of numbers that are at least (or above) ``least`` and at most ``most``."""
-    rule = number(kind, least, most, above)
+    rule = checks.number(kind, least, most, above)
 
     def parse(text: str) -> Any:
         try:
@@ -57,43 +48,41 @@ def argument(text: str) -> tuple[str, Any]:
 def _flag(default: Any, help: str, rule: Rule, free: bool = False, **keywords: Any) -> Any:
     """``rule``: for the value, on the command line and in a checkpoint."""
     if default is None:
-        rule = maybe(rule)
+        rule = checks.maybe(rule)
     metadata = {"help": help, "rule": rule, "free": free, "keywords": keywords}
     return field(default=default, metadata=metadata)
 
 
 def _count(
-    default: int | None, help: str, least: int = 1, most: int = 2**31 - 1, **keywords: Any
+    default: int | None, help: str, least: int = 1, most: int = 2**31 - 1, free: bool = False
 ) -> Any:
     limits = int, least, most
-    return _flag(
-        default, help, number(*limits), type=parsed(*limits), **{"metavar": "N", **keywords}
-    )
+    return _flag(default, help, checks.number(*limits), free, type=parsed(*limits), metavar="N")
 
 
 def _real(default: float | None, help: str, *limits: float, **keywords: Any) -> Any:
-    rule, parse = (make(float, *limits, **keywords) for make in (number, parsed))
+    rule, parse = (make(float, *limits, **keywords) for make in (checks.number, parsed))
     return _flag(default, help, rule, type=parse, metavar="X")
 
 
 def _choice(default: str, help: str, *values: str, **keywords: Any) -> Any:
-    return _flag(default, help, one_of(values), choices=values, **keywords)
+    return _flag(default, help, checks.one_of(values), choices=values, **keywords)
 
 
 def _switch(default: bool, help: str) -> Any:
-    return _flag(default, help, FLAG, action=argparse.BooleanOptionalAction)
+    return _flag(default, help, checks.FLAG, action=argparse.BooleanOptionalAction)
 
 
 def _on(help: str) -> Any:
-    return _flag(False, help, FLAG, action="store_true")
+    return _flag(False, help, checks.FLAG, action="store_true")
 
 
 def _is_argument(value: Any) -> bool:
     return (
         type(value) is tuple
         and len(value) == 2
-        and IDENTIFIER.accepts(value[0])
-        and is_plain(value[1])
+        and checks.IDENTIFIER.accepts(value[0])
+        and checks.is_plain(value[1])
     )
 
 
@@ -101,7 +90,8 @@ _ARGUMENTS = Rule(
     "a tuple of (name, value), at most 100, of Python's literals",
     lambda value: type(value) is tuple and len(value) <= 100 and all(map(_is_argument, value)),
 )
-CLASSES = text(1000)  # the name of a class
+CLASSES = checks.text(1000)  # the name of a class
+_NAME = checks.text(4096)  # of a model or of data
 
 
 @dataclass(frozen=True)
@@ -116,17 +106,17 @@ class Settings:
         "resnet20",
         "a name of fused_res.models, or torchvision:NAME, timm:NAME, package.module:NAME or "
         "file.py:NAME",
-        text(4096),
+        _NAME,
     )
     model_arg: tuple[tuple[str, Any], ...] = _flag(
         (), "an argument of the model; repeatable", _ARGUMENTS, action="append", type=argument,
         metavar="KEY=VALUE",
     )  # fmt: skip
     data: str | None = _flag(
-        None, "what to train on; default: digits, which needs no download", text(4096), free=True
+        None, "what to train on; default: digits, which needs no download", _NAME, free=True
     )
     classes: tuple[str, ...] | None = _flag(
-        None, "train on these classes alone", each(tuple, CLASSES, 2, 100_000), type=_names,
+        None, "train on these classes alone", checks.each(tuple, CLASSES, 2, 100_000), type=_names,
         metavar="A,B",
     )  # fmt: skip
     size: int | None = _count(None, "pixels of an image's sides", most=2**14)
@@ -167,6 +157,11 @@ class Settings:
     def flags(self) -> dict[str, Any]:
         """The value of every flag, by its name without the leading dashes."""
         return {name.replace("_", "-"): value for name, value in asdict(self).items()}
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """The memory format of weights and images."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def nets(self) -> list[str]:
         """The names of the nets that are trained, in order."""
@@ -213,8 +208,8 @@ def of(args: argparse.Namespace, saved: Settings | None = None, where: str = "")
         if value != before:
             flag = "MODEL" if f.name == "model" else _spelled(f.name)
             raise UsageError(
-                f"{flag} is {value!r}, but {where} was trained with {shown(before)}: a resumed "
-                f"run keeps its settings"
+                f"{flag} is {value!r}, but {where} was trained with {checks.shown(before)}: a "
+                f"resumed run keeps its settings"
             )
     settings = replace(saved or Settings(), **given)
     problem = _contradiction(settings)
@@ -235,7 +230,7 @@ def restored(values: dict[str, Any], where: str) -> Settings:
             raise CheckpointError(f"{where} does not fit: {f.name} is missing or unknown")
         f.metadata["rule"].check(values[f.name], f"{where}: {f.name}")
     for name in values.keys() - {f.name for f in fields(Settings)}:
-        raise CheckpointError(f"{where} does not fit: {shown(name)} is missing or unknown")
+        raise CheckpointError(f"{where} does not fit: {checks.shown(name)} is missing or unknown")
     settings = Settings(**values)
     problem = _contradiction(settings)
     if problem:

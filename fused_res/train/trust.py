@@ -6,10 +6,12 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+from collections.abc import Container
 from typing import Any
 
 from torch import nn
 
+from ..cli import UsageError
 from .checks import shown
 from .settings import Settings
 
@@ -65,8 +67,8 @@ def _shapes(value: Any) -> bool:
     return value is None or (type(value) in (bool, int, float) and abs(value) <= LARGEST)
 
 
-def words(settings: Settings, fields: list[str], model: str = "") -> str:
-    """``fields`` as words of a command line.
+def words(settings: Settings, model: str = "") -> str:
+    """The ``untrusted`` fields as words of a command line.
 
     Texts other than names are left out, so that nobody copies a stranger's code from a message and
     runs it.
@@ -75,7 +77,7 @@ def words(settings: Settings, fields: list[str], model: str = "") -> str:
         model: the flag that names the model, and a space; default: it is positional.
     """
     found = []
-    for field in fields:
+    for field in untrusted(settings):
         if field == "model":
             found.append(model + _quoted(settings.model))
         elif field == "data":
@@ -91,20 +93,27 @@ def _quoted(text: str) -> str:
     return shlex.quote(text) if text.isprintable() else "..."
 
 
-def refusal(settings: Settings, fields: list[str], where: str, command: str) -> str:
-    """A message: why a checkpoint is refused, and the command that accepts it.
+def check(settings: Settings, given: Container[str], where: str, command: str) -> None:
+    """Checks that the command line names everything that a checkpoint must not name alone.
 
     Args:
-        where: the file.
-        command: the command, with the fields.
+        given: the fields that the command line names.
+        where: the checkpoint's file.
+        command: the command that accepts it, with the ``words``.
+
+    Raises:
+        UsageError: it does not; the message has the command.
     """
+    missing = [field for field in untrusted(settings) if field not in given]
+    if not missing:
+        return
     values = {"model": settings.model, "model_arg": dict(settings.model_arg), "data": settings.data}
     named = " and ".join(
         f"{'MODEL' if f == 'model' else '--' + f.replace('_', '-')} "
         + (", ".join(values[f]) if f == "model_arg" else shown(values[f]))
-        for f in fields
+        for f in missing
     )
-    return (
+    raise UsageError(
         f"{where} names {named}: a checkpoint alone runs no code and opens no other file; if that "
         f"is yours, name it again: {command}"
     )
