@@ -7,7 +7,8 @@ shape (``shipped_timings``); a measurement, made the second time that such a cal
 
 A candidate is taken if its results are right and it is at least 3 % faster than PyTorch's ops. Its
 results are compared with a more precise run (``errors_of``). A candidate that is wrong, fails or
-runs out of memory is never used for such calls: it is a ``user_timings.Fault``.
+runs out of memory is never used for such calls: it is a ``user_timings.Fault``. It is noted as one
+before it runs: a kernel may end the process, or never end.
 
 Nothing is measured while a CUDA graph is captured, a model is compiled or exported, a dispatch mode
 or a transform is active, several processes train together, or after the caps below are reached.
@@ -50,6 +51,7 @@ IMAGES_OF_FLOAT64, MOST_DIFFERENCE = 2, 0.1
 # chance evens out.
 LEAST_ELEMENTS, MOST_SAMPLES = 2**16, 32
 MOST_SEEN = 4096
+_ENDED = "the process that ran it for the first time ended before it came back"
 
 Results = dict[str, list[Tensor]]  # by kind: y, dx, gradients of weights, ...
 
@@ -351,18 +353,24 @@ def measure(device: torch.device, row: Row, trial: Trial, names: list[str]) -> V
     """Measures candidates, keeps the row, and decides by it; None where a sample does not fit into
     the memory."""
     start = time.perf_counter()
-    ms, faults, timing = {}, [], 0.0
+    known = {fault.key for fault in user_timings.faults(device)}
+    key = user_timings.key_of(row)
+    names = [name for name in names if (*key, name) not in known][:MOST_CANDIDATES]
+    suspects = [Fault(*key, n, _ENDED, user_timings.this_process()) for n in names]
+    faults: list[Fault] = []
+    ms, timing = {}, 0.0
+    _keep(device, [], suspects, [])
     try:
         with _beside(device):
-            ms, faults, timing = _times(device, row, trial, names)
+            ms, timing = _times(device, row, trial, names, faults)
     except Exception as error:  # of PyTorch's ops: out of memory, or what they will raise again
         _log.info("%s is not measured: %s", words(row), error)
     total = time.perf_counter() - start
     _spent.add(timing, total)
+    row = row._replace(ms=ms)
+    _keep(device, [row] if ms else [], faults, suspects)
     if not ms:
         return None
-    row = row._replace(ms=ms)
-    _keep(device, row, faults)
     found = by_row(row, trial.names)
     times = ", ".join(f"{name} {t:.3g}" for name, t in ms.items())
     _log.info("measured %s on %s: takes %s; ms: %s; %.2f s of timing, %.1f s in all",
@@ -371,15 +379,12 @@ def measure(device: torch.device, row: Row, trial: Trial, names: list[str]) -> V
 
 
 def _times(
-    device: torch.device, row: Row, trial: Trial, names: list[str]
-) -> tuple[dict[str, float], list[Fault], float]:
-    """Milliseconds of PyTorch's ops and of each right candidate, the faults of the others, and the
-    seconds that timing took."""
-    known = {f.candidate for f in user_timings.faults(device) if f.of == user_timings.key_of(row)}
-    names = [name for name in names if name not in known][:MOST_CANDIDATES]
+    device: torch.device, row: Row, trial: Trial, names: list[str], faults: list[Fault]
+) -> tuple[dict[str, float], float]:
+    """Milliseconds of PyTorch's ops and of each right candidate, and the seconds that timing took.
+    Adds the faults of the other candidates to ``faults``."""
     sample = trial.sample(0)
     judge = _Judge(trial, sample, getattr(torch, row.dtype))
-    faults: list[Fault] = []
 
     def is_right(name: str) -> bool:
         try:
@@ -407,14 +412,14 @@ def _times(
     timing = time.perf_counter() - start
     # once more: the results of a kernel with a race are right now and then
     right = list(filter(is_right, right))
-    return {name: float(f"{ms[name]:.4g}") for name in ["eager", *right]}, faults, timing
+    return {name: float(f"{ms[name]:.4g}") for name in ["eager", *right]}, timing
 
 
-def _keep(device: torch.device, row: Row, faults: list[Fault]) -> None:
-    """Adds what was found in this process, then to the file."""
-    user_timings.keep(device, [row], faults)
+def _keep(device: torch.device, rows: list[Row], faults: list[Fault], cleared: list[Fault]) -> None:
+    """Changes the table in this process, then the file."""
+    user_timings.keep(device, rows, faults, cleared)
     try:
-        user_timings.write(device, [row], faults)
+        user_timings.write(device, rows, faults, cleared)
     except OSError as error:
         _log.info("timings hold in this process only: %s", error)
 

@@ -31,7 +31,12 @@ from .shipped_timings import Row
 
 class Fault(NamedTuple):
     """A candidate that is not used for a call on this device. The first five fields are the key of
-    a row. error: how its results are wrong, or what it raised."""
+    a row.
+
+    error: how its results are wrong, or what it raised.
+    process: the process that runs it for the first time. A kernel may end that process, or never
+        end. While the process lives this is no fault yet.
+    """
 
     op: str
     dtype: str
@@ -40,6 +45,11 @@ class Fault(NamedTuple):
     like: str
     candidate: str
     error: str
+    process: str = ""
+
+    @property
+    def key(self) -> tuple:
+        return self[:6]
 
     @property
     def of(self) -> tuple:
@@ -161,7 +171,7 @@ def _read(made: dict[str, str]) -> tuple[Table, str | None]:
         return nothing, str(error)
     if of != made:
         return nothing, f"it was made by {of}, and this is {made}"
-    return Table({key_of(row): row for row in rows}, {f[:6]: f for f in faults}), None
+    return Table({key_of(row): row for row in rows}, {f.key: f for f in faults}), None
 
 
 def table(device: torch.device) -> Table:
@@ -182,7 +192,25 @@ def find(device: torch.device, row: Row) -> Row | None:
 
 def faults(device: torch.device) -> list[Fault]:
     """The candidates that are not used on a device, by call."""
-    return list(table(device).faults.values())
+    return [fault for fault in table(device).faults.values() if not _lives(fault.process)]
+
+
+def this_process() -> str:
+    return f"{platform.node()}:{os.getpid()}"
+
+
+def _lives(process: str) -> bool:
+    """Whether a process still runs; one on another machine counts as ended."""
+    host, _, pid = process.rpartition(":")
+    if host != platform.node() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 def forget() -> None:
@@ -190,9 +218,14 @@ def forget() -> None:
     _tables.clear()
 
 
-def _add(known: Table, rows: Iterable[Row], faults: Iterable[Fault]) -> None:
-    """Adds rows and faults, and removes the oldest beyond ``MOST_ROWS``."""
-    added = {key_of(row): row for row in rows}, {fault[:6]: fault for fault in faults}
+def _add(
+    known: Table, rows: Iterable[Row], faults: Iterable[Fault], cleared: Iterable[Fault]
+) -> None:
+    """Removes the cleared faults, adds rows and faults, and removes the oldest beyond
+    ``MOST_ROWS``."""
+    for fault in cleared:
+        known.faults.pop(fault.key, None)
+    added = {key_of(row): row for row in rows}, {fault.key: fault for fault in faults}
     for of, new in zip(known, added, strict=True):
         for key, value in new.items():
             of.pop(key, None)
@@ -201,15 +234,20 @@ def _add(known: Table, rows: Iterable[Row], faults: Iterable[Fault]) -> None:
             of.pop(old, None)
 
 
-def keep(device: torch.device, rows: Iterable[Row], faults: Iterable[Fault] = ()) -> None:
-    """Adds rows and faults in this process."""
-    _add(table(device), rows, faults)
+def keep(
+    device: torch.device,
+    rows: Iterable[Row],
+    faults: Iterable[Fault] = (),
+    cleared: Iterable[Fault] = (),
+) -> None:
+    """Adds rows and faults in this process; faults that are cleared are none any more."""
+    _add(table(device), rows, faults, cleared)
 
 
-def _merged(made: dict[str, str], rows: Iterable[Row], faults: Iterable[Fault]) -> str:
-    """The text of a device's file with these rows and faults."""
+def _merged(made: dict[str, str], *changes: Iterable) -> str:
+    """The text of a device's file with rows and faults added, and faults cleared."""
     known = _read(made)[0]
-    _add(known, rows, faults)
+    _add(known, *changes)
     texts = [
         [json.dumps({k: v for k, v in one._asdict().items() if k not in _OF_DEVICE}) for one in of]
         for of in (known.rows.values(), known.faults.values())
@@ -235,7 +273,12 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def write(device: torch.device, rows: Iterable[Row], faults: Iterable[Fault] = ()) -> Path:
+def write(
+    device: torch.device,
+    rows: Iterable[Row],
+    faults: Iterable[Fault] = (),
+    cleared: Iterable[Fault] = (),
+) -> Path:
     """Adds rows and faults to the file, and replaces it at once: readers see the old file or the
     new one, and of several processes that write none loses its rows.
 
@@ -248,7 +291,7 @@ def write(device: torch.device, rows: Iterable[Row], faults: Iterable[Fault] = (
     path = path_of(made)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
-        text = _merged(made, rows, faults)
+        text = _merged(made, rows, faults, cleared)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         try:
             with os.fdopen(handle, "w") as file:

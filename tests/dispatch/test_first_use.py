@@ -195,7 +195,7 @@ def test_pytorchs_ops_that_fail_are_not_measured(clock):
             raise torch.OutOfMemoryError("out of memory")
 
     assert decide(Failing("fast"), times=2).name == "eager"
-    assert user_timings.files() == []
+    assert [(of["rows"], of["faults"]) for of in files()] == [([], [])]
 
 
 # --- when nothing is measured
@@ -599,3 +599,35 @@ def test_tune_measures_whole_blocks_in_all_candidates(clock, ran, monkeypatch, i
     ran.clear()
     step(model, x)
     assert [of.convolutions for of in ran] == ["all"]  # the first call follows it
+
+
+def test_a_kernel_that_ends_the_process_is_not_run_again(clock, tmp_path):
+    """An illegal address ends a CUDA context for good, and some kernels never end."""
+    code = """
+import os, torch, fused_res
+from fused_res.dispatch import first_use, training_block
+first_use.DEVICE_TYPES = ("cpu",)
+run = training_block._runner
+training_block.register(lambda call, of: run(call, of) if of is None else os._exit(7))
+block = fused_res.FusedResBlock(16, 16)
+for _ in range(3):
+    block(torch.randn(4, 16, 8, 8, requires_grad=True)).sum().backward()
+"""
+    environ = {**os.environ, "FUSED_RES_CACHE": str(user_timings.settings.cache)}
+    codes = [
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ).returncode
+        for _ in range(2)
+    ]
+    assert codes == [7, 0]
+    user_timings.forget()
+    (fault,) = user_timings.faults(CPU)
+    assert fault.candidate == "cpu" and "ended before it came back" in fault.error
+
+
+def test_what_another_process_measures_now_is_no_fault(clock):
+    fault = user_timings.Fault(*user_timings.key_of(ROW), "fast", "", user_timings.this_process())
+    user_timings.keep(CPU, [], [fault])
+    assert user_timings.faults(CPU) == []
+    clock["fast"] = 0.5
+    assert decide(Toy("fast"), times=2).name == "fast"
+    assert user_timings.table(CPU).faults == {}
