@@ -171,8 +171,19 @@ def words(row: Row) -> str:
 
 
 def taken(row: Row) -> str:
-    """The name that backend ``auto`` takes by a row of the user's timings."""
-    return shipped_timings.fastest(row.ms, [n for n in ("eager", *IMPLEMENTATIONS) if n in row.ms])
+    """The name that backend ``auto`` takes by a row of the user's timings. The first of the row is
+    the one that the rules expect to win: another must be clearly faster."""
+    return shipped_timings.fastest(row.ms, [n for n in row.ms if n in ("eager", *IMPLEMENTATIONS)])
+
+
+def expected(call, key: Key) -> str:
+    """The name that backend ``auto`` takes for a call without timings."""
+    able = [name for name, reason in why_not(call, "auto").items() if reason is None]
+    backend, _ = backends.preferred(OP, call.x)
+    able = [name for name in able if IMPLEMENTATIONS[name].backend == backend]
+    if able and key.device.type == "cpu":
+        return expected_convolution(key, able)
+    return able[0] if able else "eager"
 
 
 _chosen: dict[tuple[Key, str, bool], Candidate] = {}
@@ -337,7 +348,7 @@ def _choose(call, key: Key, backend: str) -> Candidate:
     row = row_of(key, {})
     mine = user_timings.find(key.device, row)
     names = ["eager", *able] if backend == "auto" else able
-    timed = [name for name in names if mine is not None and name in mine.ms]
+    timed = [] if mine is None else [name for name in mine.ms if name in names]
     if timed:
         name = shipped_timings.fastest(mine.ms, timed)
         gain = f", {mine.ms['eager'] / mine.ms[name]:.2f}x PyTorch" if "eager" in mine.ms else ""

@@ -29,13 +29,22 @@ from ..fuse.swap import fuse_, refuse_wrapped
 from ..nn.blocks import FusedForward
 from ..ops.conv_bn_act import Call, run_as
 from ..serve.calls import example_call
-from . import backends, first_use, inference_conv, training_block, training_conv, user_timings
+from . import (
+    backends,
+    first_use,
+    inference_conv,
+    shipped_timings,
+    training_block,
+    training_conv,
+    user_timings,
+)
 from .inference_conv import IMPLEMENTATIONS, Candidate, Key
 from .shipped_timings import Row
 
 _log = logging.getLogger("fused_res")
 SECONDS = 0.1  # for one candidate of one call
 ROUNDS = 5, 50  # at least and at most
+MOST_TURNS = 4  # times as many where the two fastest runs do not agree
 # Bytes that are written before every run. They push the weights out of the caches, as other layers
 # do in a network.
 SCRATCH = {"cpu": 2**26, "cuda": 2**28}
@@ -61,11 +70,13 @@ class TuneReport:
         rows: one for each distinct call, with milliseconds by implementation.
         chosen: for each row the implementation that backend ``auto`` takes from now on.
         paths: the files that were written, one per device.
+        skipped: (call, reason) of calls that were not timed.
     """
 
     rows: list[Row] = field(default_factory=list)
     chosen: list[str] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
         found = dict.fromkeys(name for row in self.rows for name in row.ms)
@@ -79,7 +90,8 @@ class TuneReport:
             for row, chosen in zip(self.rows, self.chosen, strict=True)
         ]
         header = ["convolution", *(f"{name} ms" for name in found), "chosen", "over eager"]
-        return table(header, cells, "l" + "r" * len(found) + "lr")
+        skipped = [f"skipped: {call}: {reason}" for call, reason in self.skipped]
+        return "\n".join([table(header, cells, "l" + "r" * len(found) + "lr"), *skipped])
 
 
 def _refuse_to_measure() -> None:
@@ -185,8 +197,9 @@ def _time_in_turns(
 ) -> list[float | None]:
     """Milliseconds of the fastest run of each made function; None: it does not run.
 
-    The functions run in turns. The median is no better: on a busy machine more than half of the
-    runs of 2 ms took 7 ms longer, a time slice of the scheduler.
+    The functions run in turns, until the two fastest runs of each agree. The median is no better:
+    on a busy machine more than half of the runs of 2 ms took 7 ms longer, a time slice of the
+    scheduler.
     """
     device = inputs[0].device
     scratch = torch.empty(SCRATCH.get(device.type, 2**26), dtype=torch.uint8, device=device)
@@ -211,11 +224,18 @@ def _time_in_turns(
             _log.warning("tune: %s does not run: %s", name, error)
             continue
         rounds[i] = max(ROUNDS[0], min(ROUNDS[1], int(seconds / spent)))
-    for turn in range(max(rounds)):
+    for turn in range(MOST_TURNS * max(rounds)):
         for i, run in enumerate(runs):
-            if turn < rounds[i]:
+            planned = turn < rounds[i]
+            if planned or (turn < MOST_TURNS * rounds[i] and not _settled(samples[i])):
                 samples[i].append(once(run))
     return [1e3 * min(s) if s else None for s in samples]
+
+
+def _settled(samples: list[float]) -> bool:
+    """Whether the two fastest runs agree; a busy machine may have disturbed all but one."""
+    first, *rest = sorted(samples)
+    return not rest or rest[0] <= shipped_timings.LEAST_GAIN * first
 
 
 def _measure(key: Key, call: Call, seconds: float) -> Row | None:
@@ -239,6 +259,8 @@ def _measure(key: Key, call: Call, seconds: float) -> Row | None:
         times = _time(call, candidates, seconds)
     names = [candidate.implementation for candidate in candidates]
     ms, config = _fastest(names, [candidate.config for candidate in candidates], times)
+    rule = inference_conv.expected(call, key)
+    ms = {name: ms[name] for name in (rule, *ms) if name in ms}  # it wins where none is faster
     return inference_conv.row_of(key, ms, config) if len(ms) > 1 and "eager" in ms else None
 
 
@@ -365,6 +387,8 @@ def tune(
     for i, (key, call) in enumerate(calls.items(), 1):
         row = measure(key, call, seconds)
         if row is None:
+            of = training_conv.row_of(key, {}) if train else inference_conv.row_of(key, {})
+            report.skipped.append((inference_conv.words(of), "PyTorch's ops alone can run it"))
             continue
         report.rows.append(row)
         report.chosen.append(taken := inference_conv.taken(row))

@@ -133,8 +133,8 @@ def test_the_fastest_runs_and_is_right(said, name, layout):
     ours = fused(model)
     got = []
     messages = said(lambda: got.append(ours(x)))
-    # of equals the first
-    assert how(messages) == [name if name in row.ms else "eager" for row in report.rows]
+    # of equals the one that the rules expect to win, which comes first
+    assert how(messages) == [name if name in row.ms else next(iter(row.ms)) for row in report.rows]
     assert name in how(messages)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double())
@@ -149,10 +149,10 @@ def test_a_named_backend_chooses_among_its_own(said):
     ours = fused(model)
     assert set(how(said(ours, x))) == {"eager"}
     with fused_res.backend("cpu"):
-        assert set(how(said(ours, x))) == {"onednn"}
-    make_fastest("winograd2")
+        assert set(how(said(ours, x))) == {"direct", "winograd2"}  # as the rules expect
+    make_fastest("onednn")
     with fused_res.backend("cpu"):
-        assert sorted(set(how(said(ours, x)))) == ["onednn", "winograd2"]
+        assert set(how(said(ours, x))) == {"onednn"}
     with fused_res.backend("eager"):
         assert said(ours, x) == []
 
@@ -167,7 +167,7 @@ def test_a_small_gain_is_not_taken(said):
             row["ms"] = {n: times.get(n, 1.0) for n in row["ms"]}
 
     edit(change)
-    assert sorted(how(said(fused(model), x))) == ["eager"] + ["winograd2"] * WINOGRAD
+    assert sorted(how(said(fused(model), x))) == ["direct"] + ["winograd2"] * WINOGRAD
 
 
 def test_the_users_table_is_asked_before_the_shipped_one(said, monkeypatch):
@@ -586,13 +586,14 @@ def test_runs_are_in_turns_and_the_fastest_counts(monkeypatch):
 
     def clock(run, device):
         ran.append(run.args[1].implementation)  # NCHW: of run_as
-        return {"eager": 3.0, "onednn": 2.0}[ran[-1]] + len(ran) % 4
+        disturbed = ran.count(ran[-1]) in (4, 9)
+        return {"eager": 3.0, "onednn": 2.0}[ran[-1]] + disturbed
 
     monkeypatch.setattr(tuning, "_clock", clock)
     block = nn.Sequential(ResBlock(9, 9))
     report = fused_res.tune(block, torch.randn(1, 9, 5, 5), seconds=1e6)
     assert ran == ["eager", "onednn"] * 5 * 2
-    assert [row.ms for row in report.rows] == [{"eager": 4000.0, "onednn": 2000.0}] * 2
+    assert [row.ms for row in report.rows] == [{"eager": 3000.0, "onednn": 2000.0}] * 2
     assert report.chosen == ["onednn"] * 2
     ran.clear()
     fused_res.tune(block, torch.randn(1, 9, 5, 5), seconds=0)
@@ -701,7 +702,7 @@ def test_doctor_tells_of_the_table():
     text = doctor.render(doctor.report())
     assert (
         f"cpu: conv_bn_act: auto takes what was measured for {CALLS} calls: {WINOGRAD} by "
-        f"winograd2, {CALLS - WINOGRAD} by eager ({path})"
+        f"winograd2, {CALLS - WINOGRAD} by direct ({path})"
     ) in text
 
 
@@ -812,3 +813,43 @@ def test_command_without_permission_to_write(model_file, capsys, monkeypatch):
     assert cli.main(["tune", f"{model_file}:net", "--shape", "1x3x9x9"]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("fused-res tune: error: tune could not write ")
+
+
+def test_tune_keeps_to_the_rule_unless_it_is_clearly_beaten(monkeypatch):
+    """On a noisy machine three runs chose three kernels."""
+    sizes = (1, 1), (1, 1), (1, 1), 1
+    conv = reference.ConvNorm(torch.randn(64, 64, 3, 3), None, *sizes, None)
+    x = torch.randn(2, 64, 14, 14).contiguous(memory_format=torch.channels_last)
+    call = op.Call(x, conv)
+    key = inference_conv.key_of(call)
+    rule = inference_conv.expected(call, key)
+    other = next(
+        n for n, why in inference_conv.why_not(call, "auto").items() if not why and n != rule
+    )
+
+    def chosen(faster):
+        monkeypatch.setattr(
+            tuning, "_time", lambda call, of, seconds: [
+                1.0 if c.implementation == rule else 1.0 / faster if c.implementation == other
+                else 2.0 for c in of
+            ],
+        )  # fmt: skip
+        row = tuning._measure(key, call, 0.0)
+        assert next(iter(row.ms)) == rule
+        user_timings.keep(torch.device("cpu"), [row])
+        inference_conv.forget()
+        assert inference_conv.choose(call, "auto").implementation == inference_conv.taken(row)
+        return inference_conv.taken(row)
+
+    assert rule not in ("eager", other)
+    assert [chosen(faster) for faster in (1.02, 1.05)] == [rule, other]
+
+
+def test_tune_repeats_until_its_minimum_settles(monkeypatch):
+    """One run in ten is undisturbed: the minimum of a few runs would be anything."""
+    monkeypatch.setattr(tuning, "ROUNDS", (3, 3))
+    busy = [90.0, 70.0, 50.0, 1.0, 30.0, 1.01, *[9.0] * 9]
+    seconds = {"quiet": iter([1.0] * 100), "busy": iter([9.0, *busy])}  # the first: for its cost
+    monkeypatch.setattr(tuning, "_clock", lambda run, device: next(seconds[run()]))
+    makers = {name: lambda name=name: lambda: name for name in seconds}
+    assert tuning._time_in_turns(makers, [torch.zeros(1)], 0.0) == [1000.0, 1000.0]
