@@ -58,6 +58,7 @@ def _tests() -> list[list[str]]:
         [*run, *convs, "tests/serve/test_optimize.py"],
         [*run, "tests/res_chain/test_gpu.py"],
         [*run, "tests/res_block/test_gpu.py"],
+        [*run, "tests/dispatch/test_gpu.py"],
     ]
 
 
