@@ -125,6 +125,13 @@ def run(part: str, rows: Path, limit: float, log: TextIO, cache: Path) -> bool:
     return passed
 
 
+def keep_timings(part: str, cache: Path, rows: Path) -> None:
+    """Keeps the tables that first use and ``tune`` wrote, for ``table.py --dispatch``."""
+    for path in cache.glob("tuned-*.json"):
+        (rows / "timings").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, rows / "timings" / f"{part}-{path.name}")
+
+
 def limits_left(names: list[str], total: float, elapsed: float) -> float:
     """Seconds for the first of ``names``: its limit; a suite's grows with what was not used."""
     limit = LIMITS[names[0]]
@@ -166,6 +173,7 @@ def main() -> int:
             say(f"--- {part}, at most {limit:.0f} s", log)
             with tempfile.TemporaryDirectory() as cache:
                 passed = run(part, rows, limit, log, Path(cache))
+                keep_timings(part, Path(cache), rows)
             results[part] = passed, time.monotonic() - begin
         for part, (passed, seconds) in results.items():
             say(f"{part:10} {'passed' if passed else 'FAILED':7} {seconds:6.1f} s", log)

@@ -16,6 +16,8 @@ from report import plot
 from report.tables import load, networks, replaced
 from suites import SUITES
 
+from fused_res.dispatch import user_timings
+
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 BEGIN_NETWORKS = "<!-- bench:begin networks -->"
 
@@ -41,6 +43,17 @@ def markdown(results: Path) -> str:
     return "\n\n".join(sections) if sections else "No results yet."
 
 
+def timings_of_gpus(results: Path) -> list[dict]:
+    """The rows of the tables that first use and ``tune`` wrote on GPUs."""
+    rows = []
+    for path in sorted(results.glob("timings/*.json")):
+        made, found, _ = user_timings.load(path)
+        if "driver" in made:
+            device, _, isa = made["device"].rpartition(", ")
+            rows += [row._replace(device=device, isa=isa)._asdict() for row in found]
+    return rows
+
+
 def dispatch(results: Path) -> str:
     """JSON of GPUs' timing rows, from which ``auto`` chooses: ``shipped_timings.json``."""
     rows = [
@@ -50,6 +63,7 @@ def dispatch(results: Path) -> str:
         for name, suite in SUITES.items()
         for row in suite.timings(found.get(name, []))
     ]
+    rows += timings_of_gpus(results)
     lines = [json.dumps(row) for row in rows if "eager" in row["ms"]]
     return "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n"
 

@@ -17,7 +17,14 @@ from net_sequences import sequence
 from sweeps import sweep
 
 from fused_res import fuse_, reference
-from fused_res.dispatch import backends, inference_conv, shipped_timings, training_conv
+from fused_res.dispatch import (
+    backends,
+    inference_conv,
+    shipped_timings,
+    training_conv,
+    user_timings,
+)
+from fused_res.dispatch.shipped_timings import Row
 from fused_res.ops import conv_bn_act
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -931,3 +938,17 @@ def test_sanitizer_cases_run():
     command = [sys.executable, str(BENCHMARKS.parent / "tests/tools/sanitizer_cases.py")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_timings_of_first_use_on_a_gpu_can_be_shipped(table, tmp_path, monkeypatch):
+    gpu = importlib.import_module("gpu")
+    found = Row("", "", "block_train", "bfloat16", "channels_last", (8, 64, 56, 56, 64),
+                {"eager": 2.0, "cuda": 1.0}, "a block")  # fmt: skip
+    made = {"device": "NVIDIA H200, sm_90", "driver": "1"}
+    monkeypatch.setattr(user_timings, "made_by", lambda device: made)
+    monkeypatch.setattr(user_timings, "settings", user_timings.settings._replace(cache=tmp_path))
+    user_timings.write(torch.device("cuda"), [found])
+    gpu.keep_timings("nets", tmp_path, tmp_path / "rows")
+    (row,) = json.loads(table.dispatch(tmp_path / "rows"))
+    shipped = Row(**{**row, "shape": tuple(row["shape"])})
+    assert shipped == found._replace(device="NVIDIA H200", isa="sm_90")
