@@ -60,7 +60,7 @@ DEVICE_TYPES = {
     "triton": ("cpu",) if INTERPRETED else ("cuda", "xpu"),
 }
 
-_override: str | None = None
+current = settings.backend  # of a call that names none
 
 
 class BackendUnavailable(RuntimeError):
@@ -169,19 +169,19 @@ def backend(name: str) -> Iterator[None]:
         >>> with fused_res.backend("eager"):
         ...     y = block(x)
     """
-    global _override
+    global current
     if STATUS.get(check_name(name)):
         raise BackendUnavailable(f"backend {name!r} is not available: {STATUS[name]}")
-    before, _override = _override, name
+    before, current = current, name
     try:
         yield
     finally:
-        _override = before
+        current = before
 
 
 def named() -> str:
     """The backend of a call that names none; may be ``auto``."""
-    return _override or settings.backend
+    return current
 
 
 def is_auto(backend: str | None) -> bool:
@@ -249,6 +249,9 @@ def never_fused(device_type: str, dtype: torch.dtype) -> bool:
     )
     preferred = any(dtype in of.get(device_type, ()) for of in PREFERRED.values())
     return not able or (device_type == "cpu" and not preferred)
+
+
+FUSED_ON_CPU = frozenset(dtype for dtype in DTYPES if not never_fused("cpu", dtype))
 
 
 def say(line: str) -> None:

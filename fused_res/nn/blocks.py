@@ -58,10 +58,14 @@ class FusedForward:
     recompute: str | None = None
 
     def forward(self, *args, **kwargs):
-        plain = len(args) != 1 or kwargs or not is_for_kernels(args[0])
-        if plain or runs_own_forward(self, args[0]):
+        if len(args) != 1 or kwargs or runs_own_forward(self, args[0]):
             return super().forward(*args, **kwargs)
-        if is_exported() or not self._is_as_recorded() or self._promotes(args[0]):
+        if (
+            not is_for_kernels(args[0])
+            or is_exported()
+            or not self._is_as_recorded()
+            or self._promotes(args[0])
+        ):
             return super().forward(*args, **kwargs)
         y = run_block(self, self.plan, args[0])
         if isinstance(y, Eager):
@@ -100,9 +104,8 @@ class FusedPartialForward(FusedForward):
 
     def forward(self, *args, **kwargs):
         plan = self.plan
-        plain = kwargs or len(args) < plan.inputs
-        plain = plain or not all(map(is_for_kernels, args[: plan.inputs]))
-        if plain or runs_own_forward(self, args[0]):
+        plain = kwargs or len(args) < plan.inputs or not args or runs_own_forward(self, args[0])
+        if plain or not all(map(is_for_kernels, args[: plan.inputs])):
             return super(FusedForward, self).forward(*args, **kwargs)
         if is_exported() or not self._is_as_recorded() or self._promotes(args[0]):
             return super(FusedForward, self).forward(*args, **kwargs)

@@ -32,7 +32,9 @@ class FusedSequential(nn.Sequential):
     def forward(self, input):
         if type(input) not in PLAIN or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(input)
-        if under_modes(input) or _has_any_global_hook() or not is_for(input):
+        if named() == "eager" or not is_for(input):
+            return super().forward(input)
+        if under_modes(input) or _has_any_global_hook():
             return super().forward(input)
         if input.is_cuda and not any(map(_asks_for_cuda, self)):
             return super().forward(input)

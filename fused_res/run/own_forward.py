@@ -24,16 +24,20 @@ def _facts(block: nn.Module, x: Tensor) -> tuple:
     return x.shape, x.stride(), x.dtype, x.device, modes, inference_conv.state()
 
 
-def runs_own_forward(block: nn.Module, x: Tensor) -> bool:
-    """Whether PyTorch's ops run the block, as the backend that is named or dispatch says."""
-    if torch.compiler.is_compiling():
-        return False
-    name = block.backend or backends.named()
+def runs_own_forward(block: nn.Module, x: object) -> bool:
+    """Whether PyTorch's ops run the block, as the backend that is named or dispatch says.
+
+    A block asks this in every call, before all else. So it calls as little as it can.
+    """
+    name = block.backend or backends.current
+    if name == "eager" or not isinstance(x, Tensor):
+        return True
     if name != "auto":
-        return name == "eager"
-    never = backends.never_fused(x.device.type, x.dtype)
-    if never or not first_use.covers(x.device):
-        return never
+        return False
+    if x.is_cpu and x.dtype not in backends.FUSED_ON_CPU:
+        return True
+    if torch.compiler.is_compiling() or not first_use.covers(x.device):
+        return False
     found = _left.get(block)
     return found is not None and _facts(block, x) in found
 

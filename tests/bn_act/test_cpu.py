@@ -453,7 +453,7 @@ def test_backends_nest_and_the_inner_one_wins(monkeypatch):
             assert ran() == "fused"
         assert ran() == "eager"
     assert ran() == "fused"
-    monkeypatch.setattr(backends, "settings", backends.settings._replace(backend="eager"))
+    monkeypatch.setattr(backends, "current", "eager")
     assert ran() == "eager"
 
 
