@@ -17,7 +17,7 @@ import torch
 from ..cli import CommandError, UsageError, table
 from ..dispatch.user_timings import processor
 from ..version import __version__
-from . import checkpoint, data, nets, report, trust
+from . import checkpoint, data, graphed, nets, report, trust
 from . import settings as flags
 from .augment import prepare
 from .engine import Interrupted, Trainer
@@ -61,6 +61,7 @@ def _run(args: argparse.Namespace) -> int:
         torch.set_num_threads(settings.threads)
     try:
         with at(settings.device) as place:
+            graphed.check(settings, place)
             return _train(settings, args.out, state, place)
     finally:
         torch.set_num_threads(threads)
