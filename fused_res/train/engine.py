@@ -30,6 +30,7 @@ from .checks import FLAG, CheckpointError, Rule, number, shown, tensor
 from .data import Data
 from .graphed import Graphed
 from .log import Log
+from .measure import measure
 from .place import Place, synchronize_
 from .settings import Settings
 
@@ -102,9 +103,8 @@ class Net:
     def __init__(
         self, name: str, model: nn.Module, settings: Settings, place: Place, steps: int
     ) -> None:
-        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.name = name
-        self.model = model.to(place.device, memory_format=layout)
+        self.model = model.to(place.device, memory_format=_layout(settings))
         self.average = None
         if settings.ema is not None:
             decay = get_ema_multi_avg_fn(settings.ema)
@@ -215,6 +215,10 @@ def _progress(settings: Settings, steps: int) -> dict[str, Rule]:
     }
 
 
+def _layout(settings: Settings) -> torch.memory_format:
+    return torch.channels_last if settings.channels_last else torch.contiguous_format
+
+
 def _laid_out(x: Tensor, settings: Settings) -> Tensor:
     return x if settings.channels_last else x.contiguous()
 
@@ -309,6 +313,9 @@ class Trainer:
         # of this process's epoch: cross entropy, right answers, images
         self.sums = torch.zeros(3, dtype=torch.float64, device=place.device)
         self.seconds = 0.0
+        images = self.batch_size, *self.train[0].shape[1:]
+        how = DTYPES[settings.amp], _layout(settings)
+        measure(models.values(), images, self.classes, *how, place)
         steps = self._steps()
         self.nets = [Net(name, m, settings, place, len(steps)) for name, m in models.items()]
         if place.world > 1:

@@ -19,8 +19,8 @@ from .place import Place
 from .settings import Settings
 
 Batches = list[tuple[Tensor, Tensor]]
-# Steps that run eagerly before the capture, as PyTorch's documentation asks. A call is measured
-# when it is seen again (``first_use``), and what it runs by that may be measured one step later.
+# Steps that run eagerly before the capture, as PyTorch's documentation asks. In them all kernels
+# are loaded, and calls are measured (``first_use``): each when it is seen for the second time.
 WARM_UPS = 3
 
 
