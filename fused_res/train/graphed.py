@@ -46,8 +46,9 @@ def check(settings: Settings, place: Place) -> None:
 class Graphed:
     """Trains a net step by step; most steps are replays of a CUDA graph.
 
-    The first ``WARM_UPS`` steps run eagerly on a side stream. A step of another size, as the last
-    of an epoch may be, runs eagerly too. The optimizer's learning rate is a number between the
+    The first ``WARM_UPS`` steps run eagerly, on the stream of the capture: autograd's nodes of the
+    parameters keep the stream that they were made on. A step of another size, as the last of an
+    epoch may be, runs eagerly there too. The optimizer's learning rate is a number between the
     steps, and in them a tensor with that value.
 
     Args:
@@ -78,7 +79,7 @@ class Graphed:
             torch.empty((), dtype=torch.float32, device=device) for _ in optimizer.param_groups
         ]
         self._inputs: Batches | None = None
-        self._warm_ups, self._stream, self._graph = 0, None, None
+        self._warm_ups, self._stream, self._graph = 0, cuda.Stream(), None
 
     def __call__(self, batches: Batches) -> None:
         """Trains by the batches of a step.
@@ -89,14 +90,14 @@ class Graphed:
         for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         if not self._fits(batches):
-            self._run(batches)
+            self._run_aside(batches)
             return
         for mine, given in zip(self._inputs, batches, strict=True):
             for static, t in zip(mine, given, strict=True):
                 static.copy_(t)
         if self._warm_ups < WARM_UPS:
             self._warm_ups += 1
-            self._warm_up()
+            self._run_aside(self._inputs)
             return
         if self._graph is None:
             self._graph = self._captured()
@@ -130,19 +131,18 @@ class Graphed:
             for group, rate in zip(groups, before, strict=True):
                 group["lr"] = rate
 
-    def _warm_up(self) -> None:
-        """Runs a step on a side stream: what it makes there must not be tied to the main one."""
-        self._stream = self._stream or self._cuda.Stream()
+    def _run_aside(self, batches: Batches) -> None:
+        """Runs a step eagerly on the stream of the capture."""
         self._stream.wait_stream(self._cuda.current_stream())
         with self._cuda.stream(self._stream):
-            self._run(self._inputs)
+            self._run(batches)
         self._cuda.current_stream().wait_stream(self._stream)
 
     def _captured(self) -> Any:
         """The graph of a step; capturing it computes nothing."""
         graph, cause = self._cuda.CUDAGraph(), None
         try:
-            with self._cuda.graph(graph):
+            with self._cuda.graph(graph, stream=self._stream):
                 try:
                     self._run(self._inputs)
                 except Exception as error:

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.gpu
 NET = ["resnet", "--model-arg", "counts=(1,1)", "--model-arg", "width=16", "--images", "192",
        "--batch-size", "16", "--epochs", "2", "--lr", "0.02", "--device", "cuda",
        "--cuda-graph"]  # fmt: skip
+ADAMW = ["--optimizer", "adamw", "--lr", "0.002"]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def assert_equal_within_rounding(out, other):
     "flags",
     [
         [],
-        ["--optimizer", "adamw", "--schedule", "cosine", "--clip-grad", "1", "--ema", "0.9"],
+        [*ADAMW, "--schedule", "cosine", "--clip-grad", "1", "--ema", "0.9"],
         ["--compare", "--grad-accumulation", "2", "--schedule", "onecycle", "--l2", "0.001"],
         ["--amp", "bf16", "--dropout", "0.2", "--augment"],
     ],
@@ -70,7 +71,7 @@ def test_replayed_steps_train_as_eager_ones(flags, tmp_path, monkeypatch):
 
 
 def test_resumed(tmp_path, monkeypatch):
-    argv = [*NET, "--optimizer", "adamw", "--dropout", "0.2", "--schedule", "cosine"]
+    argv = [*NET, *ADAMW, "--dropout", "0.2"]
     whole = train(tmp_path / "whole", *argv)
     step, calls = engine.Trainer._train_step, []
 
