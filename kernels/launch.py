@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
@@ -15,6 +17,8 @@ def _nothing():
 
 
 INTERPRETED = not isinstance(_nothing, triton.JITFunction)
+# Whether a CUDA graph may be captured; without CUDA it cannot be asked.
+GRAPHS = torch.backends.cuda.is_built() and not INTERPRETED
 
 
 def options(warps: int, threads_of_warp: int) -> dict:
@@ -28,9 +32,30 @@ def run(kernel, grid: tuple[int, ...], warps: int, stages: int | None = None, **
 
     Args:
         stages: of the pipelined loop; None: Triton's default.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured, and the kernel is not compiled yet. Loading it may
+            wait for the device, which ends the capture.
     """
     pipeline = {} if stages is None else {"num_stages": stages}
-    kernel[grid](**arguments, **options(warps, WARP), **pipeline)
+    launch = partial(kernel[grid], **arguments, **options(warps, WARP), **pipeline)
+    if not (GRAPHS and torch.cuda.is_current_stream_capturing()):
+        launch()
+        return
+    knobs = triton.knobs.runtime
+    before, knobs.jit_cache_hook = knobs.jit_cache_hook, _refuse
+    try:
+        launch()
+    finally:
+        knobs.jit_cache_hook = before
+
+
+def _refuse(*, fn, **_) -> None:
+    """Triton calls it before it compiles a kernel."""
+    raise RuntimeError(
+        f"the Triton kernel {fn.name} would be compiled while a CUDA graph is captured: run the "
+        f"same step or call a few times before the capture"
+    )
 
 
 def on_device(x: Tensor):

@@ -104,7 +104,7 @@ class FusedPartialForward(FusedForward):
 
     def forward(self, *args, **kwargs):
         plan = self.plan
-        plain = kwargs or len(args) < plan.inputs or not args or runs_own_forward(self, args[0])
+        plain = kwargs or len(args) < max(plan.inputs, 1) or runs_own_forward(self, args[0])
         if plain or not all(map(is_for_kernels, args[: plan.inputs])):
             return super(FusedForward, self).forward(*args, **kwargs)
         if is_exported() or not self._is_as_recorded() or self._promotes(args[0]):

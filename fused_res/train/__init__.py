@@ -16,7 +16,7 @@ import torch
 from ..cli import CommandError, UsageError, table, threads
 from ..dispatch.user_timings import processor
 from ..version import __version__
-from . import checkpoint, data, nets, report, trust
+from . import checkpoint, data, graphed, nets, report, trust
 from . import settings as flags
 from .engine import Interrupted, Trainer
 from .lock import locked
@@ -55,6 +55,7 @@ def _run(args: argparse.Namespace) -> int:
     if state is not None:
         trust.check(settings, vars(args), str(last), _resuming(settings, args.out))
     with threads(settings.threads), at(settings.device) as place:
+        graphed.check(settings, place)
         return _train(settings, args.out, state, place)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import math
@@ -183,6 +184,36 @@ def _fields(found: dict[Any, Any], rules: dict[str, Rule], where: str) -> None:
         rule.check(found[key], f"{where}.{key}")
     for key in found.keys() - rules.keys():
         raise CheckpointError(f"{where} does not fit: key {checks.shown(key)} is unknown")
+
+
+def fitted(found: Any, fresh: Any, rules: dict[str, Rule], where: str) -> Any:
+    """``fresh`` with the values that ``found``, from a checkpoint, has for the keys in ``rules``.
+
+    All other values must be the same in both, except for constants that only some versions of
+    PyTorch keep.
+    """
+    if isinstance(fresh, dict):
+        IS_DICT.check(found, where)
+        values = copy.copy(fresh)
+        for key, value in fresh.items():
+            inner = where + (f".{key}" if where[-1] != " " else str(key))
+            if key not in found:
+                if key in rules or isinstance(value, (dict, list)):
+                    raise CheckpointError(f"{inner} is missing")
+            elif key in rules:
+                rules[key].check(found[key], inner)
+                values[key] = found[key]
+            else:
+                values[key] = fitted(found[key], value, rules, inner)
+        return values
+    if isinstance(fresh, (list, tuple)):
+        if type(found) is not type(fresh) or len(found) != len(fresh):
+            must, is_ = map(checks.shown, (fresh, found))
+            raise CheckpointError(f"{where} must be {must}, is {is_}")
+        pairs = enumerate(zip(found, fresh, strict=True))
+        return type(fresh)(fitted(a, b, rules, f"{where}.{i}") for i, (a, b) in pairs)
+    checks.one_of([fresh]).check(found, where)
+    return fresh
 
 
 def load_weights(model: nn.Module, weights: Any, where: str) -> None:

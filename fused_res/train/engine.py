@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..cli import CommandError
 from . import checkpoint
 from .augment import Augment, prepare
-from .checks import FLAG, CheckpointError, Rule, number, one_of, shown, tensor
+from .checks import FLAG, CheckpointError, Rule, number, shown, tensor
 from .data import Data
+from .graphed import Graphed
 from .log import Log
+from .measure import measure
 from .place import Place, synchronize_
 from .settings import Settings
 
@@ -116,16 +120,19 @@ class Net:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if settings.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(
-                parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay
-            )
+                parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay,
+                fused=settings.cuda_graph or None,
+            )  # fmt: skip
         else:
             self.optimizer = torch.optim.AdamW(
-                parameters, settings.lr, weight_decay=settings.weight_decay
-            )
+                parameters, settings.lr, weight_decay=settings.weight_decay,
+                fused=settings.cuda_graph or None, capturable=settings.cuda_graph,
+            )  # fmt: skip
         self.schedule = _schedule(self.optimizer, settings, steps)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=settings.amp == "fp16")
         self._settings, self._progress = settings, _progress(settings, steps)
         self.accuracy = 0.0  # of validation, after the last epoch
+        self.graphed: Graphed | None = None  # replays its steps
 
     def state(self) -> dict[str, Any]:
         return {
@@ -150,12 +157,14 @@ class Net:
         self.optimizer.load_state_dict(fitted)
         for part in ("schedule", "scaler"):
             mine, there = getattr(self, part), f"{where}.{part} does not fit: "
-            mine.load_state_dict(_fitted(state[part], mine.state_dict(), self._progress, there))
+            mine.load_state_dict(
+                checkpoint.fitted(state[part], mine.state_dict(), self._progress, there)
+            )
         self.accuracy = state["accuracy"]
 
     def _optimizer_state(self, found: dict[Any, Any], where: str) -> dict[str, Any]:
         fresh = {"param_groups": self.optimizer.state_dict()["param_groups"]}
-        groups = _fitted(found, fresh, self._progress, where)
+        groups = checkpoint.fitted(found, fresh, self._progress, where)
         state = found.get("state")
         checkpoint.IS_DICT.check(state, f"{where}state")
         parameters = self.optimizer.param_groups[0]["params"]
@@ -204,35 +213,6 @@ def _progress(settings: Settings, steps: int) -> dict[str, Rule]:
         "scale": number(float, 0, above=True),
         "_growth_tracker": number(int, 0, 2**31 - 1),
     }
-
-
-def _fitted(found: Any, fresh: Any, rules: dict[str, Rule], where: str) -> Any:
-    """``fresh`` with the values that ``found``, from a checkpoint, has for the keys in ``rules``.
-
-    All other values must be the same in both, except for constants that only some versions of
-    PyTorch keep.
-    """
-    if isinstance(fresh, dict):
-        checkpoint.IS_DICT.check(found, where)
-        fitted = copy.copy(fresh)
-        for key, value in fresh.items():
-            inner = where + (f".{key}" if where[-1] != " " else str(key))
-            if key not in found:
-                if key in rules or isinstance(value, (dict, list)):
-                    raise CheckpointError(f"{inner} is missing")
-            elif key in rules:
-                rules[key].check(found[key], inner)
-                fitted[key] = found[key]
-            else:
-                fitted[key] = _fitted(found[key], value, rules, inner)
-        return fitted
-    if isinstance(fresh, (list, tuple)):
-        if type(found) is not type(fresh) or len(found) != len(fresh):
-            raise CheckpointError(f"{where} must be {shown(fresh)}, is {shown(found)}")
-        pairs = enumerate(zip(found, fresh, strict=True))
-        return type(fresh)(_fitted(a, b, rules, f"{where}.{i}") for i, (a, b) in pairs)
-    one_of([fresh]).check(found, where)
-    return fresh
 
 
 @torch.no_grad()
@@ -317,7 +297,12 @@ class Trainer:
         # the next step, by epoch, net and step, all from 0
         self.epoch = self.net = self.step = 0
         self.best = -1.0
-        self._reset_sums()
+        # of this process's epoch: cross entropy, right answers, images
+        self.sums = torch.zeros(3, dtype=torch.float64, device=place.device)
+        self.seconds = 0.0
+        images = self.batch_size, *self.train[0].shape[1:]
+        how = DTYPES[settings.amp], settings.layout
+        measure(models.values(), images, self.classes, *how, place)
         steps = self._steps()
         self.nets = [Net(name, m, settings, place, len(steps)) for name, m in models.items()]
         if place.world > 1:
@@ -325,7 +310,11 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """The state for ``load``. Every process must call it."""
-        mine = {"rng": checkpoint.rng_state(), "sums": self.sums.cpu(), "seconds": self.seconds}
+        mine = {
+            "rng": checkpoint.rng_state(),
+            "sums": self.sums.cpu().clone(),
+            "seconds": self.seconds,
+        }
         return {
             **self.kept,
             "settings": asdict(self.settings),
@@ -383,6 +372,9 @@ class Trainer:
             CommandError: the loss is not finite.
         """
         self.log = log
+        if self.settings.cuda_graph:
+            for net in self.nets:
+                net.graphed = self._graphed(net)
         with _CtrlC() as self.ctrl_c, warnings.catch_warnings():
             # GradScaler skips steps with gradients that are not finite, often the first ones
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
@@ -391,8 +383,7 @@ class Trainer:
         return [self._end(net) for net in self.nets]
 
     def _reset_sums(self) -> None:
-        """Sets the sums of this process's epoch to 0: cross entropy, right answers, images."""
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.place.device)
+        self.sums.zero_()  # in place: a CUDA graph adds to it
         self.seconds = 0.0
 
     def _run_epoch(self, net: Net) -> None:
@@ -458,27 +449,42 @@ class Trainer:
         self._reset_sums()
 
     def _train_step(self, net: Net, batches: list[Tensor]) -> None:
-        """One step of the optimizer. The loss is the mean over the images of all ``batches`` and
-        processes."""
+        """One step of the optimizer."""
+        given = (self._batch(i, index) for i, index in enumerate(batches))  # one in memory
+        if net.graphed is None:
+            self._learn(net, given, len(batches))
+        else:
+            net.graphed(list(given))
+        net.schedule.step()
+        if net.average is not None:
+            net.average.update_parameters(net.model)
+
+    def _batch(self, i: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's share of batch ``i`` of the step, as the net takes it, and its classes."""
+        x = prepare(
+            self.train[0][index], *self.statistics, self.augment, self._generator(self.step, i)
+        )
+        x = self.place.share(x).contiguous(memory_format=self.settings.layout)
+        return x, self.place.share(self.train[1][index])
+
+    def _learn(self, net: Net, batches: Iterable[tuple[Tensor, Tensor]], count: int) -> None:
+        """The part of a step that runs on the device alone: forward, backward, optimizer. The loss
+        is the mean over the images of all ``count`` batches and processes."""
         s, device = self.settings, self.place.device
-        images = sum(map(len, batches))
         dtype = DTYPES[s.amp]
-        for i, index in enumerate(batches):
-            x = prepare(
-                self.train[0][index], *self.statistics, self.augment, self._generator(self.step, i)
-            )
-            x, y = self.place.share(x), self.place.share(self.train[1][index])
-            waits = self.place.world > 1 and i < len(batches) - 1
+        for i, (x, y) in enumerate(batches):
+            waits = self.place.world > 1 and i < count - 1
             with net.wrapped.no_sync() if waits else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, dtype != torch.float32):
-                    logits = net.wrapped(x.contiguous(memory_format=s.layout))
+                    logits = net.wrapped(x)
                     loss = F.cross_entropy(
                         logits, y, reduction="sum", label_smoothing=s.label_smoothing
                     )
-                objective = loss * (self.place.world / images)  # DDP takes the mean of processes
+                # DDP takes the mean of processes
+                objective = loss * (self.place.world / (count * self.batch_size))
                 if s.l2:
                     squares = sum(p.pow(2).sum() for p in net.model.parameters())
-                    objective = objective + s.l2 * squares * (len(index) / images)
+                    objective = objective + s.l2 * squares * (1 / count)
                 net.scaler.scale(objective).backward()
             self.sums[0] += loss.detach()
             self.sums[1] += (logits.argmax(1) == y).sum()
@@ -489,9 +495,10 @@ class Trainer:
         net.scaler.step(net.optimizer)
         net.scaler.update()
         net.optimizer.zero_grad()
-        net.schedule.step()
-        if net.average is not None:
-            net.average.update_parameters(net.model)
+
+    def _graphed(self, net: Net) -> Graphed:
+        count = len(self._steps()[0])
+        return Graphed(net.name, net.model, net.optimizer, partial(self._learn, net), count)
 
     def _evaluated(self, model: nn.Module, part: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
         self.place.share_buffers(model)

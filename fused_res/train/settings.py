@@ -143,6 +143,7 @@ class Settings:
     compare: bool = _on("train the plain twin too: same weights, same batches")
     plain: bool = _on("train the plain net instead of the fused")
     compile: bool = _on("torch.compile")
+    cuda_graph: bool = _on("on a GPU: capture a step of training once, then replay it")
     channels_last: bool = _switch(True, "memory format of weights and images")
     sync_bn: bool = _on("BatchNorm by the statistics of all processes")
     device: str = _choice("auto", "auto: a GPU", "auto", "cpu", "cuda", free=True)
@@ -225,6 +226,7 @@ def restored(values: dict[str, Any], where: str) -> Settings:
         CheckpointError: a setting is missing, unknown, or breaks its rule; or two contradict each
             other.
     """
+    values = {"cuda_graph": False, **values}  # checkpoints of before have none
     for f in fields(Settings):
         if f.name not in values:
             raise CheckpointError(f"{where} does not fit: {f.name} is missing or unknown")
@@ -241,6 +243,10 @@ def restored(values: dict[str, Any], where: str) -> Settings:
 def _contradiction(settings: Settings) -> str | None:
     if settings.compare and settings.plain:
         return "--compare and --plain must not be given together"
+    if settings.cuda_graph and settings.amp == "fp16":
+        return "--cuda-graph and --amp fp16 must not be given together: a GradScaler may skip steps"
+    if settings.cuda_graph and settings.compile:
+        return "--cuda-graph and --compile must not be given together"
     if settings.warmup and settings.warmup >= settings.epochs:
         return f"--warmup {settings.warmup} must be less than --epochs {settings.epochs}"
     return None

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fused_res import cli, models
+from fused_res.dispatch import first_use, user_timings
 from fused_res.nn.blocks import FusedForward
 from fused_res.train.data import Data, statistics
 from fused_res.train.engine import Trainer
@@ -107,6 +108,32 @@ def sharded(name: str) -> dict[str, list]:
     with torch.no_grad():
         found["outputs"].append((ours.eval()(images), theirs.eval()(images)))
     return found
+
+
+def measured(rank: int, folder: str) -> None:
+    """Makes a trainer where ``auto`` follows measurements, and tells what was measured."""
+    torch.set_num_threads(1)
+    first_use.DEVICE_TYPES = ("cpu",)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
+                            world_size=PROCESSES)  # fmt: skip
+    pictures = data(0)
+    model = models.create("resnet", num_classes=3, counts=(1,), width=8)
+    place = Place(torch.device("cpu"), rank, PROCESSES)
+    settings = Settings(batch_size=5, epochs=1)  # 3 images and 2
+    mean, std = statistics(pictures.train_images)
+    trainer = Trainer({"net": model}, pictures, settings, place, Path(folder),
+                      {"mean": mean, "std": std})  # fmt: skip
+    calls = first_use._spent.calls
+    trainer.run(None)
+    found = {
+        "before": calls,
+        "in training": first_use._spent.calls - calls,
+        "rows": sorted(user_timings.table(place.device).rows),
+        "decided": sorted(v.name for k, v in first_use._decided.items() if k[0] == "block_train"),
+        "reasons": [v.reason for k, v in first_use._decided.items() if k[0] == "block_train"],
+    }
+    torch.save(found, f"{folder}/{rank}.pt")
+    os._exit(0)  # as in main
 
 
 def main(rank: int, folder: str, port: int) -> None:
