@@ -223,7 +223,12 @@ def why_not_tensors(*tensors: torch.Tensor | None) -> str | None:
 def _auto(op: str, x: torch.Tensor) -> tuple[str, str]:
     """The backend that ``auto`` takes for a tensor, and the reason."""
     # not in torch.compile: shapes are symbols, and the timings do not cover Inductor's kernels
-    if not torch.compiler.is_compiling() and x.dim() == 4 and shipped_timings.knows(x.device, op):
+    if (
+        shipped_timings.rows()
+        and not torch.compiler.is_compiling()
+        and x.dim() == 4
+        and shipped_timings.knows(x.device, op)
+    ):
         able = [b for b in SUPPORT[op] if why_not(op, b, x.device.type, x.dtype) is None]
         backend, reason, _ = shipped_timings.verdict_on(op, x, tuple(able))
         if backend is not None:
@@ -233,11 +238,11 @@ def _auto(op: str, x: torch.Tensor) -> tuple[str, str]:
 
 def preferred(op: str, x: torch.Tensor) -> tuple[str, str]:
     """The backend that ``auto`` takes for a tensor without timings, and the reason."""
-    device, dtype = x.device, x.dtype
+    dtype, kind = x.dtype, x.device.type
     for candidate, dtypes in PREFERRED[op].items():
-        if dtype in dtypes and why_not(op, candidate, device.type, dtype) is None:
-            return candidate, f"preferred for {dtype} on {device.type!r}"
-    return "eager", f"no fused kernel is preferred for {dtype} on {device.type!r}"
+        if dtype in dtypes and why_not(op, candidate, kind, dtype) is None:
+            return candidate, "it is preferred for the dtype"
+    return "eager", f"no fused kernel is preferred for {dtype} on {kind!r}"
 
 
 @functools.cache

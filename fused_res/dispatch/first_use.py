@@ -111,9 +111,13 @@ _measuring = False
 _alone = False
 
 
-def covers(device: torch.device) -> bool:
-    """Whether ``auto`` believes only measurements on a device."""
-    return device.type in DEVICE_TYPES
+def covers(of: Tensor | torch.device) -> bool:
+    """Whether ``auto`` believes only measurements on a device, or the device of a tensor."""
+    if isinstance(of, Tensor):
+        if of.is_cpu:  # much cheaper than to ask for its device
+            return "cpu" in DEVICE_TYPES
+        of = of.device
+    return of.type in DEVICE_TYPES
 
 
 @contextlib.contextmanager

@@ -224,7 +224,7 @@ def watching() -> Iterator[list[Candidate]]:
 
 def may_leave(x: torch.Tensor, backend: str | None) -> bool:
     """Whether ``auto`` may leave a whole block on x to PyTorch's ops, by its calls."""
-    covered = first_use.covers(x.device) and not torch.compiler.is_compiling()
+    covered = first_use.covers(x) and not torch.compiler.is_compiling()
     return covered and backends.is_auto(backend)
 
 

@@ -469,7 +469,7 @@ def _run(x, norm, residual, residual_norm, act, backend):
     may_choose = is_auto(backend)
     backend = asked_for("bn_act", backend, x, residual, weight, bias)
     if backend == "auto":
-        measures = first_use.covers(x.device) and x.dim() == 4 and x.numel() > 0
+        measures = first_use.covers(x) and x.dim() == 4 and x.numel() > 0
         if measures and not torch.compiler.is_compiling():
             backend = norm_dispatch.choose(
                 norm_dispatch.Call(x, norm, residual, residual_norm, act)

@@ -480,7 +480,7 @@ def chosen(x, branch, shortcut, act, backend, recompute) -> Chosen | Eager | Non
         return None
     name = asked_for("bn_act", backend, x)
     is_auto = name == "auto"
-    measures = is_auto and first_use.covers(x.device)
+    measures = is_auto and first_use.covers(x)
     if is_auto and not measures:
         name = taken_by_auto("bn_act", x)
     if name == "eager":

@@ -36,7 +36,7 @@ def runs_own_forward(block: nn.Module, x: object) -> bool:
         return False
     if x.is_cpu and x.dtype not in backends.FUSED_ON_CPU:
         return True
-    if torch.compiler.is_compiling() or not first_use.covers(x.device):
+    if not first_use.covers(x) or torch.compiler.is_compiling():
         return False
     found = _left.get(block)
     return found is not None and _facts(block, x) in found
