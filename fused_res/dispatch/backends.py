@@ -238,9 +238,9 @@ def _auto(op: str, x: torch.Tensor) -> tuple[str, str]:
 
 def preferred(op: str, x: torch.Tensor) -> tuple[str, str]:
     """The backend that ``auto`` takes for a tensor without timings, and the reason."""
-    dtype, kind = x.dtype, x.device.type
+    dtype, kind = x.dtype, "cpu" if x.is_cpu else x.device.type
     for candidate, dtypes in PREFERRED[op].items():
-        if dtype in dtypes and why_not(op, candidate, kind, dtype) is None:
+        if kind in DEVICE_TYPES[candidate] and dtype in dtypes and STATUS[candidate] is None:
             return candidate, "it is preferred for the dtype"
     return "eager", f"no fused kernel is preferred for {dtype} on {kind!r}"
 
