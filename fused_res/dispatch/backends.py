@@ -224,8 +224,8 @@ def _auto(op: str, x: torch.Tensor) -> tuple[str, str]:
     """The backend that ``auto`` takes for a tensor, and the reason."""
     # not in torch.compile: shapes are symbols, and the timings do not cover Inductor's kernels
     if (
-        shipped_timings.rows()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and shipped_timings.rows()
         and x.dim() == 4
         and shipped_timings.knows(x.device, op)
     ):

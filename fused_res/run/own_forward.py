@@ -10,6 +10,7 @@ import weakref
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..dispatch import backends, first_use, inference_conv
@@ -24,6 +25,14 @@ def _facts(block: nn.Module, x: Tensor) -> tuple:
     return x.shape, x.stride(), x.dtype, x.device, modes, inference_conv.state()
 
 
+_is_distributed = dist.is_initialized if dist.is_available() else bool
+
+
+def _is_synchronized(block: nn.Module) -> bool:
+    """Whether it has a SyncBatchNorm, whose own forward cannot run on a CPU."""
+    return any(type(m) is nn.SyncBatchNorm for m in block.modules())
+
+
 def runs_own_forward(block: nn.Module, x: object) -> bool:
     """Whether PyTorch's ops run the block, as the backend that is named or dispatch says.
 
@@ -31,11 +40,11 @@ def runs_own_forward(block: nn.Module, x: object) -> bool:
     """
     name = block.backend or backends.current
     if name == "eager" or not isinstance(x, Tensor):
-        return True
+        return not (_is_distributed() and _is_synchronized(block))
     if name != "auto":
         return False
     if x.is_cpu and x.dtype not in backends.FUSED_ON_CPU:
-        return True
+        return not (_is_distributed() and _is_synchronized(block))
     if not first_use.covers(x) or torch.compiler.is_compiling():
         return False
     found = _left.get(block)
