@@ -631,3 +631,31 @@ def test_what_another_process_measures_now_is_no_fault(clock):
     clock["fast"] = 0.5
     assert decide(Toy("fast"), times=2).name == "fast"
     assert user_timings.table(CPU).faults == {}
+
+
+def test_ddp_with_different_batches_measures_nothing_and_ends(tmp_path):
+    """A collective in one process's measurement would wait for ever."""
+    code = """
+import sys, torch, torch.distributed as dist, fused_res
+from torch.nn.parallel import DistributedDataParallel
+from fused_res.dispatch import first_use, user_timings
+first_use.DEVICE_TYPES = ("cpu",)
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+model = torch.nn.Sequential(fused_res.reference.ResBlock(16, 16))
+fused_res.fuse_(model)
+model = DistributedDataParallel(model)
+for step in range(4):
+    x = torch.randn(4 + 3 * rank, 16, 8 + step % 2, 8)
+    model(x).sum().backward()
+assert first_use._spent.calls == 0 and user_timings.files() == []
+dist.destroy_process_group()
+"""
+    environ = {**os.environ, "FUSED_RES_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(tmp_path / "store")], env=environ
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
