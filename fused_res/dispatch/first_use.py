@@ -264,13 +264,20 @@ def _excess(
 
 @contextlib.contextmanager
 def _exact_float32() -> Iterator[None]:
-    """float32 without TF32 in the body."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    """float32 without TF32 in the body.
+
+    ``allow_tf32`` would not do: reading it raises where ``fp32_precision`` was set, and setting it
+    makes ``torch.get_float32_matmul_precision`` raise where that is not "highest".
+    """
+    set_precision = torch._C._set_fp32_precision_setter
+    before = {op: torch._C._get_fp32_precision_getter("cuda", op) for op in ("conv", "matmul")}
     try:
+        for op in before:
+            set_precision("cuda", op, "ieee")
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        for op, value in before.items():
+            set_precision("cuda", op, value)
 
 
 class _Judge:

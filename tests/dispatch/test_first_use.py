@@ -631,3 +631,31 @@ def test_what_another_process_measures_now_is_no_fault(clock):
     clock["fast"] = 0.5
     assert decide(Toy("fast"), times=2).name == "fast"
     assert user_timings.table(CPU).faults == {}
+
+
+def test_the_precision_of_float32_is_restored(tmp_path):
+    """Of all ways to set it; PyTorch refuses to read some of them after others."""
+    code = """
+import torch
+from fused_res.dispatch import first_use
+cuda = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+def state():
+    return [of.fp32_precision for of in cuda]
+def holds():
+    before = state()
+    with first_use._exact_float32():
+        assert [of.fp32_precision for of in cuda[:2]] == ["ieee"] * 2
+    assert state() == before
+holds()
+assert torch.backends.cudnn.allow_tf32
+for precision in ("high", "medium", "highest"):
+    torch.set_float32_matmul_precision(precision)
+    holds()
+    assert torch.get_float32_matmul_precision() == precision
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+holds()
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+holds()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
