@@ -372,6 +372,9 @@ def measure(device: torch.device, row: Row, trial: Trial, names: list[str]) -> V
             ms, timing = _times(device, row, trial, names, faults)
     except Exception as error:  # of PyTorch's ops: out of memory, or what they will raise again
         _log.info("%s is not measured: %s", words(row), error)
+    except BaseException:  # Ctrl-C is no candidate's fault
+        _keep(device, [], faults, suspects)
+        raise
     total = time.perf_counter() - start
     _spent.add(timing, total)
     row = row._replace(ms=ms)

@@ -198,6 +198,20 @@ def test_pytorchs_ops_that_fail_are_not_measured(clock):
     assert [(of["rows"], of["faults"]) for of in files()] == [([], [])]
 
 
+def test_an_interrupt_is_no_fault(clock):
+    class Interrupted(Toy):
+        def run(self, name, sample):
+            if name == "fast":
+                raise KeyboardInterrupt
+            return super().run(name, sample)
+
+    with pytest.raises(KeyboardInterrupt):
+        decide(Interrupted("fast"), times=2)
+    assert user_timings.table(CPU).faults == {} and files()[0]["faults"] == []
+    clock["fast"] = 0.5
+    assert decide(Toy("fast")).name == "fast"
+
+
 # --- when nothing is measured
 
 
