@@ -396,14 +396,17 @@ def _times(
     sample = trial.sample(0)
     judge = _Judge(trial, sample, getattr(torch, row.dtype))
 
+    def reject(name: str, why: str) -> None:
+        faults.append(Fault(*user_timings.key_of(row), name, why))
+        _log.warning("%s is not used for %s: %s", name, words(row), why)
+
     def is_right(name: str) -> bool:
         try:
             wrong = judge.fault_of(name)
         except Exception as error:  # whatever a kernel raises, PyTorch's ops run
             wrong = f"{type(error).__name__}: {error}"
         if wrong is not None:
-            faults.append(Fault(*user_timings.key_of(row), name, wrong))
-            _log.warning("%s is not used for %s: %s", name, words(row), wrong)
+            reject(name, wrong)
         return wrong is None
 
     ms: dict[str, float] = {}
@@ -414,7 +417,14 @@ def _times(
     for turn in range(WARM_UPS + RUNS):
         for name in ["eager", *right]:
             scratch.zero_()
-            seconds = clock(partial(trial.run, name, sample), device)
+            try:
+                seconds = clock(partial(trial.run, name, sample), device)
+            except Exception as error:
+                if name == "eager":
+                    raise
+                reject(name, f"{type(error).__name__}: {error}")
+                right.remove(name)
+                continue
             if turn >= WARM_UPS:
                 ms[name] = min(ms.get(name, float("inf")), 1e3 * seconds)
         if time.perf_counter() - start > SECONDS_OF_CALL and turn >= WARM_UPS:

@@ -198,6 +198,22 @@ def test_pytorchs_ops_that_fail_are_not_measured(clock):
     assert [(of["rows"], of["faults"]) for of in files()] == [([], [])]
 
 
+def test_a_candidate_that_raises_while_it_is_timed_is_remembered(clock, monkeypatch):
+    """A GPU reports an illegal address in a later call."""
+    read = first_use.clock
+
+    def failing(run, device):
+        if run.args[0] == "late":
+            raise RuntimeError("an illegal memory access")
+        return read(run, device)
+
+    monkeypatch.setattr(first_use, "clock", failing)
+    clock["fast"] = 0.5
+    assert decide(Toy("late", "fast"), times=2).name == "fast"
+    (fault,) = user_timings.faults(CPU)
+    assert (fault.candidate, fault.error) == ("late", "RuntimeError: an illegal memory access")
+
+
 def test_an_interrupt_is_no_fault(clock):
     class Interrupted(Toy):
         def run(self, name, sample):
