@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -51,6 +52,7 @@ IMAGES_OF_FLOAT64, MOST_DIFFERENCE = 2, 0.1
 # chance evens out.
 LEAST_ELEMENTS, MOST_SAMPLES = 2**16, 32
 MOST_SEEN = 4096
+_BUSY = "a measurement is running"
 _ENDED = "the process that ran it for the first time ended before it came back"
 
 Results = dict[str, list[Tensor]]  # by kind: y, dx, gradients of weights, ...
@@ -107,7 +109,7 @@ class Spent:
 _spent = Spent()
 _seen: dict[tuple, None] = {}
 _decided: dict[tuple, Verdict] = {}
-_measuring = False
+_running = threading.Lock()  # of two measurements at once each would disturb the other
 _alone = False
 
 
@@ -149,7 +151,7 @@ def _why_not_now(device: torch.device) -> str | None:
         return "hooks of saved tensors are active"
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms are asked for"
-    return "a measurement is running" if _measuring else None
+    return _BUSY if _running.locked() else None
 
 
 def may_measure(device: torch.device) -> bool:
@@ -181,12 +183,17 @@ def decide(
     names = trial.names if settings.autotune == "full" else trial.quick
     if found is None and never is None and names:
         now = _why_not_now(device)
-        if now is not None or key not in _seen:
-            if now is None:
-                _add(_seen, key, None)
-            reason = now or "it is measured when it is seen again"
-            return _say(row, Verdict(gpu_rules.expected(row, trial.names), reason, final=False))
-        found = measure(device, row, trial, names)
+        if now is None and key not in _seen:
+            _add(_seen, key, None)
+            now = "it is measured when it is seen again"
+        if now is None and not _running.acquire(blocking=False):
+            now = _BUSY
+        if now is not None:
+            return _say(row, Verdict(gpu_rules.expected(row, trial.names), now, final=False))
+        try:
+            found = measure(device, row, trial, names)
+        finally:
+            _running.release()
     if found is None:
         reason = never or "it has no candidate"
         found = Verdict(gpu_rules.expected(row, trial.names), reason)
@@ -338,22 +345,17 @@ def clock(run: Callable[[], object], device: torch.device) -> float:
 @contextlib.contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
     """The body runs on a stream of its own, without autocast, in grad mode."""
-    global _measuring
-    _measuring = True
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-            if device.type == "cuda":
-                stack.enter_context(torch.cuda.device(device))
-                stream = torch.cuda.Stream()
-                stream.wait_stream(torch.cuda.current_stream())
-                stack.enter_context(torch.cuda.stream(stream))
-                stack.callback(stream.synchronize)
-            yield
-    finally:
-        _measuring = False
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            stack.enter_context(torch.cuda.stream(stream))
+            stack.callback(stream.synchronize)
+        yield
 
 
 def measure(device: torch.device, row: Row, trial: Trial, names: list[str]) -> Verdict | None:

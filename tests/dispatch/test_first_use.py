@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -229,6 +231,30 @@ def test_an_interrupt_is_no_fault(clock):
 
 
 # --- when nothing is measured
+
+
+def test_of_several_threads_one_measures(clock):
+    """As in nn.DataParallel: at once they would time each other."""
+    running, most = [], []
+
+    class Slow(Toy):
+        def run(self, name, sample):
+            running.append(name)
+            most.append(len(running))
+            time.sleep(0.001)
+            running.pop()
+            return super().run(name, sample)
+
+    threads = [
+        threading.Thread(target=decide, args=(Slow("fast"), ROW._replace(like=k), k, 2))
+        for k in "abcd"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1
+    assert decide(Toy("fast"), ROW._replace(like="d"), "d", 2).final
 
 
 def test_caps(clock, monkeypatch):
