@@ -735,3 +735,23 @@ holds()
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no start times")
+def test_another_process_of_the_same_number_is_another_process(clock):
+    """As in a container that starts again after a kernel has ended the process."""
+    host, pid, start = user_timings.this_process().split(":")
+    fault = user_timings.Fault(*user_timings.key_of(ROW), "fast", "", f"{host}:{pid}:{start}0")
+    user_timings.keep(CPU, [], [fault])
+    assert user_timings.faults(CPU) == [fault]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no states")
+def test_a_process_that_nobody_waited_for_has_ended():
+    child = subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE)
+    name = f"{user_timings.platform.node()}:{child.pid}:{user_timings._start_of(child.pid)}"
+    child.stdout.read()  # until it has ended
+    while user_timings._start_of(child.pid):
+        time.sleep(0.01)
+    assert not user_timings._lives(name)
+    child.wait()
