@@ -17,6 +17,7 @@ or a transform is active, several processes train together, or after the caps be
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import statistics
@@ -201,7 +202,7 @@ def decide(
         finally:
             _running.release()
     if found is None:
-        reason = never or "it has no candidate"
+        reason = never or ("it could not be measured" if names else "it has no candidate")
         found = Verdict(gpu_rules.expected(row, trial.names), reason)
     _add(_decided, key, found)
     return _say(row, found)
@@ -358,8 +359,12 @@ def clock(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of a run. On a GPU the longer of the host's and the device's time: the two overlap
     from call to call."""
     if device.type != "cuda":
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         start = time.perf_counter()
         run()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         return time.perf_counter() - start
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     events[0].record()
@@ -371,6 +376,12 @@ def clock(run: Callable[[], object], device: torch.device) -> float:
     return max(host, events[0].elapsed_time(events[1]) / 1e3)
 
 
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all measurements on a device: the allocator keeps memory for each stream."""
+    return torch.cuda.Stream(device)
+
+
 @contextlib.contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
     """The body runs on a stream of its own, without autocast, in grad mode."""
@@ -380,7 +391,7 @@ def _beside(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
-            stream = torch.cuda.Stream()
+            stream = _stream_of(device)
             stream.wait_stream(torch.cuda.current_stream())
             stack.enter_context(torch.cuda.stream(stream))
             stack.callback(stream.synchronize)

@@ -196,7 +196,7 @@ def test_pytorchs_ops_that_fail_are_not_measured(clock):
         def run(self, name, sample):
             raise torch.OutOfMemoryError("out of memory")
 
-    assert decide(Failing("fast"), times=2).name == "eager"
+    assert decide(Failing("fast"), times=2)[:2] == ("eager", "it could not be measured")
     assert [(of["rows"], of["faults"]) for of in files()] == [([], [])]
 
 
@@ -248,6 +248,22 @@ def test_an_interrupt_is_no_fault(clock):
     assert user_timings.table(CPU).faults == {} and files()[0]["faults"] == []
     clock["fast"] = 0.5
     assert decide(Toy("fast")).name == "fast"
+
+
+def test_on_an_xpu_a_run_is_timed_until_it_is_done(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", done.append)
+    first_use.clock(lambda: done.append("run"), torch.device("xpu"))
+    assert done == [torch.device("xpu"), "run", torch.device("xpu")]
+
+
+def test_all_measurements_on_a_gpu_have_one_stream(monkeypatch):
+    """Each stream keeps its memory: those of 32 blocks would add up."""
+    first_use._stream_of.cache_clear()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    device = torch.device("cuda", 0)
+    assert first_use._stream_of(device) is first_use._stream_of(device)
+    first_use._stream_of.cache_clear()
 
 
 # --- when nothing is measured
