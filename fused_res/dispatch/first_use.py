@@ -118,6 +118,7 @@ _seen: dict[tuple, None] = {}
 _decided: dict[tuple, Verdict] = {}
 _running = threading.Lock()  # of two measurements at once each would disturb the other
 _alone = False
+_only_asked = False
 
 
 def covers(device: torch.device) -> bool:
@@ -134,6 +135,17 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _alone = before
+
+
+@contextlib.contextmanager
+def only_asked() -> Iterator[None]:
+    """In the body choices are only asked for: nothing is seen or measured."""
+    global _only_asked
+    before, _only_asked = _only_asked, True
+    try:
+        yield
+    finally:
+        _only_asked = before
 
 
 def _why_never() -> str | None:
@@ -190,8 +202,9 @@ def decide(
     names = trial.names if settings.autotune == "full" else trial.quick
     if found is None and never is None and names:
         now = _why_not_now(device)
-        if now is None and key not in _seen:
-            _add(_seen, key, None)
+        if now is None and (_only_asked or key not in _seen):
+            if not _only_asked:
+                _add(_seen, key, None)
             now = "it is measured when it is seen again"
         if now is None and not _running.acquire(blocking=False):
             now = _BUSY

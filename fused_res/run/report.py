@@ -87,7 +87,8 @@ def report(model: nn.Module) -> RunReport:
     for name, module in model.named_modules():
         plan = getattr(module, "plan", None)
         if plan is not None and hasattr(module, "_is_as_recorded"):
-            found.blocks.append(_block(name, module, plan))
+            with first_use.only_asked():
+                found.blocks.append(_block(name, module, plan))
     return found
 
 

@@ -266,6 +266,30 @@ def test_all_measurements_on_a_gpu_have_one_stream(monkeypatch):
     first_use._stream_of.cache_clear()
 
 
+def test_a_call_in_inference_is_seen_once_in_a_call(clock, monkeypatch):
+    monkeypatch.setattr("fused_res.run.inference.prepared", lambda *_: None)  # as on a GPU
+    model, x = fused(net(ResBlock(16, 16))).eval(), image(4, 16, 8, 8)
+    with torch.no_grad():
+        model(x)
+        assert user_timings.table(CPU).rows == {}
+        model(x)
+        assert len(user_timings.table(CPU).rows) == 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_report_measures_nothing(clock, monkeypatch, training):
+    monkeypatch.setattr("fused_res.run.inference.prepared", lambda *_: None)  # as on a GPU
+    model, x = fused(net(ResBlock(16, 16))).train(training), image(4, 16, 8, 8)
+    with torch.set_grad_enabled(training):
+        model(x)
+        for _ in range(3):
+            (block,) = fused_res.report(model).blocks
+            assert "measured when it is seen again" in block.why
+        assert user_timings.table(CPU).rows == {}
+        model(x)
+    assert user_timings.table(CPU).rows
+
+
 # --- when nothing is measured
 
 
