@@ -39,23 +39,35 @@ def runs_own_forward(block: nn.Module, x: Tensor) -> bool:
 
 
 class Input(NamedTuple):
-    """The facts of an input that decide what runs a block."""
+    """The facts of a call that decide what runs a block.
+
+    autocast: the dtype of autocast; None: it is not active.
+    chained: the block ran in one call with those beside it.
+    """
 
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     grad: bool
+    training: bool
+    autocast: torch.dtype | None
+    chained: bool
 
 
 # block -> its last input
 _inputs: weakref.WeakKeyDictionary[nn.Module, Input] = weakref.WeakKeyDictionary()
 
 
-def note(block: nn.Module, x: Tensor) -> None:
+def note(block: nn.Module, x: Tensor, chained: bool = False) -> None:
     """Remembers the facts of a block's input, for ``fused_res.report``."""
     if not torch.compiler.is_compiling():
-        _inputs[block] = Input(x.shape, x.stride(), x.dtype, x.device, torch.is_grad_enabled())
+        device, grad, autocast = x.device, torch.is_grad_enabled(), None
+        if torch.is_autocast_enabled(device.type):
+            autocast = torch.get_autocast_dtype(device.type)
+        _inputs[block] = Input(
+            x.shape, x.stride(), x.dtype, device, grad, block.training, autocast, chained
+        )
 
 
 def last_input(block: nn.Module) -> Input | None:
