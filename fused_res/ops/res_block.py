@@ -479,14 +479,14 @@ def chosen(x, branch, shortcut, act, backend, recompute) -> Chosen | Eager | Non
     if _is_seen_op_by_op():
         return None
     name = asked_for("bn_act", backend, x)
-    is_auto = name == "auto"
-    measures = is_auto and first_use.covers(x.device)
+    is_auto, device_type = name == "auto", "cpu" if x.is_cpu else x.device.type
+    measures = is_auto and device_type in first_use.DEVICE_TYPES
     if is_auto and not measures:
         name = taken_by_auto("bn_act", x)
     if name == "eager":
         return None
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
         if shortcut is None and x.dtype != dtype:
             return None  # x and the branch differ in dtype: PyTorch's rules of promotion
         stages = (*branch, shortcut) if shortcut else branch
@@ -494,12 +494,15 @@ def chosen(x, branch, shortcut, act, backend, recompute) -> Chosen | Eager | Non
             return None  # autocast does not cast float64
         x, branch, shortcut = _autocast(x, branch, shortcut, dtype)
     stages = (*branch, shortcut) if shortcut else branch
-    parameters = [t for stage in stages for t in (*stage[:2], *stage.norm[2:4])]
+    parameters, running = [], []
+    for weight, bias, *_, norm in stages:
+        parameters += (weight, bias, norm[2], norm[3])
+        running += norm[:2]
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in parameters)
     )
     if (
-        any(t is None for stage in stages for t in stage.norm[:2])
+        any(t is None for t in running)
         or len(stages) > MOST_STAGES
         # a subclass may define its own convolution
         or any(type(t) not in _PLAIN for t in (x, *parameters))

@@ -17,6 +17,7 @@ from ..dispatch import backends, first_use, inference_conv
 # block -> the facts of calls for which PyTorch's ops were chosen
 _left: weakref.WeakKeyDictionary[nn.Module, set[tuple]] = weakref.WeakKeyDictionary()
 _MOST_LEFT = 64
+_CPU = torch.device("cpu")
 
 
 def _facts(block: nn.Module, x: Tensor) -> tuple:
@@ -31,8 +32,10 @@ def runs_own_forward(block: nn.Module, x: Tensor) -> bool:
     name = block.backend or backends.named()
     if name != "auto":
         return name == "eager"
-    never = backends.never_fused(x.device.type, x.dtype)
-    if never or not first_use.covers(x.device):
+    # A device is a new object each time, which costs more than all else here.
+    device_type = "cpu" if x.is_cpu else x.device.type
+    never = backends.never_fused(device_type, x.dtype)
+    if never or device_type not in first_use.DEVICE_TYPES:
         return never
     found = _left.get(block)
     return found is not None and _facts(block, x) in found
@@ -62,7 +65,7 @@ _inputs: weakref.WeakKeyDictionary[nn.Module, Input] = weakref.WeakKeyDictionary
 def note(block: nn.Module, x: Tensor, chained: bool = False) -> None:
     """Remembers the facts of a block's input, for ``fused_res.report``."""
     if not torch.compiler.is_compiling():
-        device, grad, autocast = x.device, torch.is_grad_enabled(), None
+        device, grad, autocast = _CPU if x.is_cpu else x.device, torch.is_grad_enabled(), None
         if torch.is_autocast_enabled(device.type):
             autocast = torch.get_autocast_dtype(device.type)
         _inputs[block] = Input(
