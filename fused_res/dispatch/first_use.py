@@ -168,6 +168,8 @@ def _why_not_now(device: torch.device) -> str | None:
         return "a dispatch mode or a transform is active"
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return "hooks of saved tensors are active"
+    if torch.is_anomaly_enabled() or torch.autograd._profiler_enabled():
+        return "a profiler or the detection of anomalies is active"
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms are asked for"
     return _BUSY if _running.locked() else None
@@ -397,8 +399,10 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream:
 
 @contextlib.contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
-    """The body runs on a stream of its own, without autocast, in grad mode."""
+    """The body runs on a stream of its own, without autocast, in grad mode, unseen by modes of
+    functions (a default device is one)."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))

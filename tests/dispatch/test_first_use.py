@@ -360,7 +360,14 @@ def mode():
     return FlopCounterMode(display=False)
 
 
-@pytest.mark.parametrize("make", [hooks, deterministic, mode])
+def profiler():
+    return torch.autograd.profiler.profile()
+
+
+@pytest.mark.parametrize(
+    "make", [hooks, deterministic, mode, profiler, torch.autograd.detect_anomaly]
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_never_where_the_call_is_watched(clock, make):
     toy = Toy("fast")
     decide(toy)
@@ -368,6 +375,22 @@ def test_never_where_the_call_is_watched(clock, make):
         assert decide(toy, times=2).name == "eager" and toy.runs == []
     clock["fast"] = 0.5
     assert decide(toy).name == "fast"  # later it is
+
+
+def test_modes_of_functions_do_not_see_a_measurement(clock):
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    clock["fast"] = 0.5
+    toy = Toy("fast")
+    decide(toy)
+    with Mode():
+        assert decide(toy).name == "fast"
+    assert torch.Tensor.normal_ not in seen and torch.Tensor.mul not in seen and len(seen) < 10
 
 
 def test_never_while_a_graph_is_captured(clock, monkeypatch):
