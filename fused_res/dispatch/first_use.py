@@ -23,7 +23,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -200,9 +200,9 @@ def decide(
         return known
     row, trial = row_of(), trial_of()
     found = _from_tables(device, row, trial.names)
-    never = None if found is not None else _why_never()
-    names = trial.names if settings.autotune == "full" else trial.quick
-    if found is None and never is None and names:
+    names = _to_measure(device, row, trial, found)
+    never = _why_never() if names or found is None else None
+    if names and never is None:
         now = _why_not_now(device)
         if now is None and (_only_asked or key not in _seen):
             if not _only_asked:
@@ -211,9 +211,10 @@ def decide(
         if now is None and not _running.acquire(blocking=False):
             now = _BUSY
         if now is not None:
-            return _say(row, Verdict(gpu_rules.expected(row, trial.names), now, final=False))
+            otherwise = found or Verdict(gpu_rules.expected(row, trial.names), now)
+            return _say(row, otherwise._replace(final=False))
         try:
-            found = measure(device, row, trial, names)
+            found = measure(device, row, trial, names) or found
         finally:
             _running.release()
     if found is None:
@@ -240,19 +241,48 @@ def _say(row: Row, verdict: Verdict) -> Verdict:
     return verdict
 
 
-def by_row(row: Row, names: list[str]) -> Verdict:
-    """What a row of the user's timings says of these candidates."""
+def by_row(row: Row, names: list[str], faulty: Iterable[str] = ()) -> Verdict:
+    """What a row of the user's timings says of these candidates.
+
+    faulty: those that are faults.
+    """
     name = shipped_timings.fastest(row.ms, [n for n in ("eager", *names) if n in row.ms])
     if name == "eager":
-        return Verdict(name, "measured here: no candidate is faster")
+        found = "measured here: no candidate is faster"
+        why = f" ({', '.join(faulty)}: wrong or failed, see fused-res doctor)" if faulty else ""
+        return Verdict(name, found + why)
     gain = row.ms["eager"] / row.ms[name]
     return Verdict(name, f"measured here: {row.ms[name]:.3g} ms, {gain:.2f}x PyTorch")
+
+
+def _faulty(device: torch.device, row: Row) -> list[str]:
+    """The candidates that are faults for a call."""
+    key = user_timings.key_of(row)
+    return [fault.candidate for fault in user_timings.faults(device) if fault.of == key]
+
+
+def _to_measure(device: torch.device, row: Row, trial: Trial, found: Verdict | None) -> list[str]:
+    """The candidates to measure for a call; none where the tables know enough.
+
+    The user's row may be from before one of them could be measured: a library was built since, or
+    ``FUSED_RES_AUTOTUNE=full`` was set.
+
+    Args:
+        found: what the tables say.
+    """
+    names = (trial.names if settings.autotune == "full" else trial.quick)[:MOST_CANDIDATES]
+    if found is None:
+        return names
+    mine = user_timings.find(device, row)
+    if mine is None or {*names} <= {*mine.ms, *_faulty(device, row)}:
+        return []
+    return [name for name in trial.names if name in names or name in mine.ms]
 
 
 def _from_tables(device: torch.device, row: Row, names: list[str]) -> Verdict | None:
     mine = user_timings.find(device, row)
     if mine is not None and "eager" in mine.ms:
-        return by_row(mine, names)
+        return by_row(mine, names, _faulty(device, row))
     of = shipped_timings.device_of(device.type, device.index)
     facts = row.dtype, row.layout, row.shape
     found = shipped_timings.verdict(row.op, of, *facts, tuple(names), row.like)
@@ -419,9 +449,8 @@ def measure(device: torch.device, row: Row, trial: Trial, names: list[str]) -> V
     """Measures candidates, keeps the row, and decides by it; None where a sample does not fit into
     the memory."""
     start = time.perf_counter()
-    known = {fault.key for fault in user_timings.faults(device)}
-    key = user_timings.key_of(row)
-    names = [name for name in names if (*key, name) not in known][:MOST_CANDIDATES]
+    key, known = user_timings.key_of(row), _faulty(device, row)
+    names = [name for name in names if name not in known][:MOST_CANDIDATES]
     suspects = [Fault(*key, n, _ENDED, user_timings.this_process()) for n in names]
     faults: list[Fault] = []
     ms, timing = {}, 0.0
@@ -440,7 +469,7 @@ def measure(device: torch.device, row: Row, trial: Trial, names: list[str]) -> V
     _keep(device, [row] if ms else [], faults, suspects)
     if not ms:
         return None
-    found = by_row(row, trial.names)
+    found = by_row(row, trial.names, _faulty(device, row))
     times = ", ".join(f"{name} {t:.3g}" for name, t in ms.items())
     _log.info("measured %s on %s: takes %s; ms: %s; %.2f s of timing, %.1f s in all",
               words(row), device, found.name, times, timing, total)  # fmt: skip

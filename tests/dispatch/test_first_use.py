@@ -342,6 +342,26 @@ def test_the_variable(clock, monkeypatch, value, measured):
     assert found.final and (value != "0" or found.reason == "FUSED_RES_AUTOTUNE=0")
 
 
+@pytest.mark.parametrize("value", ["full", "1"])
+def test_a_row_without_a_candidate_is_measured_again(clock, monkeypatch, value):
+    """The candidate's library was built since, or the variable was set."""
+    clock.update(a=0.5, b=0.9)
+    assert decide(Toy("b"), times=2).name == "b"
+    inference_conv.forget()
+    first_use._seen.clear()
+    monkeypatch.setattr(first_use, "settings", first_use.settings._replace(autotune=value))
+    toy = Toy("b", "a", quick=["a"])
+    first = decide(toy)
+    assert (first.name, first.final, toy.runs) == ("b", False, [])  # by the old row
+    assert decide(toy).name == "a" and set(toy.runs) == {"eager", "a", "b"}
+
+
+def test_the_reason_names_a_faulty_candidate(clock):
+    for _ in range(2):
+        assert "(wrong: wrong or failed, see" in decide(Toy("wrong"), times=2).reason
+        inference_conv.forget()
+
+
 def hooks():
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
