@@ -17,9 +17,13 @@ or a transform is active, several processes train together, or after the caps be
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import math
+import statistics
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -50,7 +54,12 @@ IMAGES_OF_FLOAT64, MOST_DIFFERENCE = 2, 0.1
 # Rounding turns a few ReLUs at other pixels, by chance. Errors are those of so many samples that
 # chance evens out.
 LEAST_ELEMENTS, MOST_SAMPLES = 2**16, 32
+# In float16 one such pixel has most of a gradient's error: a kernel that is right had 0.05 to 76
+# times PyTorch's error, by sample. Where one of two has more than it may, the medians of so many
+# samples decide.
+SAMPLES_OF_MEDIAN = 9
 MOST_SEEN = 4096
+_BUSY = "a measurement is running"
 _ENDED = "the process that ran it for the first time ended before it came back"
 
 Results = dict[str, list[Tensor]]  # by kind: y, dx, gradients of weights, ...
@@ -107,8 +116,9 @@ class Spent:
 _spent = Spent()
 _seen: dict[tuple, None] = {}
 _decided: dict[tuple, Verdict] = {}
-_measuring = False
+_running = threading.Lock()  # of two measurements at once each would disturb the other
 _alone = False
+_only_asked = False
 
 
 def covers(of: Tensor | torch.device) -> bool:
@@ -131,6 +141,17 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
+@contextlib.contextmanager
+def only_asked() -> Iterator[None]:
+    """In the body choices are only asked for: nothing is seen or measured."""
+    global _only_asked
+    before, _only_asked = _only_asked, True
+    try:
+        yield
+    finally:
+        _only_asked = before
+
+
 def _why_never() -> str | None:
     """Why this process measures nothing, now or later; None where it may."""
     if settings.autotune == "0":
@@ -151,9 +172,11 @@ def _why_not_now(device: torch.device) -> str | None:
         return "a dispatch mode or a transform is active"
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return "hooks of saved tensors are active"
+    if torch.is_anomaly_enabled() or torch.autograd._profiler_enabled():
+        return "a profiler or the detection of anomalies is active"
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms are asked for"
-    return "a measurement is running" if _measuring else None
+    return _BUSY if _running.locked() else None
 
 
 def may_measure(device: torch.device) -> bool:
@@ -181,18 +204,25 @@ def decide(
         return known
     row, trial = row_of(), trial_of()
     found = _from_tables(device, row, trial.names)
-    never = None if found is not None else _why_never()
-    names = trial.names if settings.autotune == "full" else trial.quick
-    if found is None and never is None and names:
+    names = _to_measure(device, row, trial, found)
+    never = _why_never() if names or found is None else None
+    if names and never is None:
         now = _why_not_now(device)
-        if now is not None or key not in _seen:
-            if now is None:
+        if now is None and (_only_asked or key not in _seen):
+            if not _only_asked:
                 _add(_seen, key, None)
-            reason = now or "it is measured when it is seen again"
-            return _say(row, Verdict(gpu_rules.expected(row, trial.names), reason, final=False))
-        found = measure(device, row, trial, names)
+            now = "it is measured when it is seen again"
+        if now is None and not _running.acquire(blocking=False):
+            now = _BUSY
+        if now is not None:
+            otherwise = found or Verdict(gpu_rules.expected(row, trial.names), now)
+            return _say(row, otherwise._replace(final=False))
+        try:
+            found = measure(device, row, trial, names) or found
+        finally:
+            _running.release()
     if found is None:
-        reason = never or "it has no candidate"
+        reason = never or ("it could not be measured" if names else "it has no candidate")
         found = Verdict(gpu_rules.expected(row, trial.names), reason)
     _add(_decided, key, found)
     return _say(row, found)
@@ -215,19 +245,48 @@ def _say(row: Row, verdict: Verdict) -> Verdict:
     return verdict
 
 
-def by_row(row: Row, names: list[str]) -> Verdict:
-    """What a row of the user's timings says of these candidates."""
+def by_row(row: Row, names: list[str], faulty: Iterable[str] = ()) -> Verdict:
+    """What a row of the user's timings says of these candidates.
+
+    faulty: those that are faults.
+    """
     name = shipped_timings.fastest(row.ms, [n for n in ("eager", *names) if n in row.ms])
     if name == "eager":
-        return Verdict(name, "measured here: no candidate is faster")
+        found = "measured here: no candidate is faster"
+        why = f" ({', '.join(faulty)}: wrong or failed, see fused-res doctor)" if faulty else ""
+        return Verdict(name, found + why)
     gain = row.ms["eager"] / row.ms[name]
     return Verdict(name, f"measured here: {row.ms[name]:.3g} ms, {gain:.2f}x PyTorch")
+
+
+def _faulty(device: torch.device, row: Row) -> list[str]:
+    """The candidates that are faults for a call."""
+    key = user_timings.key_of(row)
+    return [fault.candidate for fault in user_timings.faults(device) if fault.of == key]
+
+
+def _to_measure(device: torch.device, row: Row, trial: Trial, found: Verdict | None) -> list[str]:
+    """The candidates to measure for a call; none where the tables know enough.
+
+    The user's row may be from before one of them could be measured: a library was built since, or
+    ``FUSED_RES_AUTOTUNE=full`` was set.
+
+    Args:
+        found: what the tables say.
+    """
+    names = (trial.names if settings.autotune == "full" else trial.quick)[:MOST_CANDIDATES]
+    if found is None:
+        return names
+    mine = user_timings.find(device, row)
+    if mine is None or {*names} <= {*mine.ms, *_faulty(device, row)}:
+        return []
+    return [name for name in trial.names if name in names or name in mine.ms]
 
 
 def _from_tables(device: torch.device, row: Row, names: list[str]) -> Verdict | None:
     mine = user_timings.find(device, row)
     if mine is not None and "eager" in mine.ms:
-        return by_row(mine, names)
+        return by_row(mine, names, _faulty(device, row))
     of = shipped_timings.device_of(device.type, device.index)
     facts = row.dtype, row.layout, row.shape
     found = shipped_timings.verdict(row.op, of, *facts, tuple(names), row.like)
@@ -268,13 +327,20 @@ def _excess(
 
 @contextlib.contextmanager
 def _exact_float32() -> Iterator[None]:
-    """float32 without TF32 in the body."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    """float32 without TF32 in the body.
+
+    ``allow_tf32`` would not do: reading it raises where ``fp32_precision`` was set, and setting it
+    makes ``torch.get_float32_matmul_precision`` raise where that is not "highest".
+    """
+    set_precision = torch._C._set_fp32_precision_setter
+    before = {op: torch._C._get_fp32_precision_getter("cuda", op) for op in ("conv", "matmul")}
     try:
+        for op in before:
+            set_precision("cuda", op, "ieee")
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        for op, value in before.items():
+            set_precision("cuda", op, value)
 
 
 class _Judge:
@@ -287,24 +353,47 @@ class _Judge:
     def __init__(self, trial: Trial, sample: Any, dtype: torch.dtype) -> None:
         self.trial, self.sample = trial, sample
         single = dtype == torch.float32
-        images = IMAGES_OF_FLOAT64 if single else None
+        self.images = images = IMAGES_OF_FLOAT64 if single else None
         first = trial.sample(0, images)
         count = min(MOST_SAMPLES, -(-LEAST_ELEMENTS // max(first[0].numel(), 1)))
         self.samples = [first, *(trial.sample(seed, images) for seed in range(1, count))]
-        more = torch.float64 if single else torch.float32
-        with _exact_float32():
-            self.wanted = [trial.run("eager", trial.cast(of, more)) for of in self.samples]
+        self.more = torch.float64 if single else torch.float32
+        self.wanted = list(map(self._wanted, self.samples))
         errors = errors_of(self._run("eager"), self.wanted)
         self.allowed = {k: max(MOST_ERROR * e, LEAST_ERROR) for k, e in errors.items()}
         self.eager = trial.run("eager", sample) if single else None
 
+    def _wanted(self, sample: Any) -> Results:
+        with _exact_float32():
+            return self.trial.run("eager", self.trial.cast(sample, self.more))
+
     def _run(self, name: str) -> list[Results]:
         return [self.trial.run(name, of) for of in self.samples]
+
+    def _is_right_in_most(self, name: str) -> bool:
+        """Whether the medians of a candidate's errors are as small as they must be, and none is
+        large."""
+        names, errors = ("eager", name), []
+        for seed in range(MOST_SAMPLES, MOST_SAMPLES + SAMPLES_OF_MEDIAN):
+            of = self.trial.sample(seed, self.images)
+            wanted = self._wanted(of)
+            errors.append([errors_of([self.trial.run(n, of)], [wanted]) for n in names])
+        for kind in self.allowed:
+            eager, found = zip(*((own[kind], other[kind]) for own, other in errors), strict=True)
+            if any(map(math.isnan, found)):
+                return False
+            allowed = max(MOST_ERROR * statistics.median(eager), LEAST_ERROR)
+            most = max(MOST_ERROR * max(eager), MOST_DIFFERENCE)
+            if statistics.median(found) > allowed or max(found) > most:
+                return False
+        return True
 
     def fault_of(self, name: str) -> str | None:
         """Why a candidate is wrong, in words; None where it is right. Its errors pass through."""
         rule = f"{MOST_ERROR} times PyTorch's own error"
         wrong = _excess(self._run(name), self.wanted, self.allowed, rule)
+        if wrong is not None and self._is_right_in_most(name):
+            wrong = None
         if wrong is None and self.eager is not None:
             allowed = dict.fromkeys(self.eager, MOST_DIFFERENCE)
             results = self.trial.run(name, self.sample)
@@ -319,8 +408,12 @@ def clock(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of a run. On a GPU the longer of the host's and the device's time: the two overlap
     from call to call."""
     if device.type != "cuda":
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         start = time.perf_counter()
         run()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         return time.perf_counter() - start
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     events[0].record()
@@ -332,34 +425,36 @@ def clock(run: Callable[[], object], device: torch.device) -> float:
     return max(host, events[0].elapsed_time(events[1]) / 1e3)
 
 
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all measurements on a device: the allocator keeps memory for each stream."""
+    return torch.cuda.Stream(device)
+
+
 @contextlib.contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
-    """The body runs on a stream of its own, without autocast, in grad mode."""
-    global _measuring
-    _measuring = True
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-            if device.type == "cuda":
-                stack.enter_context(torch.cuda.device(device))
-                stream = torch.cuda.Stream()
-                stream.wait_stream(torch.cuda.current_stream())
-                stack.enter_context(torch.cuda.stream(stream))
-                stack.callback(stream.synchronize)
-            yield
-    finally:
-        _measuring = False
+    """The body runs on a stream of its own, without autocast, in grad mode, unseen by modes of
+    functions (a default device is one)."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+            stream = _stream_of(device)
+            stream.wait_stream(torch.cuda.current_stream())
+            stack.enter_context(torch.cuda.stream(stream))
+            stack.callback(stream.synchronize)
+        yield
 
 
 def measure(device: torch.device, row: Row, trial: Trial, names: list[str]) -> Verdict | None:
     """Measures candidates, keeps the row, and decides by it; None where a sample does not fit into
     the memory."""
     start = time.perf_counter()
-    known = {fault.key for fault in user_timings.faults(device)}
-    key = user_timings.key_of(row)
-    names = [name for name in names if (*key, name) not in known][:MOST_CANDIDATES]
+    key, known = user_timings.key_of(row), _faulty(device, row)
+    names = [name for name in names if name not in known][:MOST_CANDIDATES]
     suspects = [Fault(*key, n, _ENDED, user_timings.this_process()) for n in names]
     faults: list[Fault] = []
     ms, timing = {}, 0.0
@@ -369,13 +464,16 @@ def measure(device: torch.device, row: Row, trial: Trial, names: list[str]) -> V
             ms, timing = _times(device, row, trial, names, faults)
     except Exception as error:  # of PyTorch's ops: out of memory, or what they will raise again
         _log.info("%s is not measured: %s", words(row), error)
+    except BaseException:  # Ctrl-C is no candidate's fault
+        _keep(device, [], faults, suspects)
+        raise
     total = time.perf_counter() - start
     _spent.add(timing, total)
     row = row._replace(ms=ms)
     _keep(device, [row] if ms else [], faults, suspects)
     if not ms:
         return None
-    found = by_row(row, trial.names)
+    found = by_row(row, trial.names, _faulty(device, row))
     times = ", ".join(f"{name} {t:.3g}" for name, t in ms.items())
     _log.info("measured %s on %s: takes %s; ms: %s; %.2f s of timing, %.1f s in all",
               words(row), device, found.name, times, timing, total)  # fmt: skip
@@ -390,14 +488,17 @@ def _times(
     sample = trial.sample(0)
     judge = _Judge(trial, sample, getattr(torch, row.dtype))
 
+    def reject(name: str, why: str) -> None:
+        faults.append(Fault(*user_timings.key_of(row), name, why))
+        _log.warning("%s is not used for %s: %s", name, words(row), why)
+
     def is_right(name: str) -> bool:
         try:
             wrong = judge.fault_of(name)
         except Exception as error:  # whatever a kernel raises, PyTorch's ops run
             wrong = f"{type(error).__name__}: {error}"
         if wrong is not None:
-            faults.append(Fault(*user_timings.key_of(row), name, wrong))
-            _log.warning("%s is not used for %s: %s", name, words(row), wrong)
+            reject(name, wrong)
         return wrong is None
 
     ms: dict[str, float] = {}
@@ -408,7 +509,14 @@ def _times(
     for turn in range(WARM_UPS + RUNS):
         for name in ["eager", *right]:
             scratch.zero_()
-            seconds = clock(partial(trial.run, name, sample), device)
+            try:
+                seconds = clock(partial(trial.run, name, sample), device)
+            except Exception as error:
+                if name == "eager":
+                    raise
+                reject(name, f"{type(error).__name__}: {error}")
+                right.remove(name)
+                continue
             if turn >= WARM_UPS:
                 ms[name] = min(ms.get(name, float("inf")), 1e3 * seconds)
         if time.perf_counter() - start > SECONDS_OF_CALL and turn >= WARM_UPS:

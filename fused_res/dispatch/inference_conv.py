@@ -229,9 +229,10 @@ def may_leave(x: torch.Tensor, backend: str | None) -> bool:
 
 
 def is_left(call) -> bool:
-    """Whether PyTorch's ops run a call, now and later."""
-    candidate = choose(call, "auto")
-    return candidate.final and candidate.implementation == "eager"
+    """Whether PyTorch's ops run a call that has just run, now and later. To choose again would be a
+    second sighting."""
+    known = _chosen.get((key_of(call), "auto", torch._C._get_mkldnn_enabled()))
+    return known is not None and known.implementation == "eager"
 
 
 @functools.cache

@@ -195,22 +195,39 @@ def faults(device: torch.device) -> list[Fault]:
     return [fault for fault in table(device).faults.values() if not _lives(fault.process)]
 
 
+def _start_of(pid: int) -> str:
+    """When a process started, in a word; empty where it has ended or the system does not say."""
+    try:
+        state, *_, start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
+    except (OSError, ValueError):
+        return ""
+    return "" if state in "ZX" else start
+
+
+@functools.cache
+def _name_of(pid: int) -> str:
+    return f"{platform.node()}:{pid}:{_start_of(pid)}"
+
+
 def this_process() -> str:
-    return f"{platform.node()}:{os.getpid()}"
+    return _name_of(os.getpid())
 
 
 def _lives(process: str) -> bool:
-    """Whether a process still runs; one on another machine counts as ended."""
-    host, _, pid = process.rpartition(":")
+    """Whether a process still runs; one on another machine counts as ended.
+
+    In a container that starts again the new process may have the number of the old one.
+    """
+    host, pid, start, *_ = *process.split(":"), "", ""
     if host != platform.node() or not pid.isdigit():
         return False
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is another user's
-        return True
-    return True
+    except (OSError, OverflowError):  # it is another user's
+        pass
+    return _start_of(int(pid)) == start
 
 
 def forget() -> None:

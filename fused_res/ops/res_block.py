@@ -12,6 +12,7 @@ The backward pass computes the activations between the convolutions again, bit b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -386,7 +387,7 @@ def _candidate(
         otherwise = training_conv.ALL if named else training_conv.TIMED
         return Candidate(name, training_block.convolutions_of_triton(call, otherwise))
     pays = name != "cpu" or whole_block_pays(call.x.numel(), call.recompute, is_bare)
-    return Candidate(name) if pays or _convolves(call.x, call.branch) else None
+    return training_block.CANDIDATES[name] if pays or _convolves(call.x, call.branch) else None
 
 
 def _autocast(x: Tensor, branch, shortcut, dtype: torch.dtype):
@@ -485,26 +486,17 @@ def chosen(x, branch, shortcut, act, backend, recompute) -> Chosen | Eager | Non
         name = taken_by_auto("bn_act", x)
     if name == "eager":
         return None
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device_type = "cpu" if x.is_cpu else x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
         if shortcut is None and x.dtype != dtype:
             return None  # x and the branch differ in dtype: PyTorch's rules of promotion
         stages = (*branch, shortcut) if shortcut else branch
         if any(stage.weight.dtype == torch.float64 for stage in stages):
             return None  # autocast does not cast float64
         x, branch, shortcut = _autocast(x, branch, shortcut, dtype)
-    stages = (*branch, shortcut) if shortcut else branch
-    parameters = [t for stage in stages for t in (*stage[:2], *stage.norm[2:4])]
-    needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad or any(t is not None and t.requires_grad for t in parameters)
-    )
-    if (
-        any(t is None for stage in stages for t in stage.norm[:2])
-        or len(stages) > MOST_STAGES
-        # a subclass may define its own convolution
-        or any(type(t) not in _PLAIN for t in (x, *parameters))
-        or (measures and not (needs_grad and x.dim() == 4 and x.numel()))
-    ):
+    needs_grad = _needs_grad(x, (*branch, shortcut) if shortcut else branch)
+    if needs_grad is None or (measures and not (needs_grad and x.dim() == 4 and x.numel())):
         return None
     call = training_block.Call(x, branch, shortcut, act, recompute is not None)
     training_block.record(call)
@@ -513,6 +505,24 @@ def chosen(x, branch, shortcut, act, backend, recompute) -> Chosen | Eager | Non
     if not isinstance(candidate, Candidate):
         return candidate
     return Chosen(call, candidate, needs_grad)
+
+
+def _needs_grad(x: Tensor, stages: Sequence[ConvNorm]) -> bool | None:
+    """Whether a call with these tensors is differentiated; None where the op cannot take them."""
+    # a subclass may define its own convolution
+    if type(x) not in _PLAIN or len(stages) > MOST_STAGES:
+        return None
+    wants = x.requires_grad
+    for stage in stages:
+        norm = stage.norm
+        if norm[0] is None or norm[1] is None:
+            return None
+        for t in (stage[0], stage[1], norm[2], norm[3]):
+            if t is not None:
+                if type(t) not in _PLAIN:
+                    return None
+                wants = wants or t.requires_grad
+    return wants and torch.is_grad_enabled()
 
 
 def _run_as(

@@ -29,11 +29,11 @@ def run_block(
     Args:
         residual: the input of the shortcut; default: ``x``.
     """
-    note(block, x)
     kept = inference.kept_for(block, plan, x, residual)
     if kept is not None:
         adds_x = residual is None and plan.skip != "none"
         return inference.run_kept(kept, x, x if adds_x else residual)
+    note(block, x)
     convs = inference.convolutions_of(block, plan, x, residual)
     if convs is not None:
         return inference.run(block, plan, convs, x, residual)

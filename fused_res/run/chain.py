@@ -16,6 +16,7 @@ from ..ops.res_chain import Chain, CudaChain, Link, fits, is_for, prepared_chain
 from .description import has_hooks
 from .guards import ModulesGuard, guard_of
 from .kept import Kept
+from .own_forward import note
 from .places import Places
 from .weight_cache import fingerprint
 
@@ -130,6 +131,9 @@ def run_container(container: nn.Sequential, x: Tensor) -> tuple[Tensor, Kept | N
     while i < len(blocks):
         chain, count = chain_of(blocks[i:], made[i:], x)
         step = blocks[i] if chain is None else _step(chain, blocks[i : i + count], x)
+        if chain is not None:
+            for block in blocks[i : i + count]:  # their inputs are alike
+                note(block, x, chained=True)
         steps.append(step)
         x, i = step(x), i + count
     kept = Kept(steps, guard, places, tensors, before)

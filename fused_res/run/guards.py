@@ -60,7 +60,12 @@ class Guard:
     """The state of a module when the guard was made, and whether it was equal to the record.
 
     kept: for each plan, the steps that inference keeps while the module is unchanged.
+    ran: the size of the last input, where kept steps ran; None: others did.
+    input: the facts of the last input that no kept steps ran, ``own_forward.Input``.
     """
+
+    ran: tuple | None = None
+    input: tuple | None = None
 
     def __init__(self, module: nn.Module, record: Record) -> None:
         self.kept: dict[int, Any] = {}
@@ -92,9 +97,10 @@ def guard_of(module: nn.Module, record: Record) -> Guard:
     if guard is None or guard.record() is not record:
         guard = _guards[module] = Guard(module, record)
     elif not guard.passes(module):
-        kept = guard.kept
-        guard = _guards[module] = Guard(module, record)
-        guard.kept = kept  # its steps have guards of their own
+        old, guard = guard, Guard(module, record)
+        guard.kept = old.kept  # its steps have guards of their own
+        guard.ran, guard.input = old.ran, old.input
+        _guards[module] = guard
     return guard
 
 

@@ -64,8 +64,12 @@ def kept_for(
     of_plan = None if guard is None else guard.kept.get(id(plan.branch))
     if of_plan is None:
         return None
-    kept = of_plan.sizes.get((*size_of(x, residual), block.backend))
-    if kept is None or kept.passes(block):
+    size = *size_of(x, residual), block.backend
+    kept = of_plan.sizes.get(size)
+    if kept is None:
+        return None
+    if kept.passes(block):
+        guard.ran = size
         return kept
     of_plan.sizes.clear()  # these keep replaced tensors alive
     return None

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..dispatch import backends, first_use, inference_conv
+from .guards import last_guard
 
 # block -> the facts of calls for which PyTorch's ops were chosen
 _left: weakref.WeakKeyDictionary[nn.Module, set[tuple]] = weakref.WeakKeyDictionary()
 _MOST_LEFT = 64
+_CPU = torch.device("cpu")
 
 
 def _facts(block: nn.Module, x: Tensor) -> tuple:
@@ -52,27 +54,44 @@ def runs_own_forward(block: nn.Module, x: object) -> bool:
 
 
 class Input(NamedTuple):
-    """The facts of an input that decide what runs a block."""
+    """The facts of a call that decide what runs a block.
+
+    autocast: the dtype of autocast; None: it is not active.
+    chained: the block ran in one call with those beside it.
+    """
 
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     grad: bool
+    training: bool
+    autocast: torch.dtype | None
+    chained: bool
 
 
-# block -> its last input
-_inputs: weakref.WeakKeyDictionary[nn.Module, Input] = weakref.WeakKeyDictionary()
-
-
-def note(block: nn.Module, x: Tensor) -> None:
-    """Remembers the facts of a block's input, for ``fused_res.report``."""
-    if not torch.compiler.is_compiling():
-        _inputs[block] = Input(x.shape, x.stride(), x.dtype, x.device, torch.is_grad_enabled())
+def note(block: nn.Module, x: Tensor, chained: bool = False) -> None:
+    """Remembers the facts of a block's input, for ``fused_res.report``. Its guard has them; where
+    kept steps run, the guard has these instead."""
+    guard = None if torch.compiler.is_compiling() else last_guard(block)
+    if guard is None:
+        return
+    device, autocast = _CPU if x.is_cpu else x.device, None
+    if torch.is_autocast_enabled(device.type):
+        autocast = torch.get_autocast_dtype(device.type)
+    guard.ran = None
+    guard.input = (x.shape, x.stride(), x.dtype, device, torch.is_grad_enabled(), block.training,
+                   autocast, chained)  # fmt: skip
 
 
 def last_input(block: nn.Module) -> Input | None:
-    return _inputs.get(block)
+    """The facts of a block's last input; None: it was not called since its guard was made."""
+    guard = last_guard(block)
+    if guard is None:
+        return None
+    if guard.ran is not None:
+        return Input(*guard.ran[:3], _CPU, False, False, None, False)
+    return None if guard.input is None else Input(*guard.input)
 
 
 def leave(block: nn.Module, x: Tensor) -> None:

@@ -87,7 +87,8 @@ def report(model: nn.Module) -> RunReport:
     for name, module in model.named_modules():
         plan = getattr(module, "plan", None)
         if plan is not None and hasattr(module, "_is_as_recorded"):
-            found.blocks.append(_block(name, module, plan))
+            with first_use.only_asked():
+                found.blocks.append(_block(name, module, plan))
     return found
 
 
@@ -101,15 +102,34 @@ def _block(name: str, block: nn.Module, plan: object) -> RanBlock:
     if backend == "auto" and backends.never_fused(device.type, dtype):
         words = str(dtype).removeprefix("torch.")
         return RanBlock(name, "", _PYTORCH, f"no fused kernel is preferred for {words} on {device}")
+    if guard is not None and not guard.same:
+        return RanBlock(name, "", _PYTORCH, "changed since fuse_")
     if of is None:
-        changed = guard is not None and not guard.same
-        why = "changed since fuse_" if changed else "not called, or only inside torch.compile"
-        return RanBlock(name, "", _PYTORCH if changed else "", why)
+        why = "not called, or only inside torch.compile or on backend eager"
+        return RanBlock(name, "", "", why)
+    why = _why_unlike(block, of)
+    if why is not None:
+        return RanBlock(name, _mode(of), "", f"{why} since its last call: call it again")
+    if of.chained:
+        why = "blocks that follow each other run in one call"
+        return RanBlock(name, _mode(of), "res_chain", why)
     if not isinstance(plan, BlockPlan):
         return RanBlock(name, _mode(of), "fused segments", plan.reason)
-    with torch.set_grad_enabled(of.grad):
+    autocast = torch.autocast(of.device.type, of.autocast, of.autocast is not None)
+    with torch.set_grad_enabled(of.grad), autocast:
         x = torch.empty_strided(of.shape, of.strides, dtype=of.dtype, device=of.device).zero_()
         return _explained(name, block, plan, x, of)
+
+
+def _why_unlike(block: nn.Module, of: Input) -> str | None:
+    """Why a block cannot be asked for its last call any more; None where it can."""
+    parameters = list(block.parameters())
+    if block.training != of.training:
+        return "its mode has changed"
+    if any(p.device != of.device for p in parameters):
+        return "it was moved"
+    like = of.autocast is not None or any(p.dtype == of.dtype for p in parameters)
+    return None if like else "it was cast"
 
 
 def _mode(of: Input) -> str:

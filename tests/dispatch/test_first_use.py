@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -194,11 +196,125 @@ def test_pytorchs_ops_that_fail_are_not_measured(clock):
         def run(self, name, sample):
             raise torch.OutOfMemoryError("out of memory")
 
-    assert decide(Failing("fast"), times=2).name == "eager"
+    assert decide(Failing("fast"), times=2)[:2] == ("eager", "it could not be measured")
     assert [(of["rows"], of["faults"]) for of in files()] == [([], [])]
 
 
+def test_a_candidate_that_raises_while_it_is_timed_is_remembered(clock, monkeypatch):
+    """A GPU reports an illegal address in a later call."""
+    read = first_use.clock
+
+    def failing(run, device):
+        if run.args[0] == "late":
+            raise RuntimeError("an illegal memory access")
+        return read(run, device)
+
+    monkeypatch.setattr(first_use, "clock", failing)
+    clock["fast"] = 0.5
+    assert decide(Toy("late", "fast"), times=2).name == "fast"
+    (fault,) = user_timings.faults(CPU)
+    assert (fault.candidate, fault.error) == ("late", "RuntimeError: an illegal memory access")
+
+
+@pytest.mark.parametrize("often, name", [(5, "fast"), (1, "eager")])
+def test_a_large_error_in_few_samples_is_chance(clock, often, name):
+    """As where rounding turns a ReLU. Each of so many samples has three times PyTorch's error."""
+
+    class Rounding(Toy):
+        dtype = "bfloat16"
+
+        def run(self, name, sample):
+            found = super().run(name, sample)
+            n = self.runs.count(name)
+            if sample[0].dtype == torch.bfloat16:
+                worse = name == "fast" and (n <= MOST or n % often == 0)
+                found["y"][0] *= 1 + (3 if worse else 1) * 2**-7
+            return found
+
+    MOST = first_use.MOST_SAMPLES
+    clock["fast"] = 0.5
+    assert decide(Rounding("fast"), ROW._replace(dtype="bfloat16"), times=2).name == name
+
+
+def test_an_interrupt_is_no_fault(clock):
+    class Interrupted(Toy):
+        def run(self, name, sample):
+            if name == "fast":
+                raise KeyboardInterrupt
+            return super().run(name, sample)
+
+    with pytest.raises(KeyboardInterrupt):
+        decide(Interrupted("fast"), times=2)
+    assert user_timings.table(CPU).faults == {} and files()[0]["faults"] == []
+    clock["fast"] = 0.5
+    assert decide(Toy("fast")).name == "fast"
+
+
+def test_on_an_xpu_a_run_is_timed_until_it_is_done(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", done.append)
+    first_use.clock(lambda: done.append("run"), torch.device("xpu"))
+    assert done == [torch.device("xpu"), "run", torch.device("xpu")]
+
+
+def test_all_measurements_on_a_gpu_have_one_stream(monkeypatch):
+    """Each stream keeps its memory: those of 32 blocks would add up."""
+    first_use._stream_of.cache_clear()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    device = torch.device("cuda", 0)
+    assert first_use._stream_of(device) is first_use._stream_of(device)
+    first_use._stream_of.cache_clear()
+
+
+def test_a_call_in_inference_is_seen_once_in_a_call(clock, monkeypatch):
+    monkeypatch.setattr("fused_res.run.inference.prepared", lambda *_: None)  # as on a GPU
+    model, x = fused(net(ResBlock(16, 16))).eval(), image(4, 16, 8, 8)
+    with torch.no_grad():
+        model(x)
+        assert user_timings.table(CPU).rows == {}
+        model(x)
+        assert len(user_timings.table(CPU).rows) == 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_report_measures_nothing(clock, monkeypatch, training):
+    monkeypatch.setattr("fused_res.run.inference.prepared", lambda *_: None)  # as on a GPU
+    model, x = fused(net(ResBlock(16, 16))).train(training), image(4, 16, 8, 8)
+    with torch.set_grad_enabled(training):
+        model(x)
+        for _ in range(3):
+            (block,) = fused_res.report(model).blocks
+            assert "measured when it is seen again" in block.why
+        assert user_timings.table(CPU).rows == {}
+        model(x)
+    assert user_timings.table(CPU).rows
+
+
 # --- when nothing is measured
+
+
+def test_of_several_threads_one_measures(clock):
+    """As in nn.DataParallel: at once they would time each other."""
+    running, most = [], []
+
+    class Slow(Toy):
+        def run(self, name, sample):
+            running.append(name)
+            most.append(len(running))
+            time.sleep(0.001)
+            running.pop()
+            return super().run(name, sample)
+
+    threads = [
+        threading.Thread(target=decide, args=(Slow("fast"), ROW._replace(like=k), k, 2))
+        for k in "abcd"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1
+    assert decide(Toy("fast"), ROW._replace(like="d"), "d", 2).final
 
 
 def test_caps(clock, monkeypatch):
@@ -226,6 +342,26 @@ def test_the_variable(clock, monkeypatch, value, measured):
     assert found.final and (value != "0" or found.reason == "FUSED_RES_AUTOTUNE=0")
 
 
+@pytest.mark.parametrize("value", ["full", "1"])
+def test_a_row_without_a_candidate_is_measured_again(clock, monkeypatch, value):
+    """The candidate's library was built since, or the variable was set."""
+    clock.update(a=0.5, b=0.9)
+    assert decide(Toy("b"), times=2).name == "b"
+    inference_conv.forget()
+    first_use._seen.clear()
+    monkeypatch.setattr(first_use, "settings", first_use.settings._replace(autotune=value))
+    toy = Toy("b", "a", quick=["a"])
+    first = decide(toy)
+    assert (first.name, first.final, toy.runs) == ("b", False, [])  # by the old row
+    assert decide(toy).name == "a" and set(toy.runs) == {"eager", "a", "b"}
+
+
+def test_the_reason_names_a_faulty_candidate(clock):
+    for _ in range(2):
+        assert "(wrong: wrong or failed, see" in decide(Toy("wrong"), times=2).reason
+        inference_conv.forget()
+
+
 def hooks():
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
@@ -244,7 +380,14 @@ def mode():
     return FlopCounterMode(display=False)
 
 
-@pytest.mark.parametrize("make", [hooks, deterministic, mode])
+def profiler():
+    return torch.autograd.profiler.profile()
+
+
+@pytest.mark.parametrize(
+    "make", [hooks, deterministic, mode, profiler, torch.autograd.detect_anomaly]
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_never_where_the_call_is_watched(clock, make):
     toy = Toy("fast")
     decide(toy)
@@ -252,6 +395,22 @@ def test_never_where_the_call_is_watched(clock, make):
         assert decide(toy, times=2).name == "eager" and toy.runs == []
     clock["fast"] = 0.5
     assert decide(toy).name == "fast"  # later it is
+
+
+def test_modes_of_functions_do_not_see_a_measurement(clock):
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    clock["fast"] = 0.5
+    toy = Toy("fast")
+    decide(toy)
+    with Mode():
+        assert decide(toy).name == "fast"
+    assert torch.Tensor.normal_ not in seen and torch.Tensor.mul not in seen and len(seen) < 10
 
 
 def test_never_while_a_graph_is_captured(clock, monkeypatch):
@@ -659,3 +818,51 @@ dist.destroy_process_group()
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
+
+
+def test_the_precision_of_float32_is_restored(tmp_path):
+    """Of all ways to set it; PyTorch refuses to read some of them after others."""
+    code = """
+import torch
+from fused_res.dispatch import first_use
+cuda = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+def state():
+    return [of.fp32_precision for of in cuda]
+def holds():
+    before = state()
+    with first_use._exact_float32():
+        assert [of.fp32_precision for of in cuda[:2]] == ["ieee"] * 2
+    assert state() == before
+holds()
+assert torch.backends.cudnn.allow_tf32
+for precision in ("high", "medium", "highest"):
+    torch.set_float32_matmul_precision(precision)
+    holds()
+    assert torch.get_float32_matmul_precision() == precision
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+holds()
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+holds()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no start times")
+def test_another_process_of_the_same_number_is_another_process(clock):
+    """As in a container that starts again after a kernel has ended the process."""
+    host, pid, start = user_timings.this_process().split(":")
+    fault = user_timings.Fault(*user_timings.key_of(ROW), "fast", "", f"{host}:{pid}:{start}0")
+    user_timings.keep(CPU, [], [fault])
+    assert user_timings.faults(CPU) == [fault]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no states")
+def test_a_process_that_nobody_waited_for_has_ended():
+    child = subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE)
+    name = f"{user_timings.platform.node()}:{child.pid}:{user_timings._start_of(child.pid)}"
+    child.stdout.read()  # until it has ended
+    while user_timings._start_of(child.pid):
+        time.sleep(0.01)
+    assert not user_timings._lives(name)
+    child.wait()
