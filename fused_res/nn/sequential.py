@@ -32,9 +32,8 @@ class FusedSequential(nn.Sequential):
     def forward(self, input):
         if type(input) not in PLAIN or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(input)
-        if named() == "eager" or not is_for(input):
-            return super().forward(input)
-        if under_modes(input) or _has_any_global_hook():
+        modes = named() == "eager" or under_modes(input) or _has_any_global_hook()
+        if modes or not is_for(input):
             return super().forward(input)
         if input.is_cuda and not any(map(_asks_for_cuda, self)):
             return super().forward(input)

@@ -804,7 +804,7 @@ def test_training_convolutions_are_right_and_followed(
     try:
         for (backward, _), workload in calls.items():
             call = workload.call._replace(device=torch.device("cpu"))
-            choice = training_conv._choose(call, False, -1)
+            choice = training_conv._choose(call, training_conv.TIMED, -1)
             assert (choice > training_conv.TRITON) == backward
             assert not backward or configs[choice - training_conv.TRITON - 1][1:3] == (128, 64)
     finally:
