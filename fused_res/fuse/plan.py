@@ -91,7 +91,7 @@ class Program(NamedTuple):
 
 
 class PartialPlan(NamedTuple):
-    """The fused segments of a block that is not one ``BlockPlan``, or of a module outside of blocks.
+    """The fused segments of a block that is not one ``BlockPlan``, or of a module that is no block.
 
     usual: the program that the block runs.
     quiet: the program or plan for when the children ``quieted`` are in eval mode; None: ``usual``.

@@ -1,8 +1,8 @@
 """Finds convolution, BatchNorm and ReLU outside of residual blocks: the stem of a network.
 
-The forward of a module that is no block is traced once more, with the blocks inside as single calls.
-It gets a partial plan. Its guard looks at the stem alone: a module that the program calls after the
-stem (pooling, a stage, the classifier) may be replaced, hooked or fused at any time.
+The forward of a module that is no block is traced again, with the blocks inside as single calls.
+The module gets a partial plan. Its guard looks at the stem alone: a module that the program calls
+after the stem (pooling, a stage, the classifier) may be replaced, hooked or fused at any time.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def stem_plan_of(module: nn.Module, opaque: Collection[str]) -> PartialPlan | No
         return None
     if refused is not None:
         raise refused
-    if len(nodes.graph.find_nodes(op="placeholder")) != 1:
+    inputs = nodes.graph.find_nodes(op="placeholder")
+    if len(inputs) != 1 or inputs[0].target.startswith("*"):
         raise Unfusable("its forward takes more than one input")
     reason = ", ".join(_in_words(nodes, segment) for segment in segments)
     frozen = any(is_frozen(nodes.module(n)) for segment in segments for n in segment.nodes)

@@ -209,15 +209,21 @@ def fuse_(
     path, pre-activation, ...). In these, segments of consecutive convolutions, norms, ReLUs and
     adds run fused.
 
-    Only a block's class changes, to a subclass. Name, children, attributes, Parameter objects,
-    state_dict keys and hooks stay. An ``nn.Sequential`` that has consecutive blocks with identity
-    shortcuts gets a subclass too, which runs these blocks in one call for inference. Another call
-    of ``fuse_`` changes nothing. ``unfuse_`` reverses it.
+    Outside of blocks a convolution and the BatchNorm and ReLU after it run fused too, as in the
+    stem of a network, where a trace shows what the forward around them does. A maxpool after them
+    stays PyTorch's.
+
+    Only the class of a block, or of the module around a stem, changes, to a subclass. Name,
+    children, attributes, Parameter objects, state_dict keys and hooks stay. An ``nn.Sequential``
+    that has consecutive blocks with identity shortcuts gets a subclass too, which runs these blocks
+    in one call for inference. Another call of ``fuse_`` changes nothing. ``unfuse_`` reverses it.
 
     Args:
         model: any module that is not wrapped, compiled or scripted.
-        filter_fn: called with (block, name). Only blocks for which it returns True are fused.
+        filter_fn: called with (block, name), and with the module around a stem and its name. Only
+            those for which it returns True are fused.
         strict: raise, and change nothing, if a block is skipped for another reason than the filter.
+            A stem never is a reason.
         dry_run: make the report, and change nothing.
         recompute: ``last``: in training, the backward pass of a block or segment computes its last
             convolution again, and the forward pass does not keep the output of that convolution
@@ -225,7 +231,7 @@ def fuse_(
 
     Returns:
         FuseReport: names of the fused blocks, of the partly fused ones and of the skipped ones,
-            with reasons.
+            with reasons; and of the modules around stems.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -233,7 +239,7 @@ def fuse_(
             ``strict`` and a block was skipped; or ``recompute`` has another value.
 
     Warns:
-        UserWarning: no block was fused, now or before.
+        UserWarning: no block or stem was fused, now or before.
 
     Examples:
         >>> net = torch.nn.Sequential(fused_res.reference.ResBlock(64, 64))
@@ -259,7 +265,7 @@ def fuse_(
         for module in model.modules():
             if type(module) is nn.Sequential and has_chain(module):
                 module.__class__ = FusedSequential
-    if search.classes or report.already:
+    if search.classes or report.already or any(isinstance(m, FusedStem) for m in model.modules()):
         report.runs = outlook_of(model)
     else:
         warnings.warn(f"fuse_ found no residual block to fuse\n{report}", stacklevel=2)
@@ -338,9 +344,7 @@ class _Search:
         self.classes.append((module, cls))
         return True
 
-    def _class_for(
-        self, module: nn.Module, plan: BlockPlan | PartialPlan
-    ) -> type[nn.Module] | str:
+    def _class_for(self, module: nn.Module, plan: BlockPlan | PartialPlan) -> type[nn.Module] | str:
         """The class of a module with this plan, or why there is none."""
         reason = _why_no_subclass(module)
         if reason is not None:
