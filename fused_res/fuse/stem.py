@@ -41,7 +41,7 @@ def _in_words(nodes: Nodes, segment: Segment) -> str:
 def _called_after(graph: fx.Graph, segments: int) -> frozenset[str]:
     """The modules that the program calls when all segments have run."""
     calls = [n.target for n in graph.nodes if n.op == "call_module"]
-    last = calls.index(f"_segment_{segments - 1}")
+    last = max(calls.index(f"_segment_{i}") for i in range(segments))
     return frozenset(calls[last + 1 :]) - frozenset(calls[:last])
 
 

@@ -127,8 +127,8 @@ class FusedStem(Planned):
     plan: PartialPlan
 
     def forward(self, *args, **kwargs):
-        left = args and is_for_kernels(args[0]) and not stem_pays(args[0])
-        if left and is_auto(self.backend):
+        of_tensor = args and not is_exported() and is_for_kernels(args[0])
+        if of_tensor and not stem_pays(args[0]) and is_auto(self.backend):
             return super().forward(*args, **kwargs)
         return self._run_segments(*args, **kwargs)
 

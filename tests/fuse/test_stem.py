@@ -461,3 +461,24 @@ def test_where_it_does_not_pay(monkeypatch):
     assert batch_norms(net, x) == 1 and batch_norms(net, image()) == 0
     with fused_res.backend("cpu"):
         assert batch_norms(net, x) == 0
+
+
+def test_compiled_for_any_batch():
+    """With the rules, which must not ask how many images there are."""
+    net, x = made("as torchvision's"), image(4, 3, 32, 32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "stem_pays", cpu_rules.stem_pays)
+        fuse_(net)
+        shapes = {"x": {0: torch.export.Dim("batch", max=64)}}
+        graph = torch.export.export(net.eval(), (x,), dynamic_shapes=shapes).module()
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True)
+        for train in (False, True):
+            net.train(train)
+            with torch.set_grad_enabled(train):
+                for layout in (torch.channels_last, torch.contiguous_format):
+                    for count in (4, 6):
+                        x = image(count, 3, 32, 32).contiguous(memory_format=layout)
+                        twin = copy.deepcopy(net)
+                        torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-4)
+                        if not train:
+                            torch.testing.assert_close(graph(x), net(x), rtol=1e-4, atol=1e-4)
