@@ -45,7 +45,8 @@ def plain_twin(module: nn.Module) -> nn.Module:
 
 def with_signature_of(forward: Callable, original: Callable) -> Callable:
     """The function ``forward`` with the signature, name and docstring of ``original``."""
-    made = types.FunctionType(forward.__code__, forward.__globals__, closure=forward.__closure__)
+    code = forward.__code__.replace()  # torch.compile counts its compilations of each code object
+    made = types.FunctionType(code, forward.__globals__, closure=forward.__closure__)
     functools.update_wrapper(made, original)
     made.runs_plan = getattr(forward, "runs_plan", False)
     return made
