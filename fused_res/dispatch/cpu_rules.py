@@ -67,6 +67,9 @@ def expected_tile(
 # 30 us more. oneDNN's kernels are 2 to 24 % faster than the native ones with AVX-512, 1.2 to 2.3
 # times as fast with AVX2, and up to 4 times as fast as plain code.
 MOST_DIRECT, MOST_DIRECT_1X1, MOST_DIRECT_AVX2 = 7e7, 1.2e8, 4e6
+# A direct 3x3 convolution of an image (3 or 4 channels) takes 1.1 to 1.4 times as long as oneDNN's
+# from 3e6 multiplications on, and 0.8 to 0.85 times up to 1.8e6. 7x7 ones are equal.
+IMAGE_CHANNELS, MOST_DIRECT_OF_IMAGE = 4, 2e6
 # glibc maps larger outputs anew in each call, which costs oneDNN more time than its kernels save.
 MAPPED_BYTES = 32 << 20
 
@@ -93,9 +96,12 @@ def expected_convolution(key, able: list[str]) -> str:
     # after a 1x1 convolution oneDNN adds a residual in a separate pass
     adds = point and key.residual in ("add", "shortcut")
     mapped = 4 * pixels * out_channels > MAPPED_BYTES
+    most, most_avx2 = MOST_DIRECT_1X1 if point else MOST_DIRECT, MOST_DIRECT_AVX2
+    if channels <= IMAGE_CHANNELS:
+        most = most_avx2 = MOST_DIRECT_OF_IMAGE
     wins = {
-        "avx512": work < (MOST_DIRECT_1X1 if point else MOST_DIRECT) or adds or mapped,
-        "avx2": work < MOST_DIRECT_AVX2 or (point and mapped),
+        "avx512": work < most or adds or mapped,
+        "avx2": work < most_avx2 or (point and mapped),
         "plain": False,
     }
     # With many channels oneDNN's NHWC kernels have up to three times the error of PyTorch's NCHW
@@ -134,6 +140,27 @@ def bare_norm_pays(x: torch.Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and not x.is_contiguous()
     )
+
+
+# --- convolution, BatchNorm and ReLU outside of blocks
+
+# In inference, on NCHW images of 1 to 4 channels, or of one channel in any layout, a fused call
+# takes 1.1 to 2.7 times as long as PyTorch's ops: ATen's convolution reads NCHW faster than the
+# direct kernel. In channels_last it takes 0.55 to 1.01 times as long.
+# In training the fixed 70 us of a call are 3 to 37 % at 1024 and 4096 pixels; from 8192 on a call
+# takes 0.38 to 1.0 times as long.
+LEAST_PIXELS_OF_STEM = 2**13
+
+
+def stem_pays(x: torch.Tensor) -> bool:
+    """Whether fused ops pay for convolution, BatchNorm and ReLU outside of blocks on images x."""
+    if not x.is_cpu or x.dim() != 4:
+        return True
+    if torch.is_grad_enabled():
+        if torch.compiler.is_compiling():  # the number of images may be any
+            return True
+        return x.size(0) * x.size(2) * x.size(3) >= LEAST_PIXELS_OF_STEM
+    return x.stride(1) == 1
 
 
 # --- a whole block in one call, in training

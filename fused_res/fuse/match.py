@@ -17,10 +17,11 @@ from torch.nn.utils import parametrize
 
 from ..run.description import Unknowable, has_hooks
 from ..run.guards import Record
+from ..run.reads import Reads
 from .modules import has_frozen, is_norm, is_norm_act
 from .partial import IN_PLACE_ADDS, partial_plan
 from .plan import BlockPlan, PartialPlan, Stage
-from .trace import Nodes, Tracer, Unfusable, Untraceable, in_words, trace
+from .trace import Nodes, Trace, Tracer, Unfusable, Untraceable, in_words, trace
 
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 
@@ -164,6 +165,32 @@ def _parse(nodes: Nodes) -> BlockPlan:
     return BlockPlan(tuple(branch), end_of_shortcut, skip, relu, frozen, into)
 
 
+def traces_of(block: nn.Module, opaque: Collection[str]) -> tuple[Trace, Trace, Reads]:
+    """The traces in training and in eval mode, and the reads of both."""
+    training = trace(block, True, Tracer(opaque))
+    in_eval = trace(block, False, Tracer(opaque), known=training.reads)
+    reads = training.reads | in_eval.reads
+    if not training.reads.covers(in_eval.reads):  # no mode may change a read of the other
+        in_eval = trace(block, False, Tracer(opaque), known=reads)
+    return training, in_eval, reads
+
+
+def check_traces(training: Trace, in_eval: Trace) -> None:
+    """
+    Raises:
+        Unfusable: the traces do not determine the forward's result, or differ.
+    """
+    training.seen(), in_eval.seen()
+    if str(training.graph) != str(in_eval.graph):
+        raise Unfusable("its forward differs between training and eval mode")
+
+
+def without_acts(block: nn.Module, reads: Reads) -> Reads:
+    """The children that timm's BatchNorm calls are part of the plan."""
+    with_act = {name for name, module in block.named_modules() if is_norm_act(module)}
+    return replace(reads, leaves=reads.leaves - with_act)
+
+
 def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | PartialPlan | None:
     """The plan of a residual block, or of its segments that can be fused; None where the module is
     no residual block.
@@ -178,11 +205,7 @@ def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | Parti
         Unfusable: it is a residual block in which nothing can be fused.
     """
     try:
-        training = trace(block, True, Tracer(opaque))
-        in_eval = trace(block, False, Tracer(opaque), known=training.reads)
-        reads = training.reads | in_eval.reads
-        if not training.reads.covers(in_eval.reads):  # no mode may change a read of the other
-            in_eval = trace(block, False, Tracer(opaque), known=reads)
+        training, in_eval, reads = traces_of(block, opaque)
     except Unfusable:
         raise
     except Exception as error:
@@ -193,15 +216,10 @@ def plan_of(block: nn.Module, opaque: Collection[str] = ()) -> BlockPlan | Parti
     nodes = Nodes(block, training.graph)
     if not nodes.look_residual():
         return None
-    training.seen(), in_eval.seen()
-    if str(training.graph) != str(in_eval.graph):
-        raise Unfusable("its forward differs between training and eval mode")
+    check_traces(training, in_eval)
     _refuse_hooks(block)
-    # the children that timm's BatchNorm calls are part of the plan
-    with_act = {name for name, module in block.named_modules() if is_norm_act(module)}
-    reads = replace(reads, leaves=reads.leaves - with_act)
     try:
-        record = Record(block, reads, frozenset(opaque))
+        record = Record(block, without_acts(block, reads), frozenset(opaque))
     except Unknowable as reason:
         raise Unfusable(str(reason)) from None
     nodes.split_norms()

@@ -19,7 +19,7 @@ from .trace import Nodes, only_user
 IN_PLACE_ADDS = (operator.iadd, "add_")
 
 
-class _Segment(NamedTuple):
+class Segment(NamedTuple):
     """Nodes that become one call: {convolution, norm, ReLU,} [convolution,] norm [, add] [, ReLU].
 
     x, residual: the inputs.
@@ -65,7 +65,7 @@ def _calls(nodes: Nodes, node: fx.Node, known: bool) -> bool:
     )
 
 
-def _movable(nodes: Nodes, segment: _Segment) -> bool:
+def _movable(nodes: Nodes, segment: Segment) -> bool:
     """Whether the segment can run at its last node: no node in between overwrites its tensors."""
     order = list(nodes.graph.nodes)
     first, last = (of(order.index(n) for n in segment.nodes) for of in (min, max))
@@ -94,9 +94,9 @@ def _into_its_own(nodes: Nodes, node: fx.Node) -> bool:
     return own and nodes.writes_first(node)
 
 
-def _around_norm(nodes: Nodes, norm: fx.Node) -> _Segment:
+def _around_norm(nodes: Nodes, norm: fx.Node) -> Segment:
     (x,) = norm.args
-    segments = [_Segment((norm,), x, None, norm, relu=False)]
+    segments = [Segment((norm,), x, None, norm, relu=False)]
     conv = type(nodes.module(x)) is nn.Conv2d and only_user(x) is norm
     if conv and _calls(nodes, x, True):
         segments.append(segments[-1]._replace(nodes=(x, norm), x=x.args[0], conv=x))
@@ -106,7 +106,7 @@ def _around_norm(nodes: Nodes, norm: fx.Node) -> _Segment:
     return next(p for p in reversed(segments) if _movable(nodes, p))
 
 
-def _with_add(nodes: Nodes, add: fx.Node, by_last: dict[fx.Node, _Segment]) -> _Segment | None:
+def _with_add(nodes: Nodes, add: fx.Node, by_last: dict[fx.Node, Segment]) -> Segment | None:
     """The segment whose last op is this add, from the segments of its operands."""
     operands = nodes.operands_of_add(add)
     if operands is None or operands[0] is operands[1]:
@@ -140,11 +140,11 @@ def _with_add(nodes: Nodes, add: fx.Node, by_last: dict[fx.Node, _Segment]) -> _
     return None
 
 
-def _work(nodes: Nodes, segment: _Segment) -> int:
+def _work(nodes: Nodes, segment: Segment) -> int:
     return 0 if segment.conv is None else _pair(nodes.module(segment.conv).kernel_size)[0]
 
 
-def _find(nodes: Nodes) -> list[_Segment]:
+def find_segments(nodes: Nodes) -> list[Segment]:
     segments = [
         _around_norm(nodes, n)
         for n in nodes.graph.nodes
@@ -162,7 +162,7 @@ def _find(nodes: Nodes) -> list[_Segment]:
     return list(by_last.values())
 
 
-def _join(nodes: Nodes, segment: _Segment, by_last: dict[fx.Node, _Segment]) -> None:
+def _join(nodes: Nodes, segment: Segment, by_last: dict[fx.Node, Segment]) -> None:
     """Joins a segment that begins with a convolution to the one before it that ends with a ReLU."""
     before = by_last.get(segment.x)
     if before is None or segment.conv is None or before.conv is None or before.residual is not None:
@@ -187,10 +187,9 @@ def _is_on(block: nn.Module, path: str) -> bool:
     return True
 
 
-def _program(nodes: Nodes, prefix: str) -> Program | None:
-    """The graph as a program; None where it has no segment to fuse, or cannot be written as source.
-    The graph is changed."""
-    segments = _find(nodes)
+def program(nodes: Nodes, prefix: str, segments: list[Segment]) -> Program | None:
+    """The graph as a program that calls the segments; None where there is none, or where it cannot
+    be written as source. The graph is changed."""
     graph = nodes.graph
     fused: dict[fx.Node, fx.Node] = {}
     for i, segment in enumerate(segments):
@@ -229,10 +228,10 @@ def partial_plan(
         return None
     while inputs and not inputs[-1].users:
         inputs.pop()
-    usual = _program(nodes, "_segment_")
+    usual = program(nodes, "_segment_", find_segments(nodes))
     if usual is None:
         return None
     if isinstance(quiet, Nodes):
-        quiet = _program(quiet, "_quiet_segment_")
+        quiet = program(quiet, "_quiet_segment_", find_segments(quiet))
     frozen = has_frozen(nodes.block)
     return PartialPlan(usual, quiet, quieted, len(inputs), reason, frozen)

@@ -65,9 +65,13 @@ class BlockPlan(NamedTuple):
 
 class Unplanned(NamedTuple):
     """Replaces a plan in a pickle. The code may have changed when the pickle is read, so the
-    forward is traced again then. Until then the block runs its own forward."""
+    forward is traced again then. Until then the block runs its own forward.
+
+    stem: as in a ``PartialPlan``.
+    """
 
     opaque: frozenset[str]
+    stem: bool = False
     record = None
     inputs = 0
     skip = ""
@@ -87,15 +91,16 @@ class Program(NamedTuple):
 
 
 class PartialPlan(NamedTuple):
-    """The fused segments of a block that is not one ``BlockPlan``.
+    """The fused segments of a block that is not one ``BlockPlan``, or of a module that is no block.
 
     usual: the program that the block runs.
     quiet: the program or plan for when the children ``quieted`` are in eval mode; None: ``usual``.
     quieted: children that return their input in eval mode (dropout, drop path), by dotted name.
     inputs: the number of leading arguments that must be tensors. Other calls run the block's own
         forward.
-    reason: why the whole block is not one plan.
+    reason: why the whole block is not one plan; of a stem, what is fused.
     frozen, record: as in a ``BlockPlan``.
+    stem: whether the module is no block.
     """
 
     usual: Program
@@ -105,12 +110,13 @@ class PartialPlan(NamedTuple):
     reason: str
     frozen: bool
     record: Record | None = None
+    stem: bool = False
 
     def __deepcopy__(self, memo):
         return self
 
     def __reduce__(self):
-        return Unplanned, (self.record.opaque,)
+        return Unplanned, (self.record.opaque, self.stem)
 
     @property
     def norms(self) -> int:

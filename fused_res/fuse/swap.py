@@ -14,16 +14,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ..dispatch.outlook import outlook
-from ..nn.blocks import FusedForward, FusedPartialForward, with_signature_of
+from ..nn.blocks import FusedForward, FusedPartialForward, FusedStem, Planned, with_signature_of
 from ..nn.sequential import FusedSequential, unchain
 from ..ops.res_block import check_recompute
-from ..run.chain import has_chain
+from ..run.chain import has_chain, is_link, may_link
 from ..run.description import kind_of
 from ..run.guards import guard_of
 from ..run.partial import methods
 from .match import plan_of
 from .modules import is_norm
 from .plan import BlockPlan, PartialPlan, Unplanned
+from .stem import stem_plan_of, stems_of
 from .trace import Unfusable, Untraceable, in_words
 
 
@@ -33,8 +34,10 @@ class FuseReport:
 
     fused: names of the blocks that run fused.
     partly: (name, reason) of blocks that have only segments fused.
+    stem: (name, what is fused) of modules that have convolution, BatchNorm and ReLU outside blocks.
     skipped: (name, reason) of blocks that are not changed.
     already: names of blocks that were fused before.
+    no_stem: (name, reason) of modules that may have a stem, which is not fused.
     advice: sentences that say how to make the model faster.
     runs: a sentence on what will run on this device, in this dtype, on this backend.
 
@@ -50,9 +53,12 @@ class FuseReport:
     advice: list[str] = field(default_factory=list)
     already: list[str] = field(default_factory=list)
     runs: str = ""
+    stem: list[tuple[str, str]] = field(default_factory=list)
+    no_stem: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        rows = [(name, "fused", "") for name in self.fused]
+        rows = [(name, "stem", what) for name, what in self.stem]
+        rows += [(name, "fused", "") for name in self.fused]
         rows += [(name, "partly", reason) for name, reason in self.partly]
         rows += [(name, "skipped", reason) for name, reason in self.skipped]
         shown = [
@@ -62,10 +68,12 @@ class FuseReport:
         width = max(len(name) for name, _, _ in shown)
         lines = [f"{name:<{width}}  {result:<7}  {why}".rstrip() for name, result, why in shown]
         counts = [(self.fused, "fused"), (self.partly, "partly"), (self.skipped, "skipped"),
-                  (self.already, "already fused")]  # fmt: skip
+                  (self.already, "already fused"), (self.stem, "stem")]  # fmt: skip
         always = "fused", "skipped"
         total = ", ".join(f"{len(of)} {what}" for of, what in counts if of or what in always)
-        return "\n".join([*lines, total, *self.advice, *([self.runs] if self.runs else [])])
+        stems = [f"no stem of {name or '(the model)'}: {reason}" for name, reason in self.no_stem]
+        runs = [self.runs] if self.runs else []
+        return "\n".join([*lines, total, *stems, *self.advice, *runs])
 
 
 _classes: WeakValueDictionary[tuple, type[nn.Module]] = WeakValueDictionary()
@@ -91,6 +99,7 @@ def _fused_class(
     original: type[nn.Module], plan: BlockPlan | PartialPlan | Unplanned, recompute: str | None
 ) -> type[nn.Module]:
     mixin = FusedPartialForward if isinstance(plan, PartialPlan) else FusedForward
+    mixin = FusedStem if getattr(plan, "stem", False) else mixin
     body = {
         "plan": plan,
         "recompute": recompute,
@@ -126,7 +135,7 @@ def _set_state(self, state):
     if isinstance(cls.plan, Unplanned):
         self.__class__ = made = cls.original
         with contextlib.suppress(Unfusable):
-            plan = plan_of(self, cls.plan.opaque)
+            plan = (stem_plan_of if cls.plan.stem else plan_of)(self, cls.plan.opaque)
             made = made if plan is None else fused_class(made, plan, cls.recompute)
         served = "model_class" in cls.__dict__
         self.__class__ = cls._serving_class(made) if served else made
@@ -168,7 +177,7 @@ def _why_no_subclass(block: nn.Module) -> str | None:
     """Why a block's class cannot have a fused subclass, or None."""
     if isinstance(block, fx.GraphModule):  # it writes its forward onto its class
         return "a torch.fx graph: fuse_ before it is traced"
-    fused = isinstance(block, FusedForward)
+    fused = isinstance(block, Planned)
     own = [] if fused else [attribute for attribute in ATTRIBUTES if hasattr(block, attribute)]
     return f"it has an attribute {own[0]!r} of its own" if own else None
 
@@ -192,6 +201,7 @@ def fuse_(
     strict: bool = False,
     dry_run: bool = False,
     recompute: str | None = None,
+    stems: bool = False,
 ) -> FuseReport:
     """Makes every residual block of ``model`` that can be fused run fused kernels, in place.
 
@@ -200,23 +210,30 @@ def fuse_(
     path, pre-activation, ...). In these, segments of consecutive convolutions, norms, ReLUs and
     adds run fused.
 
-    Only a block's class changes, to a subclass. Name, children, attributes, Parameter objects,
-    state_dict keys and hooks stay. An ``nn.Sequential`` that has consecutive blocks with identity
-    shortcuts gets a subclass too, which runs these blocks in one call for inference. Another call
-    of ``fuse_`` changes nothing. ``unfuse_`` reverses it.
+    With ``stems`` a convolution and the BatchNorm and ReLU after it run fused outside of blocks
+    too, as in the stem of a network, where a trace shows what the forward around them does. A
+    maxpool after them stays PyTorch's.
+
+    Only the class of a block, or of the module around a stem, changes, to a subclass. Name,
+    children, attributes, Parameter objects, state_dict keys and hooks stay. An ``nn.Sequential``
+    that has consecutive blocks with identity shortcuts gets a subclass too, which runs these blocks
+    in one call for inference. Another call of ``fuse_`` changes nothing. ``unfuse_`` reverses it.
 
     Args:
         model: any module that is not wrapped, compiled or scripted.
-        filter_fn: called with (block, name). Only blocks for which it returns True are fused.
+        filter_fn: called with (block, name), and with the module around a stem and its name. Only
+            those for which it returns True are fused.
         strict: raise, and change nothing, if a block is skipped for another reason than the filter.
+            A stem never is a reason.
         dry_run: make the report, and change nothing.
         recompute: ``last``: in training, the backward pass of a block or segment computes its last
             convolution again, and the forward pass does not keep the output of that convolution
             (about 40 % of the memory that a fused bottleneck keeps). None: the output is kept.
+        stems: fuse convolution, BatchNorm and ReLU outside of blocks too.
 
     Returns:
         FuseReport: names of the fused blocks, of the partly fused ones and of the skipped ones,
-            with reasons.
+            with reasons; and of the modules around stems.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -224,7 +241,7 @@ def fuse_(
             ``strict`` and a block was skipped; or ``recompute`` has another value.
 
     Warns:
-        UserWarning: no block was fused, now or before.
+        UserWarning: no block or stem was fused, now or before.
 
     Examples:
         >>> net = torch.nn.Sequential(fused_res.reference.ResBlock(64, 64))
@@ -238,6 +255,8 @@ def fuse_(
     check_recompute(recompute)
     search = _Search(filter_fn, recompute)
     search.visit(model, "")
+    if stems:
+        search.visit_outside(model)
     report = search.report
     if strict and report.skipped:
         raise ValueError(f"strict=True, but blocks were skipped; nothing was changed:\n{report}")
@@ -249,7 +268,7 @@ def fuse_(
         for module in model.modules():
             if type(module) is nn.Sequential and has_chain(module):
                 module.__class__ = FusedSequential
-    if search.classes or report.already:
+    if search.classes or report.already or any(isinstance(m, FusedStem) for m in model.modules()):
         report.runs = outlook_of(model)
     else:
         warnings.warn(f"fuse_ found no residual block to fuse\n{report}", stacklevel=2)
@@ -310,14 +329,9 @@ class _Search:
             return False  # its parent may be a block with more to fuse
         if plan is None:
             return False
-        reason, cls = _why_no_subclass(module), None
-        if reason is None:
-            try:
-                cls = fused_class(kind_of(module), plan, self._recompute)
-            except Exception as error:  # of its __init_subclass__ or metaclass
-                reason = f"its class cannot have a subclass: {in_words(error)}"
-        if reason is not None:
-            self.report.skipped.append((name, reason))
+        cls = self._class_for(module, plan)
+        if isinstance(cls, str):
+            self.report.skipped.append((name, cls))
             return False
         if self._filter is not None and not self._filter(module, name):
             self.filtered.append((name, "left out by filter_fn"))
@@ -333,6 +347,38 @@ class _Search:
         self.classes.append((module, cls))
         return True
 
+    def _class_for(self, module: nn.Module, plan: BlockPlan | PartialPlan) -> type[nn.Module] | str:
+        """The class of a module with this plan, or why there is none."""
+        reason = _why_no_subclass(module)
+        if reason is not None:
+            return reason
+        try:
+            return fused_class(kind_of(module), plan, self._recompute)
+        except Exception as error:  # of its __init_subclass__ or metaclass
+            return f"its class cannot have a subclass: {in_words(error)}"
+
+    def visit_outside(self, model: nn.Module) -> None:
+        """Looks for convolution, norm and ReLU outside of the blocks that were found."""
+        report, new = self.report, {id(module): cls.plan for module, cls in self.classes}
+        others = (*report.partly, *report.skipped, *self.filtered)
+        blocks = {*report.fused, *report.already, *(name for name, _ in others)}
+
+        def links(module: nn.Module) -> bool:
+            plan = new.get(id(module))
+            if plan is None:
+                return is_link(module)
+            return isinstance(plan, BlockPlan) and may_link(plan)
+
+        with torch.inference_mode(False):
+            found = stems_of(model, blocks, links)
+        for name, module, plan in found:
+            cls = plan if isinstance(plan, str) else self._class_for(module, plan)
+            if isinstance(cls, str):
+                report.no_stem.append((name, cls))
+            elif self._filter is None or self._filter(module, name):
+                report.stem.append((name, plan.reason))
+                self.classes.append((module, cls))
+
 
 def _put_classes(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
     """Changes the class of every block, or of none if one fails."""
@@ -346,14 +392,21 @@ def _put_classes(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
         raise
 
 
+def unfuse_stems(model: nn.Module) -> None:
+    """Gives every stem that ``fuse_`` changed its own class back, in place."""
+    for module in model.modules():
+        if isinstance(module, FusedStem):
+            module.__class__ = type(module).original
+
+
 def unfuse_(model: nn.Module) -> list[str]:
-    """Gives every block that ``fuse_`` changed its own class back, in place.
+    """Gives every block and stem that ``fuse_`` changed its own class back, in place.
 
     Args:
         model: any module.
 
     Returns:
-        list[str]: the names of these blocks.
+        list[str]: the names of the blocks.
 
     Examples:
         >>> net = torch.nn.Sequential(fused_res.reference.ResBlock(64, 64))
@@ -369,4 +422,5 @@ def unfuse_(model: nn.Module) -> list[str]:
             names.append(name)
         elif type(module) is FusedSequential:
             unchain(module)
+    unfuse_stems(model)
     return names

@@ -242,12 +242,15 @@ def _is_quiet(module: nn.Module | None) -> bool:
 _one_at_a_time = threading.RLock()  # a trace changes global functions
 
 
-def _copied(block: nn.Module) -> nn.Module:
-    """A deep copy that shares attributes that cannot be copied (a process group, a lock)."""
+def _copied(block: nn.Module, opaque: Collection[str]) -> nn.Module:
+    """A deep copy that shares the tensors of ``opaque`` children, which a trace does not run, and
+    attributes that cannot be copied (a process group, a lock)."""
+    inner = [m for path, m in block.named_modules() if path in opaque]
+    shared = {id(t): t for m in inner for t in (*m.parameters(), *m.buffers())}
     try:
-        return copy.deepcopy(block)
+        return copy.deepcopy(block, dict(shared))
     except Exception:
-        memo = {}
+        memo = shared
         for value in (v for m in block.modules() for v in m.__dict__.values()):
             try:
                 copy.deepcopy(value)
@@ -299,7 +302,7 @@ def trace(
 def _trace(
     original: nn.Module, training: bool, tracer: Tracer, inputs: int | None, known: Reads
 ) -> Trace:
-    block = _copied(original)
+    block = _copied(original, tracer.opaque)
     for m in block.modules():  # attributes, not train(): models override that (to freeze a norm)
         m.training = training
     before, read = _state(block), _described(block, known)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import reference
+from ..dispatch.backends import is_auto
+from ..dispatch.cpu_rules import stem_pays
 from ..env import BACKENDS, Backend
 from ..fuse.modules import child, is_exported, is_for_kernels, is_frozen
 from ..fuse.plan import BlockPlan, PartialPlan, Stage, Unplanned
@@ -34,7 +36,7 @@ def plain_twin(module: nn.Module) -> nn.Module:
         "script a copy.deepcopy of it, or fuse_ it again",
         stacklevel=2,
     )
-    mixed = (FusedForward, type(module))
+    mixed = (Planned, type(module))
     cls = next(c for c in type(module).__mro__ if not issubclass(c, mixed))
     plain = cls.__new__(cls)
     plain.__dict__ = dict(module.__dict__)
@@ -43,38 +45,20 @@ def plain_twin(module: nn.Module) -> nn.Module:
 
 def with_signature_of(forward: Callable, original: Callable) -> Callable:
     """The function ``forward`` with the signature, name and docstring of ``original``."""
-    made = types.FunctionType(forward.__code__, forward.__globals__, closure=forward.__closure__)
+    code = forward.__code__.replace()  # torch.compile counts its compilations of each code object
+    made = types.FunctionType(code, forward.__globals__, closure=forward.__closure__)
     functools.update_wrapper(made, original)
     made.runs_plan = getattr(forward, "runs_plan", False)
     return made
 
 
-class FusedForward:
-    """Mixin in front of a block's own class. It runs ``plan`` in every call in which the plan
-    computes the same as the class's forward."""
+class Planned:
+    """What the mixins share. They stand in front of a module's own class, and run ``plan`` in every
+    call in which it computes the same as the class's forward."""
 
-    plan: BlockPlan
+    plan: BlockPlan | PartialPlan
     backend: str | None = None
     recompute: str | None = None
-
-    def forward(self, *args, **kwargs):
-        if len(args) != 1 or kwargs or runs_own_forward(self, args[0]):
-            return super().forward(*args, **kwargs)
-        if (
-            not is_for_kernels(args[0])
-            or is_exported()
-            or not self._is_as_recorded()
-            or self._promotes(args[0])
-        ):
-            return super().forward(*args, **kwargs)
-        y = run_block(self, self.plan, args[0])
-        if isinstance(y, Eager):
-            if y.final:
-                leave(self, args[0])
-            return super().forward(args[0])
-        return y
-
-    forward.runs_plan = True
 
     def __prepare_scriptable__(self) -> nn.Module:
         return plain_twin(self)
@@ -95,23 +79,62 @@ class FusedForward:
             return passes_compiled(self, record)
         return not _has_any_global_hook() and guard_of(self, record).same
 
+    def _run_segments(self, *args, **kwargs):
+        """The forward of a ``PartialPlan``."""
+        plan = self.plan
+        plain = kwargs or len(args) < max(plan.inputs, 1) or runs_own_forward(self, args[0])
+        if plain or not all(map(is_for_kernels, args[: plan.inputs])):
+            return super().forward(*args, **kwargs)
+        if is_exported() or not self._is_as_recorded() or self._promotes(args[0]):
+            return super().forward(*args, **kwargs)
+        if plan.quiet is not None and not any(child(self, n).training for n in plan.quieted):
+            return self._quiet(*args)
+        return self._usual(*args)
+
+
+class FusedForward(Planned):
+    """The mixin of blocks."""
+
+    plan: BlockPlan
+
+    def forward(self, *args, **kwargs):
+        if len(args) != 1 or kwargs or runs_own_forward(self, args[0]):
+            return super().forward(*args, **kwargs)
+        if (
+            not is_for_kernels(args[0])
+            or is_exported()
+            or not self._is_as_recorded()
+            or self._promotes(args[0])
+        ):
+            return super().forward(*args, **kwargs)
+        y = run_block(self, self.plan, args[0])
+        if isinstance(y, Eager):
+            if y.final:
+                leave(self, args[0])
+            return super().forward(args[0])
+        return y
+
+    forward.runs_plan = True
+
 
 class FusedPartialForward(FusedForward):
-    """Mixin in front of a block's own class. It runs a ``PartialPlan`` in every call in which the
-    plan computes the same as the class's forward."""
+    """The mixin of blocks that are fused in part."""
+
+    plan: PartialPlan
+    forward = Planned._run_segments
+
+
+class FusedStem(Planned):
+    """The mixin of modules outside of blocks, such as a whole network. It is no ``FusedForward``:
+    the blocks inside count by themselves."""
 
     plan: PartialPlan
 
     def forward(self, *args, **kwargs):
-        plan = self.plan
-        plain = kwargs or len(args) < max(plan.inputs, 1) or runs_own_forward(self, args[0])
-        if plain or not all(map(is_for_kernels, args[: plan.inputs])):
-            return super(FusedForward, self).forward(*args, **kwargs)
-        if is_exported() or not self._is_as_recorded() or self._promotes(args[0]):
-            return super(FusedForward, self).forward(*args, **kwargs)
-        if plan.quiet is not None and not any(child(self, n).training for n in plan.quieted):
-            return self._quiet(*args)
-        return self._usual(*args)
+        of_tensor = args and not is_exported() and is_for_kernels(args[0])
+        if of_tensor and not stem_pays(args[0]) and is_auto(self.backend):
+            return super().forward(*args, **kwargs)
+        return self._run_segments(*args, **kwargs)
 
 
 class FusedResBlock(FusedForward, reference.ResBlock):

@@ -23,9 +23,11 @@ from .weight_cache import fingerprint
 
 def is_link(module: nn.Module) -> bool:
     """Whether the class and plan of a module allow it in a chain of blocks."""
-    if not runs_plan(module):
-        return False
-    plan: BlockPlan = module.plan
+    return runs_plan(module) and may_link(module.plan)
+
+
+def may_link(plan: BlockPlan) -> bool:
+    """Whether the plan of a block allows it in a chain."""
     return (
         plan.skip == "add"
         and plan.shortcut is None

@@ -72,8 +72,8 @@ class Description:
     """Visits every value that ``reads`` names, starting from a module.
 
     Args:
-        calls: whether the graph calls its leaves in their current state. Else the classes and hooks
-            of the leaves are described too.
+        called: paths of leaves that the graph calls in their current state. The classes and hooks
+            of other leaves are described too.
         traced: whether the answers to questions are those from the trace; else they are asked for
             now.
 
@@ -89,7 +89,11 @@ class Description:
     """
 
     def __init__(
-        self, root: nn.Module, reads: Reads, calls: bool = False, traced: bool = False
+        self,
+        root: nn.Module,
+        reads: Reads,
+        called: frozenset[str] = frozenset(),
+        traced: bool = False,
     ) -> None:
         self.places: Places | None = Places()
         self.children: list[tuple[str, type, int]] = []
@@ -110,7 +114,7 @@ class Description:
         for i, (path, module) in enumerate(found):
             self._add(path, None if module is None else self._numbers[id(module)])
             if module is not None and self._numbers[id(module)] == i:
-                self._module(i, path, module, calls and path in reads.leaves)
+                self._module(i, path, module, path in called)
         self.modules.look_at(self._looked_at)
         for name in ("batch_norm", "conv2d", "relu"):  # kernels replace these
             self._named(vars(F), vars(F).get, name)

@@ -30,7 +30,7 @@ class Record:
         root: the module.
         reads: the names of everything that its forward read.
         opaque: names of children that ``fuse_`` does not look into.
-        calls: as in ``Description``.
+        called: as in ``Description``.
 
     Raises:
         Unknowable: a value that was read cannot be compared.
@@ -41,10 +41,10 @@ class Record:
         root: nn.Module,
         reads: Reads,
         opaque: frozenset[str] = frozenset(),
-        calls: bool = False,
+        called: frozenset[str] = frozenset(),
     ) -> None:
-        self.reads, self.opaque, self.calls = reads, opaque, calls
-        found = Description(root, reads, calls, traced=True)
+        self.reads, self.opaque, self.called = reads, opaque, called
+        found = Description(root, reads, called, traced=True)
         self.tokens, self._hash = found.tokens, hash(found.tokens)
         self.children, self.plain = tuple(found.children), tuple(found.plain)
         self.leads_back = found.places is None  # maybe to the module
@@ -72,7 +72,7 @@ class Guard:
         # weak: a record may lead back to the module and keep it alive
         self.record, self.same, self.places = weakref.ref(record), False, None
         try:
-            found = Description(module, record.reads, record.calls)
+            found = Description(module, record.reads, record.called)
         except Unknowable:
             return
         self.same = found.tokens == record.tokens

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ..dispatch import inference_conv, tuning, user_timings
 from ..fuse.modules import child, is_norm_act
 from ..fuse.plan import BlockPlan
-from ..fuse.swap import FuseReport, fuse_, refuse_wrapped, unfuse_
+from ..fuse.swap import FuseReport, fuse_, refuse_wrapped, unfuse_, unfuse_stems
 from ..fuse.trace import Unfusable, in_words
 from ..run.weight_cache import forget_weights
 from .calls import Call, example_call, is_plain
@@ -248,6 +248,8 @@ def _copied(
         warnings.filterwarnings("ignore", "fuse_ found no residual block")
         report = fuse_(model)
     _leave_to_the_graph(model, report)
+    unfuse_stems(model)  # the graph has all convolutions outside of blocks
+    report.stem.clear(), report.no_stem.clear()
     model.__class__ = optimized_class(type(model))
     call = Call(model._serving_parameters, args, kwargs)
     inputs = tuple(input_like(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor))

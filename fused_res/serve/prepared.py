@@ -238,7 +238,7 @@ class PreparedForward:
         self._containers = _above(called)
         leaves = reads.leaves.difference(self._containers)
         try:
-            self._record = Record(model, replace(reads, leaves=leaves), calls=True)
+            self._record = Record(model, replace(reads, leaves=leaves), called=leaves)
         except Unknowable as reason:
             raise Unfusable(str(reason)) from None
         self._sizes: dict[tuple, Kept] = {}
