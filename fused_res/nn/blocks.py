@@ -24,8 +24,8 @@ from ..fuse.plan import BlockPlan, PartialPlan, Stage, Unplanned
 from ..ops.res_block import Eager, check_recompute
 from ..reference import Kind, ReluPlacement, Skip
 from ..run.block import run_block
-from ..run.own_forward import leave, runs_own_forward
 from ..run.guards import Record, guard_of, passes_compiled
+from ..run.own_forward import leave, runs_own_forward
 from ..run.reads import Reads
 
 
