@@ -343,6 +343,15 @@ def _exact_float32() -> Iterator[None]:
             set_precision("cuda", op, value)
 
 
+def _poison(like: Results, dtype: torch.dtype) -> None:
+    """Leaves NaN in the free memory that results will be allocated from. Else an element that a
+    kernel does not write may still hold the right value, from the run of another candidate."""
+    tensors = [t for of in like.values() for t in of]
+    copies = [t for t in tensors for _ in range(3 if t.numel() < 2**20 else 1)]
+    freed = [torch.full_like(t, math.nan, dtype=dtype) for t in copies]
+    del freed
+
+
 class _Judge:
     """Decides whether a candidate computes a call right.
 
@@ -368,7 +377,11 @@ class _Judge:
             return self.trial.run("eager", self.trial.cast(sample, self.more))
 
     def _run(self, name: str) -> list[Results]:
-        return [self.trial.run(name, of) for of in self.samples]
+        found = []
+        for of, wanted in zip(self.samples, self.wanted, strict=True):
+            _poison(wanted, of[0].dtype)
+            found.append(self.trial.run(name, of))
+        return found
 
     def _is_right_in_most(self, name: str) -> bool:
         """Whether the medians of a candidate's errors are as small as they must be, and none is
@@ -396,6 +409,7 @@ class _Judge:
             wrong = None
         if wrong is None and self.eager is not None:
             allowed = dict.fromkeys(self.eager, MOST_DIFFERENCE)
+            _poison(self.eager, self.sample[0].dtype)
             results = self.trial.run(name, self.sample)
             wrong = _excess([results], [self.eager], allowed, "the comparison with PyTorch's ops")
         return wrong

@@ -164,21 +164,10 @@ def _runner(call: Call, candidate: Candidate) -> Callable[[], object]:
 
 
 def _clock(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a run. On a GPU the longer of the host's and the device's time: the two overlap
-    from call to call."""
-    if device.type != "cuda":
+    """Seconds of a run."""
+    if device.type == "cpu":
         time.sleep(1e-4)  # so that the run starts with a whole time slice of the scheduler
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    events[0].record()
-    start = time.perf_counter()
-    run()
-    host = time.perf_counter() - start
-    events[1].record()
-    events[1].synchronize()
-    return max(host, events[0].elapsed_time(events[1]) / 1e3)
+    return first_use.clock(run, device)
 
 
 def _time(call: Call, candidates: list[Candidate], seconds: float) -> list[float | None]:

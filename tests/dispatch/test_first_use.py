@@ -82,6 +82,9 @@ class Toy:
             raise RuntimeError("an illegal memory access")
         if "hungry" in name:
             raise torch.OutOfMemoryError("out of memory")
+        if "lazy" in name:
+            y = torch.empty_like(y)
+            y[:, 1:] = 2 * sample[0][:, 1:]
         if "unsteady" in name and self.runs.count(name) > 4:
             y += 1
         return {"y": [y]}
@@ -152,6 +155,7 @@ def test_nothing_faster_leaves_the_call_to_pytorch(clock):
         ("raising", "RuntimeError: an illegal memory access"),
         ("hungry", "OutOfMemoryError: out of memory"),
         ("unsteady", "y has an error of"),
+        ("lazy", "y has an error of nan"),
     ],
 )
 def test_a_faulty_candidate_is_dropped_named_and_remembered(clock, caplog, name, words):
