@@ -58,7 +58,7 @@ LEAST_ELEMENTS, MOST_SAMPLES = 2**16, 32
 # times PyTorch's error, by sample. Where one of two has more than it may, the medians of so many
 # samples decide.
 SAMPLES_OF_MEDIAN = 9
-MOST_SEEN = 4096
+MOST_SEEN, MOST_ALIKE = 4096, 256
 _BUSY = "a measurement is running"
 _ENDED = "the process that ran it for the first time ended before it came back"
 
@@ -114,11 +114,12 @@ class Spent:
 
 
 _spent = Spent()
-_seen: dict[tuple, None] = {}
+_seen: dict[tuple, list] = {}  # a call -> the block that made it first, and by how many others
 _decided: dict[tuple, Verdict] = {}
 _running = threading.Lock()  # of two measurements at once each would disturb the other
 _alone = False
 _only_asked = False
+caller: int | None = None  # the id of the block that runs; one of several alike is no second call
 
 
 def covers(of: Tensor | torch.device) -> bool:
@@ -208,9 +209,7 @@ def decide(
     never = _why_never() if names or found is None else None
     if names and never is None:
         now = _why_not_now(device)
-        if now is None and (_only_asked or key not in _seen):
-            if not _only_asked:
-                _add(_seen, key, None)
+        if now is None and (_only_asked or not _is_seen_again(key)):
             now = "it is measured when it is seen again"
         if now is None and not _running.acquire(blocking=False):
             now = _BUSY
@@ -226,6 +225,16 @@ def decide(
         found = Verdict(gpu_rules.expected(row, trial.names), reason)
     _add(_decided, key, found)
     return _say(row, found)
+
+
+def _is_seen_again(key: tuple) -> bool:
+    """Whether the block that made a call first makes it again, or it is gone and many others do."""
+    if key not in _seen:
+        _add(_seen, key, [caller, 0])
+        return False
+    seen = _seen[key]
+    seen[1] += 1
+    return seen[0] == caller or seen[1] >= MOST_ALIKE
 
 
 def _add(known: dict, key: tuple, value: object) -> None:

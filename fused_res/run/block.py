@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..dispatch import first_use
 from ..fuse.plan import BlockPlan
 from ..ops.res_block import Eager
 from . import inference, training
@@ -34,6 +35,7 @@ def run_block(
         adds_x = residual is None and plan.skip != "none"
         return inference.run_kept(kept, x, x if adds_x else residual)
     note(block, x)
+    first_use.caller = id(block)
     convs = inference.convolutions_of(block, plan, x, residual)
     if convs is not None:
         return inference.run(block, plan, convs, x, residual)

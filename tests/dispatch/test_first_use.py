@@ -572,6 +572,17 @@ def test_a_block_in_training(clock, ran, caplog):
     assert len(ran) == 2
 
 
+def test_blocks_that_are_alike_are_not_measured_in_one_forward(clock):
+    """Else each new size of the images would be."""
+    clock["cpu"] = 0.5
+    model = fused(net(*(ResBlock(16, 16) for _ in range(3))))
+    for size in (6, 7, 8):
+        step(model, image(4, 16, size, size))
+    assert user_timings.table(CPU).rows == {}
+    step(model, image(4, 16, 8, 8))
+    assert len(user_timings.table(CPU).rows) == 1
+
+
 def test_the_measurement_changes_nothing_of_the_model(clock):
     torch.manual_seed(0)
     model, x = fused(net()), image(4, 16, 8, 8)
