@@ -74,7 +74,7 @@ def note(block: nn.Module, x: Tensor, chained: bool = False) -> None:
     """Remembers the facts of a block's input, for ``fused_res.report``. Its guard has them; where
     kept steps run, the guard has these instead."""
     guard = None if torch.compiler.is_compiling() else last_guard(block)
-    if guard is None:
+    if guard is None or x.is_meta:
         return
     device, autocast = _CPU if x.is_cpu else x.device, None
     if torch.is_autocast_enabled(device.type):

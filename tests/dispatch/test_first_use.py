@@ -810,7 +810,7 @@ def test_what_another_process_measures_now_is_no_fault(clock):
 def test_ddp_with_different_batches_measures_nothing_and_ends(tmp_path):
     """A collective in one process's measurement would wait for ever."""
     code = """
-import sys, torch, torch.distributed as dist, fused_res
+import os, sys, torch, torch.distributed as dist, fused_res
 from torch.nn.parallel import DistributedDataParallel
 from fused_res.dispatch import first_use, user_timings
 first_use.DEVICE_TYPES = ("cpu",)
@@ -823,7 +823,8 @@ for step in range(4):
     x = torch.randn(4 + 3 * rank, 16, 8 + step % 2, 8)
     model(x).sum().backward()
 assert first_use._spent.calls == 0 and user_timings.files() == []
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # gloo's threads may abort while Python shuts down
 """
     environ = {**os.environ, "FUSED_RES_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     processes = [
