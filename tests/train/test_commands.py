@@ -436,7 +436,12 @@ def test_a_second_interrupt_does_not_wait(tmp_path, capsys, monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(engine.Trainer, "_train_step", twice)
-    train(tmp_path / "out", *TINY, code=130)
+    # a shell's background jobs, and so their tests, ignore the signal from the start
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        train(tmp_path / "out", *TINY, code=130)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "fused-res train: interrupted" in capsys.readouterr().err
     assert not (tmp_path / "out" / "last.pt").exists()
 
