@@ -721,6 +721,19 @@ def test_a_norm_by_itself(clock):
     assert norm.choose(call) == "cpu"
 
 
+@pytest.mark.parametrize("like", ["", "training, add, relu"])
+def test_the_packages_timings_are_followed_without_a_measurement(clock, monkeypatch, like):
+    """Those of the suite ``ops`` say nothing of what is added."""
+    shape, ms = (8, 16, 8, 8), {"eager": 2.0, "cpu": 1.0}
+    row = Row("cpu", "cpu", "bn_act", "float32", "channels_last", shape, ms, like)
+    monkeypatch.setattr(shipped_timings, "rows", lambda: (row,))
+    shipped_timings.verdict.cache_clear()
+    x, weight = image(4, 16, 8, 8), torch.ones(16)
+    call = norm.Call(x, fused_res.Norm(None, None, weight, weight, True), x, None, "relu")
+    assert norm.choose(call) == "cpu" and first_use._spent.calls == 0
+    shipped_timings.verdict.cache_clear()
+
+
 def test_convolutions_for_inference(clock):
     clock["direct"] = 0.5
     model, x = fused(net()).eval(), image(4, 16, 8, 8)
