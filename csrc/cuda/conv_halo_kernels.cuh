@@ -440,7 +440,7 @@ __device__ __forceinline__ void run_halo(const HaloArgs& a) {
       if (next < a.count)
         copy_patch<T>(a, memory, memory + a.first_stage + stage * a.stage_bytes, next);
       end_copies();
-      __syncwarp();  // lanes copied more or less
+      SYNC_LANES();  // which copied more or less
     };
     if (a.stages == 2) copy_next();
     const char* pixels[kRows][Products::kPointers];

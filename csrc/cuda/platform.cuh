@@ -157,6 +157,11 @@ constexpr int kPlantedLoad = 0;
 #else
 #define WAIT_FOR_CHUNK(behind) wait_copies<behind>()
 #endif
+#ifdef PLANT_MISSING_WARP_SYNC
+#define SYNC_LANES()
+#else
+#define SYNC_LANES() __syncwarp()
+#endif
 #ifdef PLANT_MISSING_CLUSTER_BARRIER
 #define BARRIER_OF_CLUSTER() __syncthreads()
 #else

@@ -342,7 +342,7 @@ __device__ __forceinline__ void run_pass(const ChainArgs& args, const Share& sha
     else
       SYNC_BEFORE_CHUNK();
     chunks.copy(ring);
-    __syncwarp();  // lanes copied more or less
+    SYNC_LANES();  // which copied more or less
     const int count = left < step.chunk ? left : step.chunk;
     left -= count;
     const char* const weights = ring + stage * kStageBytes;

@@ -107,6 +107,15 @@ class EmulationError(RuntimeError):
     """The emulator found a fault: an access out of bounds, a barrier not all threads reach, ..."""
 
 
+class Cost(NamedTuple):
+    """Of warps' instructions: how many; wavefronts of shared memory, or sectors of 32 bytes of
+    global memory; the least of those that move the same bytes."""
+
+    requests: int
+    units: int
+    least: int
+
+
 class Gradients(NamedTuple):
     dx: Tensor | None
     dresidual: Tensor | None
@@ -144,8 +153,9 @@ class Library:
             check=True,
         )  # fmt: skip
         self.library = ctypes.CDLL(str(path))
-        self.library.counts.restype = c_char_p
-        self.library.add_region.argtypes = [c_char_p, c_void_p, c_int64, c_bool]
+        self.library.counts.restype = self.library.requests.restype = c_char_p
+        self.library.count_requests.argtypes = [c_bool]
+        self.library.add_region.argtypes = [c_char_p, c_void_p, c_int64, c_int64, c_bool]
         self.seed, self._kept = 0, []
 
     def _start(self):
@@ -158,7 +168,8 @@ class Library:
             return None
         self._kept.append(t)
         last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-        self.library.add_region(name.encode(), t.data_ptr(), (last + 1) * t.element_size(), written)
+        size = t.element_size()
+        self.library.add_region(name.encode(), t.data_ptr(), (last + 1) * size, size, written)
         return t.data_ptr()
 
     def _finish(self, error: bytes | None) -> None:
@@ -169,6 +180,23 @@ class Library:
         """(kernel, tensor) -> (bytes read, bytes written) by the last call."""
         lines = (line.split() for line in self.library.counts().decode().splitlines())
         return {(kernel, name): (int(r), int(w)) for kernel, name, r, w in lines}
+
+    def count_requests(self, counted: bool) -> None:
+        """Whether ``requests`` has what calls from now on do. It takes time."""
+        self.library.count_requests(counted)
+
+    def requests(self) -> dict[tuple[str, str, str], Cost]:
+        """(kernel, "shared" or "global", "load", "store" or "ldmatrix") -> cost, of the last call."""
+        lines = (line.split() for line in self.library.requests().decode().splitlines())
+        return {tuple(key): Cost(*map(int, cost)) for *key, cost in ((*x[:3], x[3:]) for x in lines)}
+
+    def bank_conflicts(self) -> dict[str, int]:
+        """Kernel -> wavefronts of ldmatrix above the least, where there are any."""
+        return {
+            kernel: cost.units - cost.least
+            for (kernel, _, access), cost in self.requests().items()
+            if access == "ldmatrix" and cost.units > cost.least
+        }
 
 
 class Emulation(Library):

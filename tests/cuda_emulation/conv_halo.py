@@ -83,7 +83,7 @@ class HaloEmulation(Library):
             ctypes.c_uint64,
         ]
         self.library.halo_plan.argtypes = [*conv, c_bool, POINTER(HaloDevice), POINTER(c_int64)]
-        for name in ("halo_plan", "bank_conflicts", "size_of_call"):
+        for name in ("halo_plan", "size_of_call"):
             getattr(self.library, name).restype = c_int64
         assert self.library.size_of_call() == ctypes.sizeof(HaloCall)
         self.device, self.tf32 = FEW, False
@@ -162,7 +162,3 @@ class HaloEmulation(Library):
         """dx; of each block the sums of dx and of dx * (a - mean)."""
         self._start()
         return self._run("gradient", dy, weight, a, stats=self._pointer("stats", stats))
-
-    def bank_conflicts(self) -> int:
-        """Of the last call's loads of matrices."""
-        return self.library.bank_conflicts()

@@ -30,6 +30,4 @@ const char* halo(int kind, int epilogue, const HaloConv* conv, const HaloDevice*
   });
 }
 
-int64_t bank_conflicts() { return emulator::machine.bank_conflicts; }
-
 }  // extern "C"

@@ -22,12 +22,23 @@ extern "C" {
 void clear_regions() {
   emulator::machine.regions.clear();
   emulator::machine.counts.clear();
-  emulator::machine.bank_conflicts = 0;
+  emulator::machine.requests.clear();
 }
 
-void add_region(const char* name, const void* p, int64_t bytes, bool writable) {
-  emulator::machine.regions.push_back(
-      {name, (const char*)p, (const char*)p + bytes, writable, emulator::Count{}});
+// An allocation: its bytes, and those of an element.
+void add_region(const char* name, const void* p, int64_t bytes, int64_t element, bool writable) {
+  auto& regions = emulator::machine.regions;
+  regions.push_back({name, (const char*)p, (const char*)p + bytes, writable, emulator::Count{}});
+  if (writable && bytes <= emulator::kMaxShadowed * element)
+    regions.back().shadow.emplace(p, bytes, element);
+}
+
+void count_requests(bool counted) { emulator::machine.requests.counted = counted; }
+
+const char* requests() {  // lines of: kernel memory access requests units least
+  static std::string text;
+  text = emulator::machine.requests.text();
+  return text.c_str();
 }
 
 const char* counts() {  // lines of: kernel region read written

@@ -4,7 +4,8 @@
 // such place to the next, so that warps are as far apart as barriers let them. So do the blocks of
 // a grid, one after the other, or from one barrier of the grid to the next in a cooperative launch.
 // Shared memory is full of NaN before each block. Every access to global memory is checked against
-// the allocations that were registered, and counted.
+// the allocations that were registered, and counted. Every access to shared memory and to the
+// allocations that are written is checked for races (races.h).
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -17,9 +18,15 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
+#include <source_location>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
+
+#include "races.h"
+#include "requests.h"
 
 #define __global__
 #define __device__
@@ -43,6 +50,8 @@ namespace emulator {
 constexpr size_t kStack = 128 << 10;
 constexpr size_t kMaxShared = 48 << 10;  // arrays of a block
 constexpr size_t kMaxDynamic = 227 << 10;
+constexpr size_t kLeastShared = 2;        // bytes of an access to shared memory
+constexpr int64_t kMaxShadowed = 8 << 20;  // elements of an allocation whose accesses may race
 
 struct Count {
   int64_t read = 0, written = 0;
@@ -53,6 +62,7 @@ struct Region {  // of global memory
   const char *begin, *end;
   bool writable;
   Count count;  // of the running kernel
+  std::optional<Shadow> shadow = {};
 };
 
 struct Copy {  // asynchronous, of 16 bytes to shared memory
@@ -69,6 +79,8 @@ struct Fiber {
   bool started = false;
   std::vector<Copy> copies;  // that have not arrived
   int groups = 0;            // of copies
+  Moment moment;
+  int64_t accesses = 0;  // since the last barrier
 };
 
 // What a thread stops at: something that all lanes of its warp do together, ...
@@ -80,12 +92,16 @@ struct Warp {
   void (*work)(void* const* parts) = nullptr;
   void* parts[kLanes];
   int arrived = 0;
+  bool only_waits = false;  // __syncwarp
 };
+struct Nothing {};
 
 struct Block {
   size_t first_fiber = 0;
   int64_t index = 0;
   std::unique_ptr<char[]> shared_memory;  // arrays, then the dynamic one
+  std::optional<Shadow> shadow;           // of it
+  int remote = -1;                        // barriers of the cluster before another block's last access
   Stop stop = Stop::block_barrier;
 };
 
@@ -107,7 +123,8 @@ struct Machine {
   std::map<const void*, size_t> shared;  // offsets, by declaration
   size_t shared_used = 0, dynamic_bytes = 0;
   unsigned most_together = ~0u;  // blocks of a cooperative launch
-  int64_t bank_conflicts = 0;    // of load_matrices
+  uint32_t launches = 0, starts = 0;  // so far; of blocks that run together
+  Requests requests;
 
   uint64_t draw() {  // xorshift
     random ^= random << 13, random ^= random >> 7, random ^= random << 17;
@@ -130,7 +147,16 @@ inline std::string address(const void* p) {
   return text;
 }
 
-inline Count& access(const void* p, size_t bytes, bool write) {
+inline void check_race(Shadow& shadow, const void* p, size_t bytes, Access access,
+                       const Moment& now, const char* memory) {
+  const char* other = shadow.check(p, bytes, access, now);
+  if (other)
+    fail("race: a " + std::string(access == Access::read ? "read" : "write") + " of " + memory +
+         " at " + address(p) + " by thread " + std::to_string(threadIdx.x) + " of block " +
+         std::to_string(blockIdx.x) + " with " + other);
+}
+
+inline Count& access(const void* p, size_t bytes, bool write, const std::source_location& where) {
   const char* begin = (const char*)p;
   const auto holds = [&](const Region& r) { return r.begin <= begin && begin + bytes <= r.end; };
   const auto what = [&] { return std::string(write ? "store" : "load"); };
@@ -143,6 +169,12 @@ inline Count& access(const void* p, size_t bytes, bool write) {
   }
   Region& region = regions[machine.last_region];
   if (write && !region.writable) fail("store to the input " + region.name + " at " + address(p));
+  Fiber& thread = *machine.running;
+  thread.accesses++;
+  machine.requests.add(threadIdx.x, begin, bytes, false, write, where);
+  if (region.shadow)
+    check_race(*region.shadow, p, bytes, write ? Access::write : Access::read, thread.moment,
+               region.name.c_str());
   return region.count;
 }
 
@@ -150,6 +182,9 @@ inline void stop(Stop at) {  // back to the scheduler until it resumes this fibe
   Fiber& fiber = *machine.running;
   machine.stop = at;
   if (_setjmp(fiber.here) == 0) _longjmp(machine.scheduler, 1);
+  if (at == Stop::block_barrier) fiber.moment.pass_block_barrier();
+  if (at == Stop::grid_barrier) fiber.moment.pass_cluster_barrier();
+  if (at != Stop::warp) fiber.accesses = 0;
 }
 
 inline void resume(Fiber& fiber) {
@@ -160,10 +195,21 @@ inline void resume(Fiber& fiber) {
   setcontext(&fiber.context);
 }
 
+inline Moment first_moment() {
+  Moment moment;
+  moment.launch = machine.launches;
+  moment.cluster = blockIdx.x + blockIdx.y * gridDim.x - machine.rank;
+  moment.block = machine.rank;
+  moment.warp = threadIdx.x / 32, moment.lane = threadIdx.x % 32;
+  return moment;
+}
+
 inline void fiber_main() {
   for (;;) {
     machine.running->copies.clear();
     machine.running->groups = 0;
+    machine.running->accesses = 0;
+    machine.running->moment = first_moment();
     try {
       machine.body();
     } catch (const std::exception& e) {  // must not leave this stack
@@ -193,7 +239,11 @@ inline std::vector<int64_t> numbers(int64_t n) {
 }
 
 inline void start(Block& block, int64_t index) {
-  if (!block.shared_memory) block.shared_memory.reset(new char[kMaxShared + kMaxDynamic]);
+  if (!block.shared_memory) {
+    block.shared_memory.reset(new char[kMaxShared + kMaxDynamic]);
+    block.shadow.emplace(block.shared_memory.get(), kMaxShared + kMaxDynamic, kLeastShared);
+  }
+  block.remote = -1;
   memset(block.shared_memory.get(), 0xff, kMaxShared + machine.dynamic_bytes);
   block.index = index;
 }
@@ -204,12 +254,24 @@ inline void advance(const Block& block, int64_t thread) {
   resume(machine.fibers[block.first_fiber + thread]);
 }
 
+// What a warp does together needs its lanes at the same instruction: where some have come another
+// way, for instance once more often round a loop, __syncwarp must bring them together before.
+inline void check_together(const Block& block, int64_t warp) {
+  const Fiber* lanes = &machine.fibers[block.first_fiber + warp * Warp::kLanes];
+  if (machine.warps[warp].only_waits) return;
+  for (int lane = 1; lane < Warp::kLanes; lane++)
+    if (lanes[lane].accesses != lanes[0].accesses)
+      machine.error = machine.kernel + ": lanes that went different ways do something together";
+}
+
 // a warp whose lanes have all arrived, to the next barrier of the block
 inline void run_warp(const Block& block, int64_t index) {
   Warp& warp = machine.warps[index];
   auto lanes = numbers(Warp::kLanes);
   machine.shuffle(lanes);
   while (warp.arrived == Warp::kLanes) {
+    check_together(block, index);
+    if (!machine.error.empty()) return;
     warp.work(warp.parts);
     warp.arrived = 0;
     Stop first = Stop::end;
@@ -247,8 +309,15 @@ inline void run(Block& block, std::vector<int64_t>& order) {
     }
     for (const Warp& warp : machine.warps)
       if (warp.arrived) machine.error = machine.kernel + ": lanes of a warp do not stay together";
+    machine.requests.flush(machine.kernel);
     if (!machine.error.empty()) return;
   } while (block.stop == Stop::block_barrier);
+}
+
+// Shared memory is gone when its block ends: other blocks' last accesses are before a barrier.
+inline void check_end(const Block& block) {
+  if (block.remote == machine.fibers[block.first_fiber].moment.cluster_barriers)
+    fail("a block may have ended before another's access to its shared memory");
 }
 
 // Runs `blocks` of the grid as if alone on the device, from barrier to barrier.
@@ -257,6 +326,7 @@ inline void run_together(std::vector<int64_t> indices, int threads) {
   std::vector<Block>& blocks = machine.blocks;
   if (blocks.size() < indices.size()) blocks.resize(indices.size());
   machine.together = (int)indices.size();
+  machine.starts++;
   if (machine.fibers.size() < indices.size() * threads) make_fibers(indices.size() * threads);
   for (size_t i = 0; i < indices.size(); i++) {
     blocks[i].first_fiber = i * threads;
@@ -275,6 +345,7 @@ inline void run_together(std::vector<int64_t> indices, int threads) {
       throw std::runtime_error(machine.error);
     }
   } while (blocks[turns[0]].stop == Stop::grid_barrier);
+  for (size_t i = 0; i < indices.size(); i++) check_end(blocks[i]);
 }
 
 // Runs a grid of one-dimensional blocks; throws std::runtime_error with what went wrong.
@@ -282,6 +353,7 @@ inline void run_together(std::vector<int64_t> indices, int threads) {
 inline void launch(const char* name, dim3 grid, int threads, unsigned together,
                    size_t dynamic_bytes, const std::function<void()>& body) {
   machine.kernel = name;
+  machine.launches++;
   machine.error.clear();
   machine.body = body;
   machine.shared.clear();
@@ -309,13 +381,65 @@ inline void launch(const char* name, dim3 grid, int threads, unsigned together,
   }
 }
 
+// An access to shared memory, which is of another block where `rank` is not the running block's.
+// kMatrix: of a row that all lanes get a word of.
+template <bool kMatrix = false>
+inline void access_shared(const void* p, size_t bytes, Access access,
+                          const std::source_location& where, int rank = machine.rank) {
+  Fiber& thread = *machine.running;
+  thread.accesses++;
+  const int64_t offset = (const char*)p - machine.shared_memory;
+  machine.requests.add(threadIdx.x, (const char*)offset, bytes, true, access != Access::read, where,
+                       kMatrix);
+  Block& block = machine.blocks[rank];
+  Moment now = thread.moment;
+  now.launch = machine.starts;  // each block has its own
+  if (kMatrix) now.lane = Moment::kMany;
+  if (rank != machine.rank) {
+    if (now.cluster_barriers == 0) fail("another block's shared memory before it may have started");
+    block.remote = now.cluster_barriers;
+  }
+  check_race(*block.shadow, block.shared_memory.get() + offset, bytes, access, now,
+             "shared memory");
+}
+
+// A copy of the running thread to its shared memory has arrived.
+inline void arrive(const char* p, size_t bytes) {
+  Moment now = machine.running->moment;
+  now.launch = machine.starts;
+  machine.blocks[machine.rank].shadow->arrive(p, bytes, now);
+}
+
+// An element of an array, read or written.
+template <class T>
+struct Element {
+  T* p;
+  std::source_location where;
+  operator T() const {
+    access_shared(p, sizeof(T), Access::read, where);
+    return *p;
+  }
+  void operator=(T value) const {
+    access_shared(p, sizeof(T), Access::write, where);
+    *p = value;
+  }
+  T* operator&() const { return p; }
+};
+
+struct Index {
+  int i;
+  std::source_location where;
+  Index(int i, std::source_location where = std::source_location::current()) : i(i), where(where) {}
+};
+
 template <class T>
 struct Shared {
   T* data;
   int count;
-  T& operator[](int i) const {
+  Element<T> operator[](Index index) const {
+    const int i = index.i;
     if (i < 0 || i >= count) fail("shared memory index " + std::to_string(i) + " out of range");
-    return data[i];
+    return {data + i, index.where};
   }
 };
 
@@ -334,12 +458,15 @@ inline void together(Part part) {
   const auto work = +[](void* const* parts) { kWork((Part* const*)parts); };
   if (warp.arrived && warp.work != work) fail("lanes of a warp do different things");
   warp.work = work;
+  warp.only_waits = std::is_same_v<Part, Nothing>;
   warp.parts[threadIdx.x % Warp::kLanes] = &part;
   warp.arrived++;
   stop(Stop::warp);
 }
 
-// an access to the dynamic shared memory
+inline void do_nothing(Nothing* const*) {}
+
+// bounds of an access to the dynamic shared memory
 inline void check_shared(const char* p, size_t bytes) {
   const char* begin = machine.shared_memory + kMaxShared;
   if ((uintptr_t)p % bytes) fail("misaligned access to shared memory");
@@ -355,7 +482,11 @@ inline Shared<T> dynamic_shared() {
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::stop(emulator::Stop::block_barrier); }
-inline void __syncwarp() {}  // what a warp does together waits for its lanes
+inline void __syncwarp() {
+  emulator::together<emulator::Nothing, emulator::do_nothing>({});
+  emulator::machine.running->moment.pass_warp_barrier();
+  emulator::machine.running->accesses = 0;
+}
 
 #define SHARED(type, name, count) \
   static char name##_declaration; \
@@ -389,14 +520,17 @@ inline bool launch_together(const char* name, void (*kernel)(Parameters...), uns
 
 inline void grid_barrier() { emulator::stop(emulator::Stop::grid_barrier); }
 
+// Where in the source: of the caller.
+using Where = std::source_location;
+
 template <class V>
-inline V load(const V* p) {
-  emulator::access(p, sizeof(V), false).read += sizeof(V);
+inline V load(const V* p, Where where = Where::current()) {
+  emulator::access(p, sizeof(V), false, where).read += sizeof(V);
   return *p;
 }
 template <class V>
-inline void store(V* p, V value) {
-  emulator::access(p, sizeof(V), true).written += sizeof(V);
+inline void store(V* p, V value, Where where = Where::current()) {
+  emulator::access(p, sizeof(V), true, where).written += sizeof(V);
   *p = value;
 }
 
@@ -412,13 +546,15 @@ inline void from_float(float v, T& out) {
 // --- what csrc/cuda/mma.cuh says of these; layouts as the PTX ISA gives them
 
 template <class V>
-inline V load_shared(const char* p) {
+inline V load_shared(const char* p, Where where = Where::current()) {
   emulator::check_shared(p, sizeof(V));
+  emulator::access_shared(p, sizeof(V), emulator::Access::read, where);
   return *(const V*)p;
 }
 template <class V>
-inline void store_shared(char* p, V value) {
+inline void store_shared(char* p, V value, Where where = Where::current()) {
   emulator::check_shared(p, sizeof(V));
+  emulator::access_shared(p, sizeof(V), emulator::Access::write, where);
   *(V*)p = value;
 }
 
@@ -426,14 +562,18 @@ constexpr bool kHasMma = true, kHasClusters = true;
 
 inline int cluster_rank() { return emulator::machine.rank; }
 template <class V>
-inline void store_shared_of(int rank, char* p, V value) {
+inline void store_shared_of(int rank, char* p, V value, Where where = Where::current()) {
   emulator::check_shared(p, sizeof(V));
   auto& blocks = emulator::machine.blocks;
   if (rank < 0 || rank >= emulator::machine.together) emulator::fail("no such block of a cluster");
+  emulator::access_shared(p, sizeof(V), emulator::Access::write, where, rank);
   char* there = blocks[rank].shared_memory.get() + (p - emulator::machine.shared_memory);
   *(V*)there = value;
 }
-inline void cluster_barrier() { emulator::stop(emulator::Stop::grid_barrier); }
+inline void cluster_barrier() {
+  __syncwarp();
+  emulator::stop(emulator::Stop::grid_barrier);
+}
 
 struct MatrixRow {
   const char* row;
@@ -444,21 +584,19 @@ inline void load_rows(MatrixRow* const* lanes) {
     MatrixRow* const* rows = lanes + 8 * matrix;
     for (int lane = 0; lane < 32; lane++)
       memcpy(&lanes[lane]->words[matrix], rows[lane / 4]->row + lane % 4 * 4, 4);
-    for (int i = 0; i < 8; i++)  // two rows in the same four of the 32 banks
-      for (int k = 0; k < i; k++)
-        if (rows[i]->row != rows[k]->row && (rows[i]->row - rows[k]->row) % 128 == 0)
-          emulator::machine.bank_conflicts++;
   }
 }
-inline void load_matrices(const char* row, uint32_t (&words)[4]) {
+inline void load_matrices(const char* row, uint32_t (&words)[4], Where where = Where::current()) {
   emulator::check_shared(row, 16);
+  emulator::access_shared<true>(row, 16, emulator::Access::read, where);
   emulator::together<MatrixRow, load_rows>({row, words});
 }
 
 // From its start to the end of the wait for it a copy's destination is full of NaN.
-inline void start_copy(char* shared, const char* global) {
-  emulator::access(global, 16, false).read += 16;
+inline void start_copy(char* shared, const char* global, Where where = Where::current()) {
+  emulator::access(global, 16, false, where).read += 16;
   emulator::check_shared(shared, 16);
+  emulator::access_shared(shared, 16, emulator::Access::copy, where);
   emulator::Fiber& thread = *emulator::machine.running;
   emulator::Copy copy = {shared, {}, thread.groups};
   memcpy(copy.bytes, global, 16);
@@ -472,6 +610,7 @@ inline void wait_copies() {
   std::erase_if(thread.copies, [&](const emulator::Copy& copy) {
     if (copy.group >= thread.groups - kGroups) return false;
     memcpy(copy.to, copy.bytes, 16);
+    emulator::arrive(copy.to, 16);
     return true;
   });
 }

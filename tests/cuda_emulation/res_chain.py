@@ -73,7 +73,7 @@ class ChainEmulation(Library):
         self.library.chain.restype = c_char_p
         self.library.chain.argtypes = [*pointers, c_void_p, c_void_p, c_void_p, ctypes.c_uint64]
         self.library.plan_of.argtypes = [*pointers, POINTER(c_int64)]
-        for name in ("plan_of", "size_of_conv", "bank_conflicts"):
+        for name in ("plan_of", "size_of_conv"):
             getattr(self.library, name).restype = c_int64
         assert self.library.size_of_conv() == ctypes.sizeof(Conv)
         self.device, self.tf32 = LARGE, False
@@ -129,7 +129,3 @@ class ChainEmulation(Library):
         )
         self._finish(self.library.chain(*given, *pointers, self.seed))
         return y
-
-    def bank_conflicts(self) -> int:
-        """Of the last call's loads of matrices."""
-        return self.library.bank_conflicts()

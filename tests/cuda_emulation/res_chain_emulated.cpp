@@ -29,6 +29,4 @@ const char* chain(int kind, const ChainShape* shape, const Conv* convs, int coun
   });
 }
 
-int64_t bank_conflicts() { return emulator::machine.bank_conflicts; }
-
 }  // extern "C"
