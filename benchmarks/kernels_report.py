@@ -26,6 +26,7 @@ from fused_res.kernels import bn_act_bwd, bn_act_fwd, conv_tiles, launch
 from fused_res.kernels import conv_bn_act as conv_kernels
 from fused_res.kernels import training_convolution as training_kernels
 from report import cuda_resources as cuda
+from report import memory_requests
 from report.cuda_resources import Resources
 from report.tables import replaced
 from triton.backends.compiler import GPUTarget
@@ -472,6 +473,12 @@ def main(argv: list[str] | None = None) -> int:
                     words = (" ".join(pair) for pair in zip(section.labels, row.what, strict=True))
                     what = f"{row.kernel}, {', '.join(words)}, {row.dtype} on {target}"
                     print(f"spills: {what}: {r.stack} bytes, {r.spills} instructions")
+    if not args.target:
+        requests = memory_requests.table()
+        print(requests)
+        if args.write:
+            new = replaced(args.write.read_text(), *markers("requests"), requests)
+            args.write.write_text(new)
     return int(spilled)
 
 

@@ -37,7 +37,9 @@ MAPS = ((3, 7, 7), (2, 15, 15), (3, 8, 12), (1, 33, 17), (40, 1, 1), (2, 3, 70))
 
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory):
-    return HaloEmulation(tmp_path_factory.mktemp("emulation"), COMPILER)
+    emulation = HaloEmulation(tmp_path_factory.mktemp("emulation"), COMPILER)
+    emulation.count_requests(True)
+    return emulation
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,9 @@ BLOCKS = {**KINDS, "wide": wide}
 
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory):
-    return ChainEmulation(tmp_path_factory.mktemp("emulation"), COMPILER)
+    emulation = ChainEmulation(tmp_path_factory.mktemp("emulation"), COMPILER)
+    emulation.count_requests(True)
+    return emulation
 
 
 @pytest.fixture(autouse=True)
@@ -275,7 +277,7 @@ MISSING = {
     "CHUNK_SYNC": "race: .* shared memory",
     "WAIT": "race: .* with a copy that was not waited for",
     "WARP_SYNC": "lanes that went different ways",
-    "CLUSTER_BARRIER": "before it may have started",
+    "CLUSTER_BARRIER": "another block.s shared memory before it may have started",
 }
 
 

@@ -13,7 +13,7 @@ with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT / "benchmarks")
     import kernels_report as report
     from fused_res.kernels import bn_act
-    from report import cuda_resources
+    from report import cuda_resources, memory_requests
 
 RESOURCES = cuda_resources.Resources(72, 512, *[0] * 16)
 SECTIONS = pytest.mark.parametrize("section", report.SECTIONS, ids=lambda section: section.name)
@@ -63,6 +63,19 @@ def test_no_kernel_is_missing(section):
     assert set(re.findall("^#### (.*)$", written(section.name), re.M)) == wanted
 
 
+def test_what_is_asked_of_memory_is_told_of_every_cuda_kernel_that_moves_tensors():
+    head, _, *rows = [
+        line.strip("| ").split(" | ") for line in written("requests").strip().splitlines()
+    ]
+    assert head == ["kernel", "of", *memory_requests.COLUMNS.values()]
+    assert all(re.fullmatch(r"-|\d+\.\d\d", cell) for row in rows for cell in row[2:])
+    launched = "".join(path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cuh"))
+    names = set(re.findall(r'launch\w*\(\s*"(\w+)"', launched))
+    # launched for SyncBatchNorm, or for what a backward pass computes again
+    seldom = {"bn_act_statistics", "bn_act_statistics_merge", "bn_act_fwd_reapply"}
+    assert {row[0] for row in rows} == names - seldom
+
+
 def test_dtypes_and_architectures_that_agree_are_merged():
     rows = [
         report.Row("stats", ("NCHW",), dtype, (RESOURCES, RESOURCES._replace(registers=registers)))
@@ -87,8 +100,10 @@ def test_spills_are_written_and_told(spilled, monkeypatch, tmp_path, capsys):
             )
         ],
     )
+    monkeypatch.setattr(memory_requests, "table", lambda: "| kernel |")
     path = tmp_path / "kernels.md"
-    sections = ["\n".join(report.markers(section.name)) for section in report.SECTIONS]
+    names = [*(section.name for section in report.SECTIONS), "requests"]
+    sections = ["\n".join(report.markers(name)) for name in names]
     path.write_text("before\n" + "\n".join(sections) + "\nafter\n")
     assert report.main(["--write", str(path)]) == int(spilled is not None)
     text, told = path.read_text(), capsys.readouterr()
