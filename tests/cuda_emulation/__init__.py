@@ -186,9 +186,11 @@ class Library:
         self.library.count_requests(counted)
 
     def requests(self) -> dict[tuple[str, str, str], Cost]:
-        """(kernel, "shared" or "global", "load", "store" or "ldmatrix") -> cost, of the last call."""
+        """(kernel, "shared" or "global", "load", "store" or "ldmatrix") -> of the last call."""
         lines = (line.split() for line in self.library.requests().decode().splitlines())
-        return {tuple(key): Cost(*map(int, cost)) for *key, cost in ((*x[:3], x[3:]) for x in lines)}
+        return {
+            tuple(key): Cost(*map(int, cost)) for *key, cost in ((*x[:3], x[3:]) for x in lines)
+        }
 
     def bank_conflicts(self) -> dict[str, int]:
         """Kernel -> wavefronts of ldmatrix above the least, where there are any."""

@@ -50,7 +50,7 @@ namespace emulator {
 constexpr size_t kStack = 128 << 10;
 constexpr size_t kMaxShared = 48 << 10;  // arrays of a block
 constexpr size_t kMaxDynamic = 227 << 10;
-constexpr size_t kLeastShared = 2;        // bytes of an access to shared memory
+constexpr size_t kLeastShared = 2;         // bytes of an access to shared memory
 constexpr int64_t kMaxShadowed = 8 << 20;  // elements of an allocation whose accesses may race
 
 struct Count {
@@ -101,7 +101,7 @@ struct Block {
   int64_t index = 0;
   std::unique_ptr<char[]> shared_memory;  // arrays, then the dynamic one
   std::optional<Shadow> shadow;           // of it
-  int remote = -1;                        // barriers of the cluster before another block's last access
+  int remote = -1;  // barriers of the cluster before another block's last access
   Stop stop = Stop::block_barrier;
 };
 
@@ -122,7 +122,7 @@ struct Machine {
   int rank = 0, together = 1;            // its number among those that run together
   std::map<const void*, size_t> shared;  // offsets, by declaration
   size_t shared_used = 0, dynamic_bytes = 0;
-  unsigned most_together = ~0u;  // blocks of a cooperative launch
+  unsigned most_together = ~0u;       // blocks of a cooperative launch
   uint32_t launches = 0, starts = 0;  // so far; of blocks that run together
   Requests requests;
 

@@ -13,7 +13,8 @@ namespace emulator {
 
 // A thread, and the barriers that it has passed: of its warp, block and cluster, where a barrier of
 // a scope counts in those inside too. Blocks of a cooperative launch are a cluster here. Later
-// launches see all that earlier ones did. Of several threads the first number that differs is kMany.
+// launches see all that earlier ones did. Of several threads the first number that differs is
+// kMany.
 struct Moment {
   uint32_t launch = 0, cluster = 0;  // launch 0: never
   uint16_t cluster_barriers = 0, block_barriers = 0, warp_barriers = 0;

@@ -75,8 +75,8 @@ class Requests {
            const std::source_location& where, bool matrix = false) {
     if (!counted) return;
     if (lanes_.size() <= (size_t)lane) lanes_.resize(lane + 1);
-    lanes_[lane].push_back({where.file_name(), where.line(), where.column(), p, bytes, shared,
-                            write, matrix});
+    lanes_[lane].push_back(
+        {where.file_name(), where.line(), where.column(), p, bytes, shared, write, matrix});
   }
 
   // Threads have come to a barrier: what their warps did together until there is added up.
@@ -111,7 +111,7 @@ class Requests {
       const bool shared = lanes[0].shared;
       const std::string what = lanes[0].matrix ? "ldmatrix" : lanes[0].write ? "store" : "load";
       costs_[kernel + (shared ? " shared " : " global ") + what].add(shared ? wavefronts(lanes)
-                                                                           : sectors(lanes));
+                                                                            : sectors(lanes));
     }
   }
 

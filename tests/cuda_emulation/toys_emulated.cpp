@@ -211,17 +211,17 @@ struct Toy {
   Launch launch;
   void (*kernels[2])(Given);
 };
-#define TOY(name, kind) {#name, Launch::kind, {name<false>, name<true>}}
+#define TOY(name, kind)                              \
+  {                                                  \
+    #name, Launch::kind, { name<false>, name<true> } \
+  }
 constexpr Toy kToys[] = {
-    TOY(block_barrier, plain),        TOY(write_after_read, plain),
-    TOY(warp_barrier, plain),         TOY(barrier_of_too_few, plain),
-    TOY(matrix, plain),               TOY(lanes_apart, plain),
-    TOY(wait_for_copy, plain),        TOY(wait_for_too_few, plain),
-    TOY(copy_of_another, plain),      TOY(copy_too_early, plain),
-    TOY(cluster_wait, cluster),       TOY(cluster_of_one, cluster),
-    TOY(cluster_start, cluster),      TOY(cluster_end, cluster),
-    TOY(grid_wait, grid),             TOY(grid_write_after_read, grid),
-    TOY(blocks_meet, plain),          TOY(block_reads, plain),
+    TOY(block_barrier, plain),        TOY(write_after_read, plain), TOY(warp_barrier, plain),
+    TOY(barrier_of_too_few, plain),   TOY(matrix, plain),           TOY(lanes_apart, plain),
+    TOY(wait_for_copy, plain),        TOY(wait_for_too_few, plain), TOY(copy_of_another, plain),
+    TOY(copy_too_early, plain),       TOY(cluster_wait, cluster),   TOY(cluster_of_one, cluster),
+    TOY(cluster_start, cluster),      TOY(cluster_end, cluster),    TOY(grid_wait, grid),
+    TOY(grid_write_after_read, grid), TOY(blocks_meet, plain),      TOY(block_reads, plain),
     TOY(threads_meet, plain),
 };
 
