@@ -152,6 +152,8 @@ def _arithmetic(code: list[Operation], made: list[dict], place: int, operands) -
 def _compared(operation: Operation) -> list[str]:
     """What is compared with zero, or of which and zero the larger is taken."""
     name, operands = operation
+    if name.startswith("F2FP.RELU"):  # two values, as they are rounded
+        return [o for o in operands[1:3] if o not in _ZERO]
     between = ()
     if re.match(r"FSETP\.(GTU|LEU|GT|LE)\b", name):
         between = operands[2:4]
@@ -173,14 +175,12 @@ def signs(code: list[Operation]) -> Counter[tuple[str, ...]]:
             last = last | dict.fromkeys(written, place)
     found: Counter[tuple[str, ...]] = Counter()
     for place, operation in enumerate(code):
-        compared = _compared(operation)
-        if not compared:
-            continue
-        chain, at = [], _arithmetic(code, made, place, compared)
-        while at >= 0 and len(chain) < 3:
-            chain.append(re.match(r"F[A-Z]+", code[at].name)[0])
-            at = _arithmetic(code, made, at, code[at].operands[1:3])
-        found[tuple(chain)] += 1
+        for compared in _compared(operation):
+            chain, at = [], _arithmetic(code, made, place, [compared])
+            while at >= 0 and len(chain) < 3:
+                chain.append(re.match(r"F[A-Z]+", code[at].name)[0])
+                at = _arithmetic(code, made, at, code[at].operands[1:3])
+            found[tuple(chain)] += 1
     return found
 
 

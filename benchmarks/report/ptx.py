@@ -48,7 +48,7 @@ class Kernel(NamedTuple):
 
 
 def split_operands(text: str) -> tuple[str, ...]:
-    """"{%r1, %r2}, [%rd1+16], 4" as three."""
+    """ "{%r1, %r2}, [%rd1+16], 4" as three."""
     found, depth, word = [], 0, ""
     for character in text:
         depth += (character in "{[(") - (character in "}])")
