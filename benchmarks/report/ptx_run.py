@@ -64,7 +64,8 @@ def _quotient(a, b):
 _COMPARE = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le,
             "gt": operator.gt, "ge": operator.ge, "ltu": operator.lt, "gtu": operator.gt,
             "leu": operator.le, "geu": operator.ge, "lo": operator.lt, "hi": operator.gt,
-            "ls": operator.le, "hs": operator.ge, "equ": operator.eq, "neu": operator.ne}  # fmt: skip
+            "ls": operator.le, "hs": operator.ge, "equ": operator.eq,
+            "neu": operator.ne}  # fmt: skip
 _ARITHMETIC = {
     "add": operator.add, "sub": operator.sub, "and": operator.and_, "or": operator.or_,
     "xor": operator.xor, "min": np.minimum, "max": np.maximum, "div": _quotient,

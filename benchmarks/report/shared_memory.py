@@ -150,9 +150,7 @@ class SharedMemory:
         self._may_be_overwritten(cells)
         used = self.readers[cells] | self.writers[cells]
         self._check("barrier", used, "a TMA load with no barrier after a thread's access")
-        self._check(
-            "fence", self.unfenced[cells], "a TMA load with no fence after a thread's store"
-        )
+        self._check("fence", self.unfenced[cells], "a TMA load with no fence after a store")
         coming = (self.loading[cells] > 0) | (self.copying[cells] > 0)
         self._check("wait", coming, "a TMA load where another copy is on its way")
         self._check("bytes", barrier not in self.mbarriers, "a TMA load on no mbarrier")
@@ -175,10 +173,8 @@ class SharedMemory:
     def _read_async(self, cells, what: str) -> None:
         coming = (self.loading[cells] > 0) | (self.copying[cells] > 0)
         self._check("wait", coming, f"{what} reads before a copy is waited for")
-        self._check("fence", self.unfenced[cells], f"{what} with no fence after a thread's store")
-        self._check(
-            "barrier", self.writers[cells], f"{what} with no barrier after a thread's store"
-        )
+        self._check("fence", self.unfenced[cells], f"{what} with no fence after a store")
+        self._check("barrier", self.writers[cells], f"{what} with no barrier after a store")
 
     def accumulate(self, sums: list[str]) -> None:
         self.sums |= dict.fromkeys(sums, self.groups["product"])

@@ -58,7 +58,8 @@ def few():
 
 @pytest.fixture(scope="module")
 def relu():
-    return compiled("relu", "sm_90")
+    """With each kernel's machine code."""
+    return [kernel | {"code": code_of(kernel)} for kernel in compiled("relu", "sm_90")]
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,7 @@ def code_of(kernel: dict) -> list[checks.Operation]:
 def test_a_relus_sign_is_the_same_sum_in_every_kernel_of_triton(relu):
     seen = set()
     for kernel in relu:
-        wrong = checks.wrong_signs(code_of(kernel), least=4)
+        wrong = checks.wrong_signs(kernel["code"], least=4)
         assert not wrong, (kernel["name"], wrong)
         seen.add(kernel["kernel"])
     assert seen == {"_bn_act_fwd_apply_kernel", "_bn_act_bwd_reapply_kernel", DESCRIPTOR,
@@ -259,7 +260,7 @@ def test_a_relus_sign_is_the_same_sum_in_every_kernel_of_triton(relu):
 def test_another_sum_is_caught(relu, fault):
     """In machine code: x * scale + (shift - centre * scale) and its like."""
     kernel = next(k for k in relu if k["kernel"] == "_bn_act_fwd_apply_kernel")
-    code, planted = code_of(kernel), []
+    code, planted = kernel["code"], []
     for operation in code:
         name, operands = operation
         if name == "FFMA" and fault == "mul and add":
@@ -316,7 +317,7 @@ def test_cuda_has_no_load_that_is_not_coherent(library):
 
 def test_passes_over_the_elements_have_no_float64(relu):
     for kernel in relu:
-        pipes = checks.pipes(code_of(kernel))
+        pipes = checks.pipes(kernel["code"])
         assert pipes.bytes > 0 and pipes.fp64 == 0, kernel["name"]
         assert pipes.special_per_byte < 0.1, kernel["name"]
 

@@ -41,13 +41,14 @@ def _few(configurations: list) -> list:
 
 def chosen(what: str) -> list:
     """descriptor: all kernels with tensor descriptors; few: some of them; pointer: the other
-    convolutions; bn_act: all of it; relu: those that compute the sign of a ReLU once more."""
+    convolutions; bn_act: all of it; relu: those that compute the sign of a ReLU once more, half of the
+    convolutions."""
     if what == "bn_act":
         return report.configurations()
     if what == "relu":
         again = [c for c in report.configurations() if c.kernel.endswith("reapply_kernel")]
         epilogues = [c for c in TRAINING() if c.residual == "RELU"]
-        return reapplied() + again + epilogues
+        return reapplied() + again + epilogues[::2]
     kind = "pointer" if what == "pointer" else "descriptor"
     every = [c for c in TRAINING() + INFERENCE() if c.kernel.endswith(f"_{kind}_kernel")]
     return _few(every) if what == "few" else every
