@@ -147,7 +147,7 @@ PLANTED = {
     "a TMA store that is not waited for": (
         "wait", every(r"cp\.async\.bulk\.wait_group\.read\s+0;", "//")),
     "a block that is done before its TMA store": (
-        "wait", every(r"cp\.async\.bulk\.wait_group\s+0;", "//")),
+        "wait", once(r"cp\.async\.bulk\.wait_group(\.read)?\s+0;", "//", -1)),
 }  # fmt: skip
 
 

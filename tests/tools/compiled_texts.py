@@ -41,8 +41,8 @@ def _few(configurations: list) -> list:
 
 def chosen(what: str) -> list:
     """descriptor: all kernels with tensor descriptors; few: some of them; pointer: the other
-    convolutions; bn_act: all of it; relu: those that compute the sign of a ReLU once more, half of the
-    convolutions."""
+    convolutions; bn_act: all of it; relu: those that compute the sign of a ReLU once more,
+    half of the convolutions."""
     if what == "bn_act":
         return report.configurations()
     if what == "relu":
