@@ -1,6 +1,7 @@
 # Every target works from a fresh clone: it makes a virtual environment in .venv and installs into it.
 #   make run    the demo        make test     the tests     make bench   CPU benchmarks
 #   make test-slow   what the sweeps among the tests leave out of make test
+#   make test-triton   the Triton kernels' tests on Triton 3.6, which torch 2.11 brings
 #   make lint   style checks    make wheel    dist/*.whl    make sanitize  ASan + UBSan
 #   make docs   the documentation, as a site in build/site
 #   make kernels-report   what the compilers make of the GPU kernels
@@ -13,7 +14,7 @@ TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 
-.PHONY: run test test-slow lint bench wheel sanitize docs coverage kernels-report gpu clean
+.PHONY: run test test-slow test-triton test-triton-slow lint bench wheel sanitize docs coverage kernels-report gpu clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +43,26 @@ test: $(VENV)/.tests
 
 test-slow: $(VENV)/.tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m slow -n auto --dist loadfile
+
+# Triton 3.6 in a folder of its own, which comes first on the path: so there is one torch. Its
+# interpreter does not run on NumPy 2.4.
+OLD_TRITON := $(VENV)/triton-3.6.0
+$(OLD_TRITON)/.made: $(VENV)/.tests
+	$(PY) -m pip install -q --no-deps --upgrade --target $(OLD_TRITON) triton==3.6.0 "numpy<2.4"
+	touch $@
+
+ON_OLD_TRITON = OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(OLD_TRITON)) $(PY) -m pytest -n auto
+COMPILED := tests/package/test_triton_compile.py tests/package/test_compiled_code.py
+# Less what tests the tests, and takes a third of the time.
+test-triton: $(OLD_TRITON)/.made
+	$(ON_OLD_TRITON) --dist load tests/package/test_tensor_maps.py tests/*/test_triton.py \
+		-k "not caught and not opcheck and not bytes and not of_any_layout"
+	$(ON_OLD_TRITON) --dist loadfile tests/package/test_compiled_code.py -k "not cuda"
+
+# All of it, and every configuration compiled.
+test-triton-slow: $(OLD_TRITON)/.made
+	$(ON_OLD_TRITON) --dist load tests/*/test_triton*.py -m "slow or not slow"
+	$(ON_OLD_TRITON) --dist loadfile $(COMPILED) -m "slow or not slow" -k "not cuda"
 
 lint: $(VENV)/.tests
 	$(PY) -m ruff check .

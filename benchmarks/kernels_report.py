@@ -278,8 +278,8 @@ def read_amdgcn(text: str, shared: int) -> Resources:
     return Resources(field["vgpr_count"], shared, field["private_segment_fixed_size"], **mix)
 
 
-def compile_for(c: Configuration, target: str) -> Resources:
-    """Compiles one configuration; raises what the compiler raises."""
+def build(c: Configuration, target: str):
+    """Triton's compiled kernel of one configuration; raises what the compiler raises."""
     source = ASTSource(
         fn=KERNELS[c.kernel],
         signature=dict(c.signature),
@@ -288,10 +288,13 @@ def compile_for(c: Configuration, target: str) -> Resources:
         attrs={(i,): [["tt.divisibility", 16]] for i in c.divisible},
     )  # fmt: skip
     gpu = TARGETS[target]
-    options = launch.options(c.warps, gpu.warp_size)
-    if c.stages is not None:
-        options["num_stages"] = c.stages
-    built = triton.compile(source, target=gpu, options=options)
+    options = launch.options(c.kernel, c.warps, gpu.warp_size, c.stages)
+    return triton.compile(source, target=gpu, options=options)
+
+
+def compile_for(c: Configuration, target: str) -> Resources:
+    """What the compiler made of one configuration."""
+    built = build(c, target)
     if target.startswith("gfx"):
         return read_amdgcn(built.asm["amdgcn"], built.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

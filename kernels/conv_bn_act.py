@@ -271,7 +271,7 @@ class _Launch(NamedTuple):
             "R": r, "S": s, "PAD_H": conv.padding[0], "PAD_W": conv.padding[1],
             "DIL_H": conv.dilation[0], "DIL_W": conv.dilation[1], "ACT": ACTS.index(self.act),
             "BN": config.BN, "BK": config.BK, "INTERPRETED": INTERPRETED, "warps": config.warps,
-            "stages": config.stages,
+            "stages": conv_tiles.stages(config, self.x.device),
         }  # fmt: skip
 
     def _run_descriptor(self) -> None:

@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_res.reference import ConvNorm
 
-from .launch import INTERPRETED, ceil_div
+from .launch import INTERPRETED, VERSION, ceil_div
 
 # --- device functions
 
@@ -238,6 +238,22 @@ def fitted(problem: Problem, config: Config) -> Config:
     depth = triton.next_power_of_2(problem.taps * problem.C)
     bn = max(16, min(config.BN, triton.next_power_of_2(channels)))
     return config._replace(BN=bn, BK=max(16, min(bk, depth)))
+
+
+def pipeline(config: Config, through_async_proxy: bool) -> int:
+    """Stages of the pipelined loop of a launch. through_async_proxy: the GPU's tensor cores read
+    shared memory themselves, as Hopper's and Blackwell's do.
+
+    Triton 3.6 puts no proxy fence between cp.async and such products: they may read what was there
+    before. With one stage it takes no cp.async, and does put one.
+    """
+    unfenced = VERSION < (3, 9) and through_async_proxy and config.kind == "pointer"
+    return 1 if unfenced else config.stages
+
+
+def stages(config: Config, device: torch.device) -> int:
+    """``pipeline`` on a device."""
+    return pipeline(config, device.type == "cuda" and gpu(device)[1])
 
 
 @functools.lru_cache(maxsize=MOST_PROBLEMS)

@@ -21,10 +21,22 @@ INTERPRETED = not isinstance(_nothing, triton.JITFunction)
 GRAPHS = torch.backends.cuda.is_built() and not INTERPRETED
 
 
-def options(warps: int, threads_of_warp: int) -> dict:
-    """Triton's options for ``warps`` of 32 threads: AMD's CDNA has warps of 64."""
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+# Of these ptxas spills registers to fit one more program on a multiprocessor, as Triton 3.6 makes
+# them, unless it is told how many registers there are.
+SPILLED = ("_bn_act_fwd_small_kernel", "_bn_act_bwd_small_kernel", "_bn_act_bwd_sums_kernel")
+
+
+def options(kernel: str, warps: int, threads_of_warp: int, stages: int | None = None) -> dict:
+    """Triton's options for a kernel of this name with ``warps`` of 32 threads: AMD's CDNA has warps
+    of 64. ``stages``: of its pipelined loop; None: Triton's default."""
     # enable_fp_fusion is given because its default changes with Triton 3.10
-    return {"num_warps": max(1, warps * 32 // threads_of_warp), "enable_fp_fusion": True}
+    found = {"num_warps": max(1, warps * 32 // threads_of_warp), "enable_fp_fusion": True}
+    if stages is not None:
+        found["num_stages"] = stages
+    if kernel in SPILLED and threads_of_warp == 32 and VERSION < (3, 9):
+        found["maxnreg"] = 255
+    return found
 
 
 def run(kernel, grid: tuple[int, ...], warps: int, stages: int | None = None, **arguments) -> None:
@@ -37,8 +49,8 @@ def run(kernel, grid: tuple[int, ...], warps: int, stages: int | None = None, **
         RuntimeError: a CUDA graph is captured, and the kernel is not compiled yet. Loading it may
             wait for the device, which ends the capture.
     """
-    pipeline = {} if stages is None else {"num_stages": stages}
-    launch = partial(kernel[grid], **arguments, **options(warps, WARP), **pipeline)
+    given = options(kernel.fn.__name__, warps, WARP, stages)
+    launch = partial(kernel[grid], **arguments, **given)
     if not (GRAPHS and torch.cuda.is_current_stream_capturing()):
         launch()
         return

@@ -300,7 +300,8 @@ class _Launch(NamedTuple):
             "partial": self.partial, **self.epilogue.arguments(), "K": k, "R": r, "S": s,
             "PAD_H": phase.padding[0], "PAD_W": phase.padding[1], "DIL_H": phase.dilation[0],
             "DIL_W": phase.dilation[1], "BN": config.BN, "BK": config.BK,
-            "INTERPRETED": INTERPRETED, "warps": config.warps, "stages": config.stages,
+            "INTERPRETED": INTERPRETED, "warps": config.warps,
+            "stages": conv_tiles.stages(config, self.x.device),
         }  # fmt: skip
 
     def _pixels(self) -> dict[str, int]:

@@ -10,6 +10,7 @@ from fused_res.dispatch import inference_conv, tuning, user_timings
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 sys.path.append(str(Path(__file__).parent / "tools"))
+from tensor_maps import tensor_maps  # noqa: F401  (a fixture of every test)
 
 # Without a GPU Triton's kernels run in its interpreter: so says this variable where they are
 # imported. It is set for that and in tests/*/test_triton.py; to other tests there is no Triton.

@@ -21,6 +21,7 @@ if torch.cuda.is_available():
 from fused_res.kernels import conv_bn_act as kernels
 from fused_res.kernels import conv_tiles, launch
 from triton.runtime.errors import InterpreterError
+from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_traffic import Traffic
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -177,7 +178,10 @@ def test_float32_that_is_not_to_be_rounded(monkeypatch):
 
 
 def test_tf32_is_rounded_where_it_is_loaded_and_not_where_it_is_stored(monkeypatch):
-    """As GPUs are told to, because their tensor cores would cut it off."""
+    """As GPUs are told to, because their tensor cores would cut it off. Triton 3.6 has no such
+    descriptors: see ``test_float32_in_descriptors``."""
+    if "round_f32_to_tf32" not in TensorDescriptor.__dataclass_fields__:
+        pytest.skip("Triton before 3.7 rounds nothing where it is loaded")
     monkeypatch.setattr(conv_tiles, "ROUND", {"round_f32_to_tf32": True})
     for name in ("projection", "stride 2 and projection"):
         call = DESCRIBED[name]()
