@@ -18,8 +18,8 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT / "benchmarks")
-    from report import compiled_checks as checks
-    from report import cuda_resources, ptx, ptx_run
+    from compiled_code import checks, ptx, ptx_run
+    from report import cuda_resources
 
 DESCRIPTOR = "_training_convolution_fwd_bwd_descriptor_kernel"
 # Of kernels and targets; the first is quick.
@@ -34,8 +34,8 @@ def compiling() -> dict[str, str]:
 
 
 def compiled(what: str, target: str) -> list[dict]:
-    """As ``compiled_texts.py`` prints it."""
-    script = ROOT / "tests/tools/compiled_texts.py"
+    """As ``compiled_code/texts.py`` prints it."""
+    script = ROOT / "tests/tools/compiled_code/texts.py"
     run = subprocess.run(
         [sys.executable, str(script), target, what],
         capture_output=True,

@@ -1,7 +1,7 @@
 """Reads the text that a compiler made of a kernel: its PTX as a list of instructions, the order of
 its parameters, and the boxes of its tensor descriptors.
 
-``ptx_run.py`` runs such a kernel for one block, ``compiled_checks.py`` says what must hold.
+``ptx_run.py`` runs such a kernel for one block, ``checks.py`` says what must hold.
 """
 
 from __future__ import annotations

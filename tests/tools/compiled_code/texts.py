@@ -1,5 +1,5 @@
 """What Triton's compiler made of kernels, as text; in a process in which Triton compiles instead of
-interpreting: ``python compiled_texts.py sm_90 bn_act`` prints JSON."""
+interpreting: ``python texts.py sm_90 bn_act`` prints JSON."""
 
 from __future__ import annotations
 

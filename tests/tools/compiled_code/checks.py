@@ -13,7 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from . import cuda_resources as cuda
+from report import cuda_resources as cuda
+
 from . import ptx
 from .ptx_run import Block
 
