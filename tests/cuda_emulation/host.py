@@ -117,7 +117,7 @@ class Host:
         self._library.host_clear()
         self.set()
         self.use(self.device())
-        self.launches, self.calls = [], []
+        self.launches, self.calls, self._placed = [], [], []
         self._ops.cuda_plan(0)
 
     def device(
@@ -152,6 +152,7 @@ class Host:
     def place(self, t: Tensor, device: int) -> Tensor:
         """``t`` is on another device; -1: on the CPU."""
         self._library.host_place(t.data_ptr(), device)
+        self._placed.append(t)  # no other tensor gets its address
         return t
 
     def plant(self, fault: str) -> None:
