@@ -1,6 +1,6 @@
-"""The host code of conv_halo's CUDA kernel, run on the CPU by tests/cuda_emulation/host.py: forward,
-statistics and gradient by the 1.5 x rule on devices of all sizes; its checks and its launches. And
-faults planted, which must be caught."""
+"""The host code of conv_halo's CUDA kernel, run on the CPU by tests/cuda_emulation/host.py:
+forward, statistics and gradient by the 1.5 x rule on devices of all sizes; its checks and its
+launches. And faults planted, which must be caught."""
 
 import itertools
 
@@ -197,7 +197,9 @@ def test_calls_that_are_refused(host):
             given[NAMES.index(name)] = value
         refused(host, message, "conv_halo", *given)
     wide = draw(torch.bfloat16, (1, 65, 3, 3), 24, residual=False)
-    refused(host, "convolutions of 65 to 24 channels are too large", "conv_halo", *arguments(**wide))
+    refused(
+        host, "convolutions of 65 to 24 channels are too large", "conv_halo", *arguments(**wide)
+    )
     y, stats = call["residual"], torch.rand(5, 16)
     for wrong in (stats[:4], stats[:, :15], stats.double(), torch.rand(16, 5).T,
                   host.place(stats.clone(), other)):  # fmt: skip

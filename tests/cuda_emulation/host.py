@@ -164,7 +164,7 @@ class Host:
 
     def fake(self, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> Tensor:
         """A tensor that has no memory."""
-        n, c, h, w = shape
+        _, c, h, w = shape
         strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
         return self._ops.fake(shape, strides, dtype)
 

@@ -129,7 +129,7 @@ def refused(host, message, given, blocks, **changed):
 
 def test_calls_that_are_refused(host):
     x, blocks = draw((2, 16, 6, 6), torch.bfloat16, "single", 1)
-    weights, biases, norms, eps, program = parameters(blocks)
+    weights, _, norms, _, program = parameters(blocks)
     other = host.device(20)
     ok, numbers = torch.ones(16), "size must be 1 or 3, channels 1 to 128, act 0, 1 or 2, last 0"
     for message, changed in (
@@ -200,7 +200,7 @@ def test_an_error_of_the_runtime(host, function):
 @pytest.mark.parametrize("shape", [(2**23, 128, 2, 2), (2**27, 16, 1, 1)])
 def test_more_than_2_to_the_31_elements(host, shape):
     host.set(runs=False, fakes=True)
-    x, blocks = draw((1, *shape[1:]), torch.bfloat16, "single")
+    _, blocks = draw((1, *shape[1:]), torch.bfloat16, "single")
     y = call(host, host.fake(shape, True, torch.bfloat16), blocks)
     chain = host.launches[-1]
     assert tuple(y.shape) == shape and chain.blocks % 132 < 133
