@@ -48,13 +48,14 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory):
-    """csrc/cuda's host code on the CPU, built once for all tests of it."""
+    """csrc/cuda's host code on the CPU, built once for all tests of it, in any process."""
     from cuda_emulation.host import Host
 
     compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    return Host(tmp_path_factory.mktemp("host"), compiler)
+    folder = tmp_path_factory.getbasetemp()
+    return Host(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder, compiler)
 
 
 @pytest.fixture

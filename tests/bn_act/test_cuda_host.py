@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("none", "tensor", "norm")
 GPU_SHAPES = [(32, 64, 56, 56), (8, 256, 14, 14), (64, 32, 8, 8), (32, 512, 7, 7), (5, 13, 9, 7),
-              (2, 1030, 6, 5), (128, 64, 56, 56), (16, 24, 64, 64)]  # fmt: skip
+              (2, 1030, 6, 5), (16, 24, 64, 64)]  # fmt: skip
 
 
 def spread(t):
@@ -72,15 +72,15 @@ SHAPES = ((3, 192, 2, 8), (2, 193, 3, 5), (40, 200, 1, 1))
 MODES = [*itertools.product(LAYOUTS, PLANS, ACTS, (True, False))]
 
 
-@pytest.mark.parametrize("share", sweep(range(3), quick=[0]))
+@pytest.mark.parametrize("share", sweep(range(4), quick=[0]))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_mode(host, run, kind, dtype, share):
-    """16 of the 48 modes, which are held to the rule together, for a few numbers are luck."""
+    """12 of the 48 modes, which are held to the rule together, for a few numbers are luck."""
     modes = [
         (i, *mode)
         for i, mode in enumerate(MODES)
-        if (i // 6 + i % 6 + KINDS.index(kind) + DTYPES.index(dtype)) % 3 == share
+        if (i // 6 + i % 6 + KINDS.index(kind) + DTYPES.index(dtype)) % 4 == share
     ]
     plans, places = {}, {}
     for i, layout, plan, act, training in modes:

@@ -10,6 +10,7 @@ that overflows, an error that is left behind. The runtime refuses launches that 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import re
 import subprocess
 from ctypes import c_bool, c_char_p, c_int, c_void_p
@@ -61,6 +62,14 @@ class Launch(NamedTuple):
     stream: int
 
 
+def build_once(folder: Path, compiler: str) -> Path:
+    """The library; of several processes that want it the first builds it."""
+    with (folder / "host.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = folder / "host.so"
+        return path if path.exists() else build(folder, compiler)
+
+
 def build(folder: Path, compiler: str) -> Path:
     """The library; two compilers at a time."""
     objects = [folder / f"{source.stem}.o" for source in SOURCES]
@@ -89,7 +98,7 @@ class Host:
     """Calls ops by name. Tensors are on the device ``use`` names; the current one is device 0."""
 
     def __init__(self, folder: Path, compiler: str):
-        path = build(folder, compiler)
+        path = build_once(folder, compiler)
         self._definitions = torch.library.Library(NAMESPACE, "DEF")
         for name in names():
             schema = str(getattr(torch.ops.fused_res, name).default._schema)

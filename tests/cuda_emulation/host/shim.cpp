@@ -34,10 +34,10 @@ struct State {
   int current = 0, of_tensors = 0;
   bool runs = true, fakes = false;  // kernels run; allocations are addresses alone
   uint64_t seed = 0;
-  int most_together = 1 << 30;             // blocks of a cooperative launch
-  std::map<std::string, int> refused;      // errors of functions, by name
-  std::map<const void*, int> elsewhere;    // devices of tensors that are not on of_tensors
-  std::set<std::string> planted;           // faults
+  int most_together = 1 << 30;           // blocks of a cooperative launch
+  std::map<std::string, int> refused;    // errors of functions, by name
+  std::map<const void*, int> elsewhere;  // devices of tensors that are not on of_tensors
+  std::set<std::string> planted;         // faults
   std::map<std::pair<const void*, int>, int> allowed;  // bytes of dynamic shared memory
   cudaError_t last_error = cudaSuccess;
   std::vector<AtenTensorHandle> kept;  // tensors of this call, whose memory is not used again
@@ -73,9 +73,7 @@ std::string name_of(const void* kernel) {
 }
 
 // Static shared memory of a kernel: as much as the host code counts on.
-int static_bytes(const std::string& name) {
-  return name.find("bn_act") == 0 ? kStaticOfNorm : 0;
-}
+int static_bytes(const std::string& name) { return name.find("bn_act") == 0 ? kStaticOfNorm : 0; }
 
 int cluster_of(const cudaLaunchConfig_t& config) {
   return config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
@@ -124,9 +122,9 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& given, bool coo
   const std::string name = name_of(kernel);
   const dim3& grid = config.gridDim;
   const int threads = config.blockDim.x, cluster = cluster_of(config);
-  const cudaError_t error = answer(cooperative ? "cudaLaunchCooperativeKernel"
-                                               : "cudaLaunchKernelEx",
-                                   check(kernel, config, cooperative));
+  const cudaError_t error =
+      answer(cooperative ? "cudaLaunchCooperativeKernel" : "cudaLaunchKernelEx",
+             check(kernel, config, cooperative));
   if (config.stream != state.devices[state.of_tensors].stream)
     violation(name + " is not on the current stream");
   if (error != cudaSuccess) return error;
@@ -164,8 +162,7 @@ void use(AtenTensorHandle tensor, const void* data, bool writable) {
       return;
     }
   const std::string name = "tensor" + std::to_string(emulator::machine.regions.size());
-  emulator::machine.regions.push_back(
-      {name, begin, begin + end, writable, emulator::Count{}});
+  emulator::machine.regions.push_back({name, begin, begin + end, writable, emulator::Count{}});
 }
 
 int device_of(AtenTensorHandle tensor) {
@@ -238,11 +235,13 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t index, void** stream) 
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cuda_convolution(
-    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const int64_t* stride,
-    int64_t strides, const int64_t* padding, int64_t paddings, const int64_t* dilation,
-    int64_t dilations, int32_t transposed, const int64_t* more, int64_t mores, int64_t groups,
-    AtenTensorHandle* result) {
+AOTITorchError aoti_torch_cuda_convolution(AtenTensorHandle x, AtenTensorHandle weight,
+                                           AtenTensorHandle* bias, const int64_t* stride,
+                                           int64_t strides, const int64_t* padding,
+                                           int64_t paddings, const int64_t* dilation,
+                                           int64_t dilations, int32_t transposed,
+                                           const int64_t* more, int64_t mores, int64_t groups,
+                                           AtenTensorHandle* result) {
   host::answer("convolution");
   return aoti_torch_cpu_convolution(x, weight, bias, stride, strides, padding, paddings, dilation,
                                     dilations, transposed, more, mores, groups, result);
@@ -255,8 +254,8 @@ AOTITorchError aoti_torch_cuda_convolution_backward(
     AtenTensorHandle* dx, AtenTensorHandle* dweight, AtenTensorHandle* dbias) {
   host::answer("convolution_backward");
   return aoti_torch_cpu_convolution_backward(dy, x, weight, bias, biases, stride, strides, padding,
-                                             paddings, dilation, dilations, transposed, more,
-                                             mores, groups, mask, masks, dx, dweight, dbias);
+                                             paddings, dilation, dilations, transposed, more, mores,
+                                             groups, mask, masks, dx, dweight, dbias);
 }
 
 // --- ... and the part that answers otherwise here (the linker's --wrap)
