@@ -196,6 +196,29 @@ def test_the_gradients_that_are_wanted(host, wanted, training, kind):
     assert bool(host.launches) == any(wanted)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_of_another_layout_than_x(host, layout, kind):
+    """The residual and dy, at any address: the same bits, laid out as x."""
+    x, residual, dy = (
+        torch.randn(3, 24, 4, 5).contiguous(memory_format=LAYOUTS[layout]) for _ in range(3)
+    )
+    (other,) = (f for name, f in LAYOUTS.items() if name != layout)
+    args = arguments(x, None if kind == "none" else residual, kind == "norm")
+    found = []
+    for lay in (torch.clone, lambda t: t.contiguous(memory_format=other), spread):
+        first = [*args[:3], None, None, *args[5:]]
+        if kind != "none":
+            first[8] = lay(residual)
+        y, mask, stats = host("bn_act_fwd", *first)
+        g = host("bn_act_bwd", lay(dy), x, args[1], True, first[8], first[9], first[10], True,
+                 stats, mask, 1, True, True, True)  # fmt: skip
+        assert y.stride() == x.stride() == g[0].stride() == g[3].stride()
+        found.append((y, mask, stats, *g))
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_and_what_is_made_again(host, dtype, layout):
