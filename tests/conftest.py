@@ -1,5 +1,7 @@
 import importlib
 import importlib.util
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -43,6 +45,25 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory):
+    """csrc/cuda's host code on the CPU, built once for all tests of it, in any process."""
+    from cuda_emulation.host import Host
+
+    compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.getbasetemp()
+    return Host(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder, compiler)
+
+
+@pytest.fixture
+def host(host_library):
+    """On a device of 132 multiprocessors that has clusters, which is not the current one."""
+    host_library.reset()
+    return host_library
 
 
 @pytest.fixture(autouse=True, scope="session")

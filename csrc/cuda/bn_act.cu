@@ -217,6 +217,7 @@ BnActBackward bn_act_bwd_cuda(const BnActBackwardCall& call) {
 std::array<Tensor, 2> bn_act_reapply_cuda(const Tensor& x_, const Tensor& stats) {
   check_stats(stats, false, x_);
   const Allocator device{x_.get_device_index()};
+  torch::stable::accelerator::DeviceGuard guard(device.index);
   const Tensor x = dense(x_);
   const cuda::Shape shape = shape_of(x);
   const int64_t run = run_of(shape);

@@ -164,12 +164,13 @@ std::tuple<Tensor, Tensor> conv_halo_gradient_cuda(const Tensor& dy, const Tenso
 
 // Whether conv_halo takes maps of such sizes, of `bytes` an element, on a device.
 bool conv_halo_fits(int64_t device, int64_t bytes, int64_t images, int64_t height, int64_t width,
-                    int64_t channels, int64_t out_channels, int64_t size) {
+                    int64_t channels, int64_t out_channels, int64_t size, int64_t epilogue) {
+  STD_TORCH_CHECK(0 <= epilogue && epilogue <= 2, "epilogue must be 0, 1 or 2");
   torch::stable::accelerator::DeviceGuard guard(device);
   const cuda::Kind kind = bytes == 2 ? cuda::Kind::bf16 : cuda::Kind::exact;
   const cuda::HaloConv conv = {images,        (int)height,       (int)width,
                                (int)channels, (int)out_channels, (int)size};
-  return cuda::plan_halo(kind, conv, Epilogue::affine, 0, halo_device(device)).fits;
+  return cuda::plan_halo(kind, conv, (Epilogue)epilogue, 0, halo_device(device)).fits;
 }
 
 }  // namespace fused_res

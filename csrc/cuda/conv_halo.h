@@ -18,6 +18,6 @@ std::tuple<Tensor, Tensor> conv_halo_gradient_cuda(const Tensor& dy, const Tenso
                                                    const Tensor& a, const Tensor& stats, bool tf32);
 
 bool conv_halo_fits(int64_t device, int64_t bytes, int64_t images, int64_t height, int64_t width,
-                    int64_t channels, int64_t out_channels, int64_t size);
+                    int64_t channels, int64_t out_channels, int64_t size, int64_t epilogue);
 
 }  // namespace fused_res

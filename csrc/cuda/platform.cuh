@@ -1,5 +1,7 @@
 // All uses of the device by the CUDA kernels, in one place. Compiled by a host compiler with
-// FUSED_RES_EMULATION, the same names come from tests/cuda_emulation/emulator.h.
+// FUSED_RES_EMULATION, the same names come from tests/cuda_emulation/emulator.h; with
+// FUSED_RES_EMULATED_RUNTIME too, the launches are those below, on the CUDA runtime of
+// tests/cuda_emulation/host.
 #pragma once
 #include <stdint.h>
 
@@ -11,6 +13,9 @@
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#endif
+
+#if !defined FUSED_RES_EMULATION || defined FUSED_RES_EMULATED_RUNTIME
 #include <cuda_runtime.h>
 
 #include <mutex>
@@ -21,18 +26,13 @@ namespace fused_res::cuda {
 
 using Stream = cudaStream_t;
 
-// An array of a block's shared memory; and the one whose size a cooperative launch sets.
-#define SHARED(type, name, count) __shared__ type name[count]
-#define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
-
-// Every block of a cooperative launch gets here, and sees what the others wrote before.
-__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
-
-// The name is for the emulation's messages and counts.
+// The name is for the emulation's messages and counts. Errors are the caller's to look at.
 template <class... Parameters, class... Arguments>
 inline void launch(const char*, void (*kernel)(Parameters...), dim3 grid, int threads,
                    Stream stream, const Arguments&... arguments) {
-  kernel<<<grid, threads, 0, stream>>>(arguments...);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = threads, config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // Lets a kernel have as much dynamic shared memory as the current device gives a block, once for
@@ -85,6 +85,19 @@ inline bool launch_together(const char*, void (*kernel)(Parameters...), unsigned
   cudaGetLastError();  // forgotten: the caller goes on without
   return false;
 }
+
+}  // namespace fused_res::cuda
+#endif
+
+#ifndef FUSED_RES_EMULATION
+namespace fused_res::cuda {
+
+// An array of a block's shared memory; and the one whose size a cooperative launch sets.
+#define SHARED(type, name, count) __shared__ type name[count]
+#define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+
+// Every block of a cooperative launch gets here, and sees what the others wrote before.
+__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 // Every access to global memory goes through these two.
 template <class V>

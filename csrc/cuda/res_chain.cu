@@ -145,9 +145,10 @@ Tensor res_chain_params_cuda(const Tensor& x, const std::vector<Tensor>& weights
 bool res_chain_fits(int64_t device, int64_t bytes, int64_t channels, int64_t height, int64_t width,
                     const std::vector<int64_t>& program) {
   const auto takes = [](int64_t n) { return 0 < n && n <= cuda::kMostChannels; };
-  bool fits = !program.empty() && takes(channels) && height < 1 << 16 && width < 1 << 16;
+  bool fits = !program.empty() && program.size() % kNumbers == 0 && takes(channels) &&
+              height < 1 << 16 && width < 1 << 16;
   std::vector<cuda::Conv> convs;
-  for (size_t i = 0; fits && i + kNumbers <= program.size(); i += kNumbers) {
+  for (size_t i = 0; fits && i < program.size(); i += kNumbers) {
     const int64_t* n = &program[i];
     fits = takes(n[1]);
     cuda::Conv conv{};

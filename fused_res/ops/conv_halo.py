@@ -34,11 +34,13 @@ library.define(
     "conv_halo_gradient(Tensor dy, Tensor weight, Tensor a, Tensor stats, bool tf32) "
     "-> (Tensor dx, Tensor partial)"
 )
-# Whether a CUDA device has enough shared memory; bytes: of an element.
+# Whether a CUDA device has enough shared memory; bytes: of an element. epilogue: which of the three
+# ops above, by place: the sums of the others need more than the first.
 library.define(
     "conv_halo_fits(int device, int bytes, int images, int height, int width, int channels, "
-    "int out_channels, int size) -> bool"
+    "int out_channels, int size, int epilogue) -> bool"
 )
+AFFINE, STATISTICS, GRADIENT = range(3)
 MOST_CHANNELS = 64
 
 
@@ -56,7 +58,7 @@ def unsuited(conv: ConvNorm) -> str | None:
     return None
 
 
-def why_not(x: Tensor, conv: ConvNorm) -> str | None:
+def why_not(x: Tensor, conv: ConvNorm, epilogue: int = AFFINE) -> str | None:
     """Why the kernel cannot run a convolution of x; None where it can. Ignores its norm."""
     if not x.is_cuda:
         return "it is not on a CUDA device"
@@ -65,7 +67,7 @@ def why_not(x: Tensor, conv: ConvNorm) -> str | None:
         return reason
     (n, _, h, w), (k, c, r, _) = x.shape, conv.weight.shape
     sizes = x.element_size(), n, h, w, c, k, r
-    if not torch.ops.fused_res.conv_halo_fits(x.device.index, *sizes):
+    if not torch.ops.fused_res.conv_halo_fits(x.device.index, *sizes, epilogue):
         return "its weights do not fit in the device's shared memory"
     return None
 
@@ -77,7 +79,7 @@ def trains(x: Tensor, conv: ConvNorm) -> bool:
         return False
     turned = conv._replace(weight=conv.weight.transpose(0, 1))
     dy = x[:, :1].expand(-1, len(conv.weight), -1, -1)
-    return why_not(x, conv) is None and why_not(dy, turned) is None
+    return why_not(x, conv, STATISTICS) is None and why_not(dy, turned, GRADIENT) is None
 
 
 def convolve(x: Tensor, conv: ConvNorm) -> tuple[Tensor, Tensor]:

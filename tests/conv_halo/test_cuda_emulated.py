@@ -373,7 +373,7 @@ def test_what_cannot_be_taken_is_said(monkeypatch):
     ):
         assert reason in why_not(call)
     assert why_not(Call(x, conv, image(2, 24, 6, 5))) is None
-    assert asked == [(0, 4, 2, 6, 5, 16, 24, 3)] * 2
+    assert asked == [(0, 4, 2, 6, 5, 16, 24, 3, 0)] * 2
 
 
 def test_shapes_without_a_device():

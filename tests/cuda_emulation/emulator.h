@@ -493,6 +493,7 @@ inline void __syncwarp() {
   const auto name = emulator::shared<type>(&name##_declaration, count)
 #define DYNAMIC_SHARED(type, name) const auto name = emulator::dynamic_shared<type>()
 
+#ifndef FUSED_RES_EMULATED_RUNTIME  // whose launches are those of platform.cuh
 namespace fused_res::cuda {
 
 struct Stream {};
@@ -517,6 +518,11 @@ inline bool launch_together(const char* name, void (*kernel)(Parameters...), uns
   emulator::launch(name, blocks, threads, blocks, shared_bytes, [&] { kernel(arguments...); });
   return true;
 }
+
+}  // namespace fused_res::cuda
+#endif
+
+namespace fused_res::cuda {
 
 inline void grid_barrier() { emulator::stop(emulator::Stop::grid_barrier); }
 
