@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
 from fused_res.reference import ConvNorm, Norm
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"

@@ -7,6 +7,7 @@ from ctypes import c_bool, c_char_p, c_int, c_uint64, c_void_p
 
 import pytest
 import torch
+
 from cuda_emulation import Cost, EmulationError, Library
 
 COMPILER = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")

@@ -1,1 +1,1 @@
-"""What compilers made of the GPU kernels: a reader of PTX, one block run from it, and what must hold."""
+"""What compilers made of the GPU kernels: PTX is read, one block is run from it, and checked."""
