@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -36,7 +37,7 @@ class Job(NamedTuple):
     name: str
     command: list[str]
     limit: float = math.inf
-    environ: dict[str, str] = {}
+    environ: dict[str, str] | None = None
 
 
 class Part(NamedTuple):
@@ -125,7 +126,7 @@ def run_job(part: str, job: Job, limit: float, environ: dict[str, str], logs: Pa
     last: deque[bytes] = deque()
     try:
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**environ, **job.environ}, stdin=subprocess.DEVNULL,
+            command, cwd=ROOT, env={**environ, **(job.environ or {})}, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     except OSError as error:
@@ -162,6 +163,13 @@ def unreadable(rows: Path) -> list[str]:
     return found
 
 
+def keep_timings(part: str, cache: Path, rows: Path) -> None:
+    """Keeps the tables that first use and ``tune`` wrote, for ``table.py --dispatch``."""
+    for path in cache.glob("tuned-*.json"):
+        (rows / "timings").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, rows / "timings" / f"{part}-{path.name}")
+
+
 class Run:
     """What a run does and records: at most three files in ``out``, written anew after each part.
 
@@ -196,6 +204,7 @@ class Run:
 
         with concurrent.futures.ThreadPoolExecutor(part.at_once) as pool:
             results = list(pool.map(run, part.jobs))
+        keep_timings(part.name, cache, self.rows)
         garbage = unreadable(self.rows)
         if garbage:
             words = f"wrote rows that cannot be read: {', '.join(garbage)}"

@@ -103,9 +103,7 @@ def candidates(trial: Trial) -> tuple[Candidate, list[Candidate], list[str]]:
     options = Options(gpu=True, compile=False)
     every = trial.workload.candidates(DEVICE, options)
     named = [
-        c
-        for c in every
-        if (c.name + "-").startswith(f"{FUSED}{trial.name}-") and not c.graphed
+        c for c in every if (c.name + "-").startswith(f"{FUSED}{trial.name}-") and not c.graphed
     ]
     able = [c for c in named if c.why_not is None][: trial.most]
     return every[0], able, [c.why_not for c in named if c.why_not]
