@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1, 2)]
-import smoke  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+from device import smoke  # noqa: E402
 from harness.program import CL  # noqa: E402
 from suites import convs, inference, ops  # noqa: E402
 
@@ -30,7 +30,7 @@ METRICS = (
 
 def trials() -> list[smoke.Trial]:
     """Of five kinds of kernel: BatchNorm, three convolutions, a chain."""
-    n, c, size = (256, 64, 56) if smoke.HAS_GPU else (2, 8, 6)
+    n, c, size = (256, 64, 56) if smoke.HAS_GPU else (2, 16, 6)
     shape, halo = (n, c, size, size), convs.Conv(c, 3, 1)
     calls = convs.training_convs_of("bottleneck", (4 * c,), size, n)
     return [

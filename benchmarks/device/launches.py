@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
-import smoke  # noqa: E402
+from device import smoke  # noqa: E402
 import triton  # noqa: E402
 from harness.program import CL, FORMATS  # noqa: E402
 from suites import convs, nets, ops  # noqa: E402
