@@ -57,6 +57,7 @@ class Device:
 
 
 Launch = Callable[[], object]
+channels_last = partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
 
 
 @contextlib.contextmanager
@@ -72,12 +73,25 @@ def collecting(capability: int) -> Iterator[list[Launch]]:
         key = kernel.fn.__name__, warps, stages, *map(str, values)
         found.setdefault(key, partial(kernel.run, grid=grid, warmup=True, **given))
 
+    def laid_out(run: Callable) -> Callable:
+        """As cuDNN lays results out; on meta tensors they may be contiguous."""
+
+        def result(*args: object) -> object:
+            found = run(*args)
+            if isinstance(found, torch.Tensor):
+                return channels_last(found)
+            return [t if t is None or t.dim() != 4 else channels_last(t) for t in found]
+
+        return result
+
     launches: list[Launch] = []
     known = MULTIPROCESSORS, capability >= 90
     with (
         mock.patch.object(launch, "run", collect),
         mock.patch.object(launch, "on_device", lambda x: contextlib.nullcontext()),
         mock.patch.object(conv_tiles, "gpu", lambda device: known),
+        mock.patch.object(torch, "convolution", laid_out(torch.convolution)),
+        mock.patch.object(res_block, "aten_backward", laid_out(res_block.aten_backward)),
     ):
         yield launches
     launches += found.values()

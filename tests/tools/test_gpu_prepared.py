@@ -157,11 +157,9 @@ def test_a_device_finds_what_was_compiled_without_one(tmp_path):
     shutil.copytree(tmp_path / "prepared", cache)
     shutil.rmtree(tmp_path / "prepared")
     prepared.move_groups(cache)
-    first, *others = sorted(cache.glob("*/_bn_act*.cubin"))
-    convolutions = sorted(cache.glob("*/_training_convolution*.cubin"))
-    assert len(convolutions) >= 2 and len(others) >= 4
-    shutil.rmtree(first.parent)
+    count = len(list(cache.glob("*/*.cubin")))
+    assert count > 5
+    shutil.rmtree(next(cache.glob("*/_bn_act*.cubin")).parent)
     found = launches("few", 90, cache)
-    assert found["compiled"] == 1
-    assert found["taken"] == len(others) + len(convolutions)
-    assert found["launched"] > found["taken"]
+    assert (found["taken"], found["compiled"]) == (count - 1, 1)
+    assert found["launched"] >= count
