@@ -82,8 +82,14 @@ kernels-report: $(VENV)/.tests
 
 # SECONDS: what is left of a machine's time, less 150 for its start and end.
 GPU_PY ?= $(PY)
-gpu gpu-smoke: $(if $(filter $(PY),$(GPU_PY)),$(VENV)/.tests)
-	$(GPU_PY) benchmarks/gpu.py $(if $(filter gpu-smoke,$@),smoke) $(if $(SECONDS),--seconds $(SECONDS))
+GPU_NEEDS = $(if $(filter $(PY),$(GPU_PY)),$(VENV)/.tests)
+GPU_OPTIONS = $(if $(SECONDS),--seconds $(SECONDS))
+
+gpu-smoke: $(GPU_NEEDS)
+	$(GPU_PY) benchmarks/gpu.py smoke $(GPU_OPTIONS)
+
+gpu: $(GPU_NEEDS)
+	$(GPU_PY) benchmarks/gpu.py $(GPU_OPTIONS)
 
 # Of the machine: its GPU's architecture, and the versions of what it has.
 GPU_ARCH ?= 9.0a

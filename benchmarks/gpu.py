@@ -21,11 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from device import prepared  # noqa: E402
-from device.parts import (  # noqa: E402
+from device.runs import (  # noqa: E402
     FULL_SECONDS,
     NAMED,
     SMOKE_SECONDS,
-    Parts,
+    Runs,
     failed_cases,
 )
 from device.runner import Part, Run, killing  # noqa: E402
@@ -55,7 +55,7 @@ def environment(cache: Path, dry: bool) -> dict[str, str]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    known = Parts(Path(), True)
+    known = Runs(Path(), True)
     found = [known.build(), *known.smoke(), *known.full(("graph",))]
     every = dict.fromkeys([*(part.name for part in found), *NAMED])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -77,16 +77,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def chosen(args: argparse.Namespace, parts: Parts) -> tuple[str, list[Part], float]:
+def chosen(args: argparse.Namespace, runs: Runs) -> tuple[str, list[Part], float]:
     """The run's name, its parts, and its seconds unless told."""
     if args.part == ["smoke"]:
-        return "smoke", parts.smoke(), SMOKE_SECONDS
+        return "smoke", runs.smoke(), SMOKE_SECONDS
     if args.part:
-        found = [parts.named(name) for name in args.part]
+        found = [runs.named(name) for name in args.part]
         return "parts", found, sum(part.limit for part in found)
     names = [args.out / "smoke-summary.json", ROOT / "build" / "gpu" / "smoke-summary.json"]
     summary = args.summary or next((p for p in names if p.exists()), names[0])
-    return "gpu", parts.full(failed_cases(summary)), FULL_SECONDS
+    return "gpu", runs.full(failed_cases(summary)), FULL_SECONDS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,12 +101,12 @@ def main(argv: list[str] | None = None) -> int:
     work = folder / f"{name}-work"
     shutil.rmtree(work, ignore_errors=True)
     cache = folder / "triton"
-    name, todo, seconds = chosen(args, Parts(work / "rows", dry, here.get("arch")))
+    name, todo, seconds = chosen(args, Runs(work / "rows", dry, here.get("arch")))
     taken = {}
     if not dry:
         taken = prepared.take(args.prepared, here, ROOT / "fused_res", cache)
-        if taken[prepared.LIBRARIES] and todo[0].name != "build":
-            todo.insert(0, Parts(work / "rows", dry, here["arch"]).build())
+        if taken[prepared.LIBRARIES] and name != "parts":
+            todo.insert(0, Runs(work / "rows", dry, here["arch"]).build())
     for what, why in taken.items():
         print(f"{what}: {f'built here: {why}' if why else 'as prepared'}")
     run = Run(name, args.out, work, {"machine": here, "built here": taken})

@@ -60,6 +60,32 @@ Launch = Callable[[], object]
 channels_last = partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
 
 
+def _laid_out(run: Callable) -> Callable:
+    """Results as cuDNN lays them out; on meta tensors they may be contiguous."""
+
+    def result(*args: object) -> object:
+        found = run(*args)
+        if isinstance(found, torch.Tensor):
+            return channels_last(found)
+        return [t if t is None or t.dim() != 4 else channels_last(t) for t in found]
+
+    return result
+
+
+@contextlib.contextmanager
+def on_device(capability: int) -> Iterator[None]:
+    """The kernels' host code behaves as beside a GPU of such an architecture."""
+    known = MULTIPROCESSORS, capability // 10 in (9, 10)  # as conv_tiles.gpu
+    with (
+        mock.patch.object(launch, "on_device", lambda x: contextlib.nullcontext()),
+        mock.patch.object(launch, "GRAPHS", False),
+        mock.patch.object(conv_tiles, "gpu", lambda device: known),
+        mock.patch.object(torch, "convolution", _laid_out(torch.convolution)),
+        mock.patch.object(res_block, "aten_backward", _laid_out(res_block.aten_backward)),
+    ):
+        yield
+
+
 @contextlib.contextmanager
 def collecting(capability: int) -> Iterator[list[Launch]]:
     """Collects the launches of the body, each to be compiled; none runs."""
@@ -73,26 +99,8 @@ def collecting(capability: int) -> Iterator[list[Launch]]:
         key = kernel.fn.__name__, warps, stages, *map(str, values)
         found.setdefault(key, partial(kernel.run, grid=grid, warmup=True, **given))
 
-    def laid_out(run: Callable) -> Callable:
-        """As cuDNN lays results out; on meta tensors they may be contiguous."""
-
-        def result(*args: object) -> object:
-            found = run(*args)
-            if isinstance(found, torch.Tensor):
-                return channels_last(found)
-            return [t if t is None or t.dim() != 4 else channels_last(t) for t in found]
-
-        return result
-
     launches: list[Launch] = []
-    known = MULTIPROCESSORS, capability >= 90
-    with (
-        mock.patch.object(launch, "run", collect),
-        mock.patch.object(launch, "on_device", lambda x: contextlib.nullcontext()),
-        mock.patch.object(conv_tiles, "gpu", lambda device: known),
-        mock.patch.object(torch, "convolution", laid_out(torch.convolution)),
-        mock.patch.object(res_block, "aten_backward", laid_out(res_block.aten_backward)),
-    ):
+    with on_device(capability), mock.patch.object(launch, "run", collect):
         yield launches
     launches += found.values()
 

@@ -184,11 +184,11 @@ class Run:
         for folder in (out, self.logs, self.rows):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self, parts: list[Part], seconds: float, environ: dict[str, str]) -> bool:
+    def run(self, todo: list[Part], seconds: float, environ: dict[str, str]) -> bool:
         """Runs the parts in ``seconds`` from now; whether all passed."""
         end = time.monotonic() + seconds
-        for i, part in enumerate(parts):
-            limit = limit_of(parts[i:], end - time.monotonic())
+        for i, part in enumerate(todo):
+            limit = limit_of(todo[i:], end - time.monotonic())
             print(f"--- {part.name}, at most {limit:.0f} s", flush=True)
             self.add(self._run_part(part, limit, environ))
         return all(result.passed for result in self.results)

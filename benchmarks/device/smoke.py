@@ -154,12 +154,12 @@ def check(trial: Trial) -> int:
     eager, able, why = candidates(trial)
     for one in able:
         one = replace(graphed(one) if trial.graphed else one, slack=SLACK)
-        measured = Measurement(trial.workload, [eager, one], DEVICE, 1)
-        measured.checked(eager)
+        measurement = Measurement(trial.workload, [eager, one], DEVICE, 1)
+        measurement.checked(eager)
         with how(trial):
-            program = measured.checked(one)
+            program = measurement.checked(one)
             repeat(program, REPEATS)
-        _, ratio = measured.quality[one.label]
+        _, ratio = measurement.quality[one.label]
         print(f"{trial.workload.name}: {one.label}: error {ratio:.2f}x eager's, {REPEATS} repeats "
               "alike", flush=True)  # fmt: skip
     if not able:

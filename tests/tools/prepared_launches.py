@@ -8,11 +8,9 @@ Nothing runs.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from pathlib import Path
-from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -23,7 +21,6 @@ from device import launches  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from fused_res.dispatch import training_conv, training_conv_candidates  # noqa: E402
-from fused_res.kernels import conv_tiles, launch  # noqa: E402
 
 
 class Utils:
@@ -80,11 +77,7 @@ def main(what: str, capability: int) -> None:
         return
     driver.set_active(Device(capability))
     triton.knobs.compilation.listener = lambda cache_hit, **_: hits.append(cache_hit)
-    known = launches.MULTIPROCESSORS, capability >= 90
-    with (
-        mock.patch.object(launch, "on_device", lambda x: contextlib.nullcontext()),
-        mock.patch.object(conv_tiles, "gpu", lambda device: known),
-    ):
+    with launches.on_device(capability):
         if what == "every":
             launches.every_launch()
         else:

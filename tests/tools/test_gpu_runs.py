@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 runner = importlib.import_module("device.runner")
-parts = importlib.import_module("device.parts")
+runs = importlib.import_module("device.runs")
 gpu = importlib.import_module("gpu")
 Job, Part = runner.Job, runner.Part
 
@@ -216,11 +216,11 @@ def test_a_run_that_is_ended_ends_its_processes(tmp_path):
 
 @pytest.mark.parametrize("dry", [False, True])
 def test_the_parts_of_both_runs(tmp_path, dry):
-    made = parts.Parts(tmp_path, dry, "9.0a")
-    first, second = made.smoke(), made.full(parts.CASES)
-    assert sum(part.limit for part in first) <= parts.SMOKE_SECONDS == 270
-    assert sum(part.limit for part in second) <= parts.FULL_SECONDS == 420
-    for part in [*first, *second, made.build(), *map(made.named, parts.NAMED)]:
+    made = runs.Runs(tmp_path, dry, "9.0a")
+    first, second = made.smoke(), made.full(runs.CASES)
+    assert sum(part.limit for part in first) <= runs.SMOKE_SECONDS == 270
+    assert sum(part.limit for part in second) <= runs.FULL_SECONDS == 420
+    for part in [*first, *second, made.build(), *map(made.named, runs.NAMED)]:
         assert part.jobs
         for job in part.jobs:
             assert all(isinstance(word, str) for word in job.command)
@@ -234,26 +234,26 @@ def test_the_parts_of_both_runs(tmp_path, dry):
 def test_every_suite_is_a_part(tmp_path):
     suites = importlib.import_module("suites").SUITES
     run = {name for name, suite in suites.items() if suite.workloads or suite.rows}
-    made = parts.Parts(tmp_path, True)
-    named = {part.name for part in made.smoke()} | set(parts.NAMED)
+    made = runs.Runs(tmp_path, True)
+    named = {part.name for part in made.smoke()} | set(runs.NAMED)
     assert run <= named | {"inference"}
 
 
 def test_the_cases_are_those_of_smoke():
-    assert tuple(importlib.import_module("device.smoke").CASES) == parts.CASES
+    assert tuple(importlib.import_module("device.smoke").CASES) == runs.CASES
 
 
 def test_what_failed_is_tried_again(tmp_path):
     path = tmp_path / "smoke-summary.json"
-    assert parts.failed_cases(path) == ()
+    assert runs.failed_cases(path) == ()
     path.write_text("garbage")
-    assert parts.failed_cases(path) == ()
-    jobs = [{"job": name, "status": "passed"} for name in parts.CASES]
+    assert runs.failed_cases(path) == ()
+    jobs = [{"job": name, "status": "passed"} for name in runs.CASES]
     jobs[1]["status"] = jobs[5]["status"] = "ended by SIGSEGV"
     path.write_text(json.dumps({"jobs": [*jobs, {"job": "peaks", "status": "exit status 1"}]}))
-    failed = parts.failed_cases(path)
-    assert failed == (parts.CASES[1], parts.CASES[5])
-    again, *_ = parts.Parts(tmp_path, False).full(failed)
+    failed = runs.failed_cases(path)
+    assert failed == (runs.CASES[1], runs.CASES[5])
+    again, *_ = runs.Runs(tmp_path, False).full(failed)
     assert [job.name for job in again.jobs] == [*failed]
     assert again.limit == 20 and {job.limit for job in again.jobs} == {15.0}
 
@@ -267,6 +267,28 @@ def test_make_gpu_refuses(options, capsys):
         gpu.main(options)
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "benchmarks/README.md"])
+def test_the_commands_of_the_pages_are_understood(page):
+    text = (gpu.ROOT / page).read_text()
+    lines = [line.partition("#")[0].split() for line in text.splitlines()]
+    makes = [words[1:] for words in lines if words[:1] == ["make"] and "gpu" in " ".join(words)]
+    assert makes
+    for words in makes:
+        done = subprocess.run(["make", "-n", *words], cwd=gpu.ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        for command in done.stdout.splitlines():
+            if "benchmarks/gpu.py" in command:
+                gpu.parse(command.split("benchmarks/gpu.py")[1].split())
+    for word in words_of(text):
+        gpu.parse([word])
+
+
+def words_of(text):
+    """The parts that a page names."""
+    names = text.partition("neither run too: ")[2].partition(".")[0]
+    return names.replace("`", "").replace("\n", " ").replace(",", " ").split()
+
+
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """``gpu.main`` with two fake parts, on a machine of which facts are given."""
@@ -278,8 +300,8 @@ def fake(tmp_path, monkeypatch):
         reasons = taken or {"libraries": None, "triton": None}
         monkeypatch.setattr(gpu.prepared, "take", lambda *args: reasons)
         todo = [good("a"), Part("b", 30.0, (python("b", second),))]
-        monkeypatch.setattr(gpu.Parts, "smoke", lambda self: list(todo))
-        monkeypatch.setattr(gpu.Parts, "build", lambda self: Part(
+        monkeypatch.setattr(gpu.Runs, "smoke", lambda self: list(todo))
+        monkeypatch.setattr(gpu.Runs, "build", lambda self: Part(
             "build", 30.0, (python("build", "raise SystemExit(1)"),)))  # fmt: skip
         return gpu.main(["smoke", "--out", str(tmp_path / "out"), *options])
 

@@ -34,7 +34,7 @@ NAMED = {
 }  # fmt: skip
 
 
-class Parts:
+class Runs:
     """rows: the folder that results are written to."""
 
     def __init__(self, rows: Path, dry: bool, arch: str | None = None) -> None:
