@@ -67,8 +67,8 @@ def inference_convolutions() -> list[Trial]:
 def conv_halo() -> list[Trial]:
     shape = (8, 64, 28, 28) if HAS_GPU else (2, 16, 8, 8)
     forward = convs.conv(shape, "bf16", convs.Conv(shape[1], 3, 1, "add"))
-    both = [t._replace(name="conv_halo") for t in training("statistics", "relu")]
-    return [Trial(forward, "conv_halo"), *both]
+    both = training(training_conv.STATISTICS, training_conv.RELU)
+    return [Trial(forward, "conv_halo"), *(t._replace(name="conv_halo") for t in both)]
 
 
 def chain(images: int, channels: int, size: int) -> list[Trial]:
