@@ -5,8 +5,11 @@
 #   make lint   style checks    make wheel    dist/*.whl    make sanitize  ASan + UBSan
 #   make docs   the documentation, as a site in build/site
 #   make kernels-report   what the compilers make of the GPU kernels
-#   make gpu    build, test and time on the GPU that is there, with the Python that has its torch:
-#               make gpu GPU_PY=python3; without a GPU a dry run
+#   make gpu-smoke, then make gpu
+#               two short runs on the GPU that is there, with the Python that has its torch:
+#               make gpu GPU_PY=python3; without a GPU dry runs
+#   make gpu-prepare GPU_ARCH=9.0a
+#               compiles for a GPU's machine beforehand, into build/gpu-prepared
 PYTHON ?= python3
 VENV ?= .venv
 # PyTorch for a CPU; on a GPU machine: make TORCH="torch==2.13.0 --index-url ..." or bring your own venv
@@ -14,7 +17,8 @@ TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 
-.PHONY: run test test-slow test-triton test-triton-slow lint bench wheel sanitize docs coverage kernels-report gpu clean
+.PHONY: run test test-slow test-triton test-triton-slow lint bench wheel sanitize docs coverage kernels-report gpu \
+  gpu-smoke gpu-prepare clean
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -97,13 +101,28 @@ coverage: $(VENV)/.tests
 kernels-report: $(VENV)/.tests
 	$(PY) benchmarks/kernels_report.py --write benchmarks/kernels.md
 
-ifdef GPU_PY
-gpu:
-	$(GPU_PY) benchmarks/gpu.py
-else
-gpu: $(VENV)/.tests
-	$(PY) benchmarks/gpu.py
-endif
+# SECONDS: what is left of a machine's time, less 150 for its start and end.
+GPU_PY ?= $(PY)
+GPU_NEEDS = $(if $(filter $(PY),$(GPU_PY)),$(VENV)/.tests)
+GPU_OPTIONS = $(if $(SECONDS),--seconds $(SECONDS))
+
+gpu-smoke: $(GPU_NEEDS)
+	$(GPU_PY) benchmarks/gpu.py smoke $(GPU_OPTIONS)
+
+gpu: $(GPU_NEEDS)
+	$(GPU_PY) benchmarks/gpu.py $(GPU_OPTIONS)
+
+# Of the machine: its GPU's architecture, and the versions of what it has.
+GPU_ARCH ?= 9.0a
+GPU_PYTHON ?= python3.12
+GPU_PACKAGES ?= torch==2.11.0 triton==3.6.0
+build/gpu-python/.made:
+	$(GPU_PYTHON) -m venv build/gpu-python
+	build/gpu-python/bin/python -m pip install -q $(GPU_PACKAGES) "setuptools>=77" wheel ninja numpy
+	touch $@
+
+gpu-prepare: build/gpu-python/.made
+	build/gpu-python/bin/python benchmarks/device/prepared.py --arch $(GPU_ARCH)
 
 # The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 sanitize: $(VENV)/.tests

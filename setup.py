@@ -63,9 +63,10 @@ def nvcc():
 
 
 def gencode_flags(nvcc_path):
-    """-gencode flags of TORCH_CUDA_ARCH_LIST, or of the defaults that this nvcc knows."""
+    """-gencode flags of TORCH_CUDA_ARCH_LIST, or of the defaults that this nvcc knows; and their
+    names, which the library keeps."""
     requested = os.environ.get("TORCH_CUDA_ARCH_LIST") or None
-    flags, known = [], []
+    flags, known, names = [], [], []
     if requested is None:
         known = subprocess.run(
             [nvcc_path, "--list-gpu-code"], capture_output=True, text=True, check=True
@@ -80,11 +81,12 @@ def gencode_flags(nvcc_path):
         number = f"{major}{minor}"
         if requested is None and f"sm_{number}" not in known:
             continue
+        names.append(arch)
         number += suffix
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if ptx:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+    return [*flags, f"-DFUSED_RES_ARCHITECTURES={';'.join(names)}"]
 
 
 class Ninja:

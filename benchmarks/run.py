@@ -47,7 +47,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--gpu", **flag, help=words)
     words = "tiny tensors, three rounds, no torch.compile: shows that everything runs"
     add("--quick", **flag, help=words)
-    add("--filter", default="", metavar="SUBSTR", help="workloads named so only")
+    words = "workloads named so only; the direction may follow the name"
+    add("--filter", default="", metavar="SUBSTR", help=words)
+    add("--candidates", metavar="NAMES", help="these only, for example eager,fused_res-cuda")
     add("--rounds", type=int, help="default 15; quick 3")
     add("--threads", type=int, default=torch.get_num_threads())
     words = "begin nothing that would not be done N seconds from now: a row says so instead"
@@ -96,7 +98,7 @@ def selected(args: argparse.Namespace) -> list[tuple[str, Workload]]:
         (name, workload)
         for name in wanted(args)
         for workload in workloads(name, args.gpu, args.quick)
-        if args.filter in workload.name
+        if args.filter in f"{workload.name} {workload.directions[-1]}"
     ]
 
 
@@ -105,6 +107,8 @@ def candidates(args: argparse.Namespace, workload: Workload, first: bool) -> lis
     compiled = args.compile and (first or not (args.gpu and args.quick))
     options = Options(args.gpu, compiled, args.max_autotune)
     found = workload.candidates(args.device, options)
+    if args.candidates:
+        found = [one for one in found if one.name in args.candidates.split(",")]
     for one in found:
         line = f"left out: {one.name}: {one.why_not}"
         if one.why_not and line not in _left_out:

@@ -7,7 +7,7 @@ Triton's kernels are imported where they are called: without Triton the other su
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -221,9 +221,13 @@ class TrainingConvProgram(Program):
 @dataclass(frozen=True)
 class TrainingConvWorkload(Workload):
     """One way, forward or backward; ``eager`` has the passes over memory of Triton's bn_act that
-    the fused kernels spare."""
+    the fused kernels spare.
+
+    most: of Triton's configurations, the best guesses; None: all.
+    """
 
     call: training_conv.Call | None = None
+    most: int | None = None
 
     def values(self, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
         from fused_res.dispatch.training_conv_candidates import values
@@ -256,10 +260,13 @@ class TrainingConvWorkload(Workload):
     def candidates(self, device: str, options: Options) -> list[Candidate]:
         from fused_res.dispatch.training_conv_candidates import Steps
 
+        found = Steps(self.call, self.values(device)).candidates()
+        triton = [choice for choice in found if choice > training_conv.TRITON]
+        left_out = triton[self.most :] if self.most else []
         return [
             candidate(training_conv.name_of(choice), training_conv.config_of(choice),
                       partial(TrainingConvProgram, choice, self))
-            for choice in Steps(self.call, self.values(device)).candidates()
+            for choice in found if choice not in left_out
         ]  # fmt: skip
 
     def moved_bytes(self, direction: str) -> int:
@@ -330,11 +337,20 @@ NETS = (
 )
 
 
+TOP = 3  # configurations of Triton's that a short run times
+
+
 def training_workloads(gpu: bool, quick: bool) -> list[TrainingConvWorkload]:
     if not gpu:
         return []
     nets = [("basic", (8, 8), 4, 2, "fp16")] if quick else NETS
     return list(dict.fromkeys(one for net in nets for one in training_convs_of(*net)))
+
+
+def resnet50_workloads(gpu: bool, quick: bool) -> list[TrainingConvWorkload]:
+    """Those of one net, in the configurations that are guessed best: a minute on a GPU."""
+    found = training_workloads(gpu, True)[:2] if quick else training_convs_of(*NETS[0])
+    return [replace(one, suite="resnet50-convs", most=TOP) for one in found if gpu]
 
 
 def why_no_triton(device: str) -> str | None:
@@ -404,5 +420,7 @@ def timings(rows: list[dict]) -> list[dict]:
 SUITES = (
     Suite("convs", 90, workloads, named=True, gpu_report=REPORT, timings=timings),
     Suite("training-convs", 91, training_workloads, named=True, why_not=why_no_triton,
+          gpu_report=TRAINING_REPORT, timings=timings),
+    Suite("resnet50-convs", 92, resnet50_workloads, named=True, why_not=why_no_triton,
           gpu_report=TRAINING_REPORT, timings=timings),
 )  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 
 from .. import ops  # noqa: F401  defines the ops that this module calls
 from ..env import BACKENDS, CPU_ISAS, settings
-from . import shipped_timings
+from . import cuda_library, shipped_timings
 
 _log = logging.getLogger("fused_res")
 if settings.log == "dispatch":
@@ -85,7 +85,15 @@ def _cuda_status() -> str | None:
         return "this PyTorch was built without CUDA"
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return _load("_C_cuda")
+    reason = _load("_C_cuda")
+    if reason:
+        return reason
+    path = Path(__file__).parent.parent / "_C_cuda.abi3.so"
+    try:
+        reason = cuda_library.why_not(cuda_library.read(path))
+    except AttributeError:
+        reason = "it is of an older fused_res: build it again"
+    return reason and f"{path.name} cannot run here: {reason}"
 
 
 def _triton_status() -> str | None:

@@ -910,30 +910,6 @@ def test_pytest_says_what_was_not_built():
     assert "1 passed" in done.stdout
 
 
-def test_parts_of_make_gpu(tmp_path):
-    gpu = importlib.import_module("gpu")
-    assert sum(gpu.LIMITS.values()) == 540
-    for part in [*gpu.LIMITS, *gpu.NAMED]:
-        for command in gpu.commands(part, tmp_path, 60):
-            assert all(isinstance(word, str) for word in command)
-    # what a part does not use goes to the suites, and all end in time
-    parts, elapsed = list(gpu.LIMITS), 0.0
-    for i, part in enumerate(parts):
-        limit = gpu.limits_left(parts[i:], 540, elapsed)
-        if part in gpu.SUITES:
-            assert limit > gpu.LIMITS[part]
-        elapsed += limit if part in gpu.SUITES else limit / 2
-    assert elapsed <= 540
-
-
-@pytest.mark.parametrize("options", [["nosuch"], ["--limit", "5"]])
-def test_make_gpu_refuses(options, monkeypatch, capsys):
-    gpu = importlib.import_module("gpu")
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
-    with pytest.raises(SystemExit):
-        gpu.main()
-
-
 def test_sanitizer_cases_run():
     command = [sys.executable, str(BENCHMARKS.parent / "tests/tools/sanitizer_cases.py")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -941,14 +917,14 @@ def test_sanitizer_cases_run():
 
 
 def test_timings_of_first_use_on_a_gpu_can_be_shipped(table, tmp_path, monkeypatch):
-    gpu = importlib.import_module("gpu")
+    runner = importlib.import_module("device.runner")
     found = Row("", "", "block_train", "bfloat16", "channels_last", (8, 64, 56, 56, 64),
                 {"eager": 2.0, "cuda": 1.0}, "a block")  # fmt: skip
     made = {"device": "NVIDIA H200, sm_90", "driver": "1"}
     monkeypatch.setattr(user_timings, "made_by", lambda device: made)
     monkeypatch.setattr(user_timings, "settings", user_timings.settings._replace(cache=tmp_path))
     user_timings.write(torch.device("cuda"), [found])
-    gpu.keep_timings("nets", tmp_path, tmp_path / "rows")
+    runner.keep_timings("nets", tmp_path, tmp_path / "rows")
     (row,) = json.loads(table.dispatch(tmp_path / "rows"))
     shipped = Row(**{**row, "shape": tuple(row["shape"])})
     assert shipped == found._replace(device="NVIDIA H200", isa="sm_90")
