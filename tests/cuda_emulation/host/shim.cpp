@@ -195,14 +195,31 @@ cudaError_t cudaGetDevice(int* device) {
   *device = state.current;
   return host::answer("cudaGetDevice");
 }
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = (int)state.devices.size();
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
   if (index < 0 || index >= (int)state.devices.size())
     return host::answer("cudaDeviceGetAttribute", cudaErrorInvalidDevice);
   const host::Device& device = state.devices[index];
-  *value = attribute == cudaDevAttrMultiProcessorCount                ? device.multiprocessors
-           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? device.multiprocessor_bytes
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin     ? device.block_bytes
-                                                                      : device.clusters;
+  const std::map<cudaDeviceAttr, int> values = {
+      {cudaDevAttrMultiProcessorCount, device.multiprocessors},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.multiprocessor_bytes},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, device.block_bytes},
+      {cudaDevAttrClusterLaunch, device.clusters},
+      {cudaDevAttrComputeCapabilityMajor, device.ptx / 10},
+      {cudaDevAttrComputeCapabilityMinor, device.ptx % 10},
+  };
+  *value = values.at(attribute);
   return host::answer("cudaDeviceGetAttribute");
 }
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
