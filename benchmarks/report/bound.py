@@ -87,10 +87,13 @@ def counts(names: list[str]) -> Counts:
 
 
 class Loop(NamedTuple):
-    """An innermost loop. depth: how many loops it is in, itself included."""
+    """An innermost loop. depth: how many loops it is in, itself included. stores: to global
+    memory. doubles: it loads float64 alone."""
 
     depth: int
     counts: Counts
+    stores: bool = False
+    doubles: bool = False
 
 
 INSTRUCTION = re.compile(
@@ -114,7 +117,11 @@ def loops(sass: str) -> list[Loop]:
             continue
         depth = sum(a <= first and last <= b for a, b in ranges.items())
         body = [name for at, name, _ in code if first <= at <= last]
-        found.append(Loop(depth, counts(body)))
+        loaded = [_width(name) for name in body if re.match(r"LDG?\b", name)]
+        stores = any(re.match(r"STG?\b", name) for name in body)
+        of_body = counts(body)
+        doubles = of_body.fp64 > 0 and set(loaded) == {8}
+        found.append(Loop(depth, of_body, stores, doubles))
     return found
 
 
@@ -125,7 +132,7 @@ class Bound(NamedTuple):
     def __str__(self) -> str:
         time, unit = (self.picoseconds, "ps") if self.picoseconds >= 0.1 else (
             self.picoseconds * 1000, "fs")  # fmt: skip
-        return f"{time:.2g} {unit} {self.by}"
+        return f"{float(f'{time:.2g}'):g} {unit} {self.by}"
 
 
 def times(c: Counts, gpu: Gpu) -> dict[str, float]:
