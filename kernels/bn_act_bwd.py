@@ -47,7 +47,7 @@ def _gradient(dy, mask, run, row_ok, i0, inner, at, ok, ACT: tl.constexpr, G: tl
 @triton.jit
 def _over_rows(high, low, CHANNELS_LAST: tl.constexpr):
     """Sums of a block's channels, in float64."""
-    if CHANNELS_LAST:  # noqa: SIM108  (the compiler types both arms of an expression)
+    if CHANNELS_LAST:
         total = tl.sum(in_float64(high, low), axis=0, keep_dims=True)
     else:
         total = sum_all(in_float64(high, low))

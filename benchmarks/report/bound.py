@@ -96,9 +96,7 @@ class Loop(NamedTuple):
     doubles: bool = False
 
 
-INSTRUCTION = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;\n]*)", re.M
-)
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;\n]*)", re.M)
 
 
 def loops(sass: str) -> list[Loop]:

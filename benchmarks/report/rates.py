@@ -6,7 +6,8 @@ Sources, by field:
 - arithmetic of a multiprocessor and clock: CUDA C++ Programming Guide, "Performance guidelines,
   Arithmetic instructions", table "Throughput of native arithmetic instructions", columns 8.0, 8.9
   and 9.0;
-- ``shared``: the same guide, "Compute capability 8.x, Shared memory" and "9.0": 32 banks of 4 bytes;
+- ``shared``: the same guide, "Compute capability 8.x, Shared memory" and "9.0": 32 banks of 4
+  bytes;
 - ``issue``: the same guide, "Hardware multithreading": 4 schedulers, each with a warp of 32 threads
   a clock;
 - ``tensor``: the peaks of 16-bit products with sums in float32, without sparsity, over

@@ -116,9 +116,10 @@ def assert_statistics(statistics, shape, dtype, layout):
 
 def long_sums(n, layout):
     """By name, n values of each of two channels that are hard to add up, (1, 2, 64, n / 64): all
-    alike, so that roundings are of one sign; of two signs, which cancel; one huge, then its
-    negative. The first and some more are zero, and so is the shift that statistics take."""
-    alike = torch.full((n,), 4 / 3)
+    alike, so that roundings are of one sign (eight are added with none); of two signs, which
+    cancel; one huge, then its negative. The first and some more are zero, and so is the shift that
+    statistics take."""
+    alike = torch.full((n,), 1 + 2**-20)
     signs = torch.ones(n)
     signs[::2] = -1
     huge = alike.clone()
@@ -148,7 +149,7 @@ def assert_long_sums(n, layout, statistics, gradients):
     """``statistics(x)`` gives mean, sum of squared deviations and count; ``gradients(dy, x)`` the
     sums of dy and of dy * x."""
     for name, x in long_sums(n, layout).items():
-        wide, other = x.double(), torch.full_like(x, 0.7)
+        wide, other = x.double(), torch.full_like(x, 0.5)
         mean, m2, count = statistics(x)
         assert (count == n).all()
         assert_sums(mean * n, wide, f"{name}: mean")

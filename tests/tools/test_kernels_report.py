@@ -79,7 +79,7 @@ def predictions(section) -> str:
 def test_predictions_are_of_the_counts_and_the_rates(section):
     rows = predicted.read()[section.name]
     assert written(f"{section.name}-predicted").strip() == predictions(section)
-    wanted = {name for name in re.findall("^#### (.*)$", written(section.name), re.M)}
+    wanted = set(re.findall("^#### (.*)$", written(section.name), re.M))
     launched = {name for name in wanted if re.search("merge|moments|pack", name)}
     assert {row.kernel for row in rows} == wanted - launched
     tables = sum(line.startswith("| ") for line in written(section.name).splitlines())
