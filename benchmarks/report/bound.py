@@ -30,8 +30,8 @@ PRODUCTS = re.compile(r"(HMMA\.(?P<m>16)(?P<n>8)(?P<k>\d+)|HGMMA\.(\d+)x(\d+)x(\
 
 
 class Counts(NamedTuple):
-    """Of one thread, or of one element: instructions of a kind; bytes; multiply-adds of tensors'
-    products."""
+    """Of one thread, or of one element: instructions of a kind; bytes; multiply-adds of products
+    of matrices on tensor cores, of 16-bit numbers and of TF32."""
 
     bytes: float = 0  # of global memory
     fp32: float = 0
@@ -43,6 +43,7 @@ class Counts(NamedTuple):
     shuffle: float = 0
     shared: float = 0  # bytes
     tensor: float = 0
+    tf32: float = 0
     issue: float = 0  # all instructions
 
     def __add__(self, other: Counts) -> Counts:
@@ -82,7 +83,7 @@ def counts(names: list[str]) -> Counts:
             total["bytes"] += n * _width(name)
         if re.match(r"(LDSM?|STSM?)\b", name):
             total["shared"] += n * _width(name)
-        total["tensor"] += n * _products(name)
+        total["tf32" if ".TF32" in name else "tensor"] += n * _products(name)
     return Counts(**total)
 
 
@@ -137,7 +138,7 @@ def times(c: Counts, gpu: Gpu) -> dict[str, float]:
     """Picoseconds that each of a GPU's units takes for an element, all multiprocessors working."""
     rates = RATES[gpu.capability]
     clocks = {
-        "tensor cores": c.tensor / gpu.tensor,
+        "tensor cores": (c.tensor + 2 * c.tf32) / gpu.tensor,
         "FP64": c.fp64 / rates.fp64 + c.convert64 / rates.convert64,
         "FP32": c.fp32 / rates.fp32,
         "integer": c.integer / rates.integer,

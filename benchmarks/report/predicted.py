@@ -54,12 +54,12 @@ def _is_of_elements(loop: Loop) -> bool:
 def _products(loops: list[Loop]) -> Counts | None:
     """Of a multiply-add of matrices; memory is left out: what a loop loads, others have loaded
     into the L2 cache."""
-    found = [loop.counts for loop in loops[1:] if loop.counts.tensor]
+    found = [loop.counts for loop in loops[1:] if loop.counts.tensor + loop.counts.tf32]
     exact = [loop.counts for loop in loops[1:] if loop.counts.fp32 >= loop.counts.issue / 2]
     if not found and not exact:
         return None
     total = sum(found or exact, Counts())
-    return total._replace(bytes=0).over(total.tensor or total.fp32)
+    return total._replace(bytes=0).over(total.tensor + total.tf32 or total.fp32)
 
 
 def of_element(kernel: str, what: tuple[str, ...], dtype: str, loops: list[Loop]) -> Counts | None:

@@ -11,9 +11,9 @@ Sources, by field:
 - ``issue``: the same guide, "Hardware multithreading": 4 schedulers, each with a warp of 32 threads
   a clock;
 - ``tensor``: the peaks of 16-bit products with sums in float32, without sparsity, over
-  multiprocessors and clock: A100 whitepaper (312 TFLOPS), Hopper whitepaper (1024 multiply-adds of
-  each of 4 tensor cores for two multiprocessors), Ada whitepaper (RTX 4090: 165.2 TFLOPS), L4
-  data sheet (242 TFLOPS with sparsity: half);
+  multiprocessors and clock: A100 whitepaper (312 TFLOPS), Hopper whitepaper (twice an
+  A100's, of a multiprocessor and clock), Ada whitepaper (RTX 4090: 165.2 TFLOPS), L4
+  data sheet (242 TFLOPS with sparsity: half). TF32's peaks there are half of them;
 - multiprocessors, clocks, memory: the same whitepapers and data sheets; of an H100 (SXM, HBM3) the
   clock that its tensor cores keep, 1.755 GHz, not the 1.98 GHz it may reach.
 """
@@ -43,7 +43,7 @@ class Gpu(NamedTuple):
     multiprocessors: int
     clock: float  # GHz
     bandwidth: float  # GB/s, of its memory
-    tensor: int  # multiply-adds of bf16 or fp16, of a multiprocessor in a clock
+    tensor: int  # multiply-adds of bf16 or fp16, of a multiprocessor in a clock; half of TF32
 
 
 RATES = {

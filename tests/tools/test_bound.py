@@ -50,7 +50,7 @@ def test_loops_are_found():
     "name, field, amount",
     [
         ("HMMA.16816.F32.BF16", "tensor", 64),  # 16 x 8 x 16 multiply-adds of 32 threads
-        ("HMMA.1688.F32.TF32", "tensor", 32),
+        ("HMMA.1688.F32.TF32", "tf32", 32),
         ("HGMMA.64x128x16.F32.BF16", "tensor", 1024),  # of 128 threads
         ("LDSM.16.M88.4", "shared", 16),
         ("LDGSTS.E.BYPASS.LTC128B.128", "bytes", 16),
@@ -79,7 +79,7 @@ def test_times_are_the_slowest_units(monkeypatch):
         "integer": (Counts(integer=32), 25),
         "conversions": (Counts(convert=8, special=4), 37.5),
         "shared memory": (Counts(bytes=4, shared=256, shuffle=32), 150),
-        "tensor cores": (Counts(tensor=2048, issue=64), 100),
+        "tensor cores": (Counts(tensor=1024, tf32=512, issue=64), 100),
         "issue slots": (Counts(fp32=10, issue=64), 25),
     }
     for by, (counts, picoseconds) in cases.items():
