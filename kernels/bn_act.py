@@ -140,7 +140,7 @@ class Config(NamedTuple):
 CONFIGS = {  # by kernel: _bn_act_<key>_kernel
     "fwd_statistics": Config(1024, 4, 4),
     "fwd_apply": Config(2048, 0, 4),
-    "fwd_small": Config(2048, 4, 8),
+    "fwd_small": Config(2048, 2, 8),
     "bwd_sums": Config(1024, 2, 4),
     # with 2048 elements Triton 3.6 takes 161 to 194 registers a thread
     "bwd_gradients": Config(1024, 0, 4),
@@ -201,7 +201,7 @@ class Geometry(NamedTuple):
         the kernel sums, a batch is DOWN tiles in rows, ACROSS tiles in a run."""
         g = min(_power_of_2(self.mask_bytes), most_bytes)
         elements = config.elements
-        if self.inner % 8 and not config.unroll:
+        if self.inner % 8 and not (config.unroll and self.channels_last):
             elements //= 2  # runs that are not whole vectors are addressed element by element
         tile = {"R": max(1, elements // (8 * g)), "G": g}
         if config.unroll:
