@@ -144,8 +144,8 @@ def write(sections: dict[str, list[Counted]], path: Path = LOOPS) -> None:
         }
         return json.dumps([*row[:3], counts])
 
-    parts = [
+    texts = [
         f"{json.dumps(name)}: [\n" + ",\n".join(map(line, rows)) + "\n]"
         for name, rows in sections.items()
     ]
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(texts) + "\n}\n")
