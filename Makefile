@@ -71,7 +71,7 @@ test-triton-slow: $(OLD_TRITON)/.made
 lint: $(VENV)/.tests
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* tests/*/*.h tests/*/*.cpp
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* tests/*/*.h tests/*/*.cpp tests/cuda_emulation/host/*
 	$(PY) benchmarks/table.py --check README.md
 	$(PY) benchmarks/table.py --check docs/performance.md
 

@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from device import prepared  # noqa: E402
+from device.runner import Part, Run, killing  # noqa: E402
 from device.runs import (  # noqa: E402
     FULL_SECONDS,
     NAMED,
@@ -28,7 +29,6 @@ from device.runs import (  # noqa: E402
     Runs,
     failed_cases,
 )
-from device.runner import Part, Run, killing  # noqa: E402
 
 SLOWER = 5  # may a machine without a GPU be
 

@@ -22,17 +22,17 @@ from unittest import mock
 
 import torch
 import triton
-from fused_res.kernels import bn_act_bwd, bn_act_fwd, conv_tiles, launch
-from fused_res.kernels import conv_bn_act as conv_kernels
-from fused_res.kernels import training_convolution as training_kernels
 from report import cuda_resources as cuda
-from report import memory_requests
+from report import memory_requests, predicted
 from report.cuda_resources import Resources
 from report.tables import replaced
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_res.kernels import bn_act_bwd, bn_act_fwd, conv_tiles, launch
+from fused_res.kernels import conv_bn_act as conv_kernels
+from fused_res.kernels import training_convolution as training_kernels
 from fused_res.reference import ConvNorm, Norm
 
 TARGETS = {
@@ -91,7 +91,7 @@ class Configuration(NamedTuple):
             return f"{pixels} x {c['BN']} x {c['BK']}, {self.stages} stages"
         if "R" not in c:
             return f"{c['K']}x{c['B']}"
-        return f"{c['R']}x{8 * c['G']}" + (f" x{c['UNROLL']}" if "UNROLL" in c else "")
+        return f"{c['R']}x{8 * c['G']}" + (f" x{c['DOWN'] * c['ACROSS']}" if "DOWN" in c else "")
 
 
 def _type(value) -> str:
@@ -373,7 +373,8 @@ def tables(rows: list[Row], section: Section) -> str:
     kernels_rows: dict[str, dict[tuple, list[str]]] = {}
     for row in rows:
         same = kernels_rows.setdefault(row.kernel, {})
-        same.setdefault((row.what, row.found), []).append(row.dtype)
+        found = tuple(r._replace(loops=()) for r in row.found)
+        same.setdefault((row.what, found), []).append(row.dtype)
     sections = []
     for kernel, merged in kernels_rows.items():
         words = ["---"] * (len(section.labels) + 1)
@@ -443,10 +444,22 @@ def markers(section: str) -> tuple[str, str]:
     return f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
 
 
+def predict(page: str, section: Section, rows: list[Row]) -> str:
+    """The page with the section's predictions, whose counts are kept in kernel_loops.json."""
+    found = predicted.counted(rows, section.targets)
+    if not found:
+        return page
+    predicted.write({**predicted.read(), section.name: found})
+    table = predicted.table(found, section.labels)
+    return replaced(page, *markers(f"{section.name}-predicted"), table)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     every = list(dict.fromkeys(target for section in SECTIONS for target in section.targets))
     parser.add_argument("--target", choices=every, action="append", help="default: all")
+    parser.add_argument("--section", choices=[s.name for s in SECTIONS], action="append",
+                        help="default: all")  # fmt: skip
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the tables in FILE")
     args = parser.parse_args(argv)
     if args.write and args.target:
@@ -454,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
     spilled = False
     for section in SECTIONS:
         targets = [t for t in section.targets if t in (args.target or every)]
-        if not targets:
+        if not targets or section.name not in (args.section or [s.name for s in SECTIONS]):
             continue
         compiler, make = f"triton {triton.__version__}", triton_rows
         if section.source:
@@ -468,7 +481,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{text}\n")
         if args.write:
             new = replaced(args.write.read_text(), *markers(section.name), text)
-            args.write.write_text(new)
+            args.write.write_text(predict(new, section, rows))
         for row in rows:
             for target, r in zip(targets, row.found, strict=True):
                 if r.spilled:
@@ -476,7 +489,7 @@ def main(argv: list[str] | None = None) -> int:
                     words = (" ".join(pair) for pair in zip(section.labels, row.what, strict=True))
                     what = f"{row.kernel}, {', '.join(words)}, {row.dtype} on {target}"
                     print(f"spills: {what}: {r.stack} bytes, {r.spills} instructions")
-    if not args.target:
+    if not (args.target or args.section):
         requests = memory_requests.table()
         print(requests)
         if args.write:

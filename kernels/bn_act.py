@@ -7,9 +7,10 @@ and their 8 bits. Values per channel are [1, G, 8] (channels_last) or one number
 
 Training is three launches each way: sums of chunks of rows, their merge in a fixed order, and one
 pass over the elements; or a single launch where one program can sum a whole channel. Sums are of
-x - shift in float32 over a few elements, then in float64: neither a large mean nor a large tensor
-costs digits (Chan, Golub and LeVeque, 1983). No atomics: every result is bitwise the same on every
-run.
+x - shift in float32 over a few elements, a batch. Batches are added in two float32 numbers: the sum
+and what rounding it has lost. So neither a large mean nor a large tensor costs digits (Chan, Golub
+and LeVeque, 1983; Ogita, Rump and Oishi, 2005), and float64, which most GPUs have few units for, is
+left to the end of a program. No atomics: every result is bitwise the same on every run.
 """
 
 from __future__ import annotations
@@ -35,6 +36,21 @@ def sum_all(t):
     t = tl.sum(t, axis=2, keep_dims=True)
     t = tl.sum(t, axis=1, keep_dims=True)
     return tl.sum(t, axis=0, keep_dims=True)
+
+
+@triton.jit
+def add_batch(high, low, value):
+    """high + low + value: the sum, rounded, and what rounding it has lost until now. Knuth's
+    two-sum finds a loss exactly, whichever of its operands is larger."""
+    total = high + value
+    rest = total - high
+    return total, low + ((high - (total - rest)) + (value - rest))
+
+
+@triton.jit
+def in_float64(high, low):
+    """high + low. Where high is infinite or NaN, low is NaN and high is the sum."""
+    return high.to(tl.float64) + tl.where(low == low, low, 0.0).to(tl.float64)
 
 
 @triton.jit
@@ -114,8 +130,7 @@ def program_tile(runs, channels, inner, CHANNELS_LAST: tl.constexpr, R: tl.const
 
 
 class Config(NamedTuple):
-    """elements: of a tile; unroll: tiles summed in float32 before they are added in float64, 0
-    where nothing is summed."""
+    """elements: of a tile; unroll: tiles of a batch, 0 where nothing is summed."""
 
     elements: int
     unroll: int
@@ -123,9 +138,9 @@ class Config(NamedTuple):
 
 
 CONFIGS = {  # by kernel: _bn_act_<key>_kernel
-    "fwd_statistics": Config(1024, 2, 4),
+    "fwd_statistics": Config(1024, 4, 4),
     "fwd_apply": Config(2048, 0, 4),
-    "fwd_small": Config(2048, 4, 8),
+    "fwd_small": Config(2048, 2, 8),
     "bwd_sums": Config(1024, 2, 4),
     # with 2048 elements Triton 3.6 takes 161 to 194 registers a thread
     "bwd_gradients": Config(1024, 0, 4),
@@ -182,16 +197,17 @@ class Geometry(NamedTuple):
         return self.values <= SMALL_VALUES and self.runs * self.inner <= SMALL_ELEMENTS
 
     def tile(self, config: Config, most_bytes: int) -> dict[str, int]:
-        """R and G: at most ``most_bytes`` bytes of a mask wide, the other elements in rows; UNROLL
-        where the kernel sums."""
+        """R and G: at most ``most_bytes`` bytes of a mask wide, the other elements in rows. Where
+        the kernel sums, a batch is DOWN tiles in rows, ACROSS tiles in a run."""
         g = min(_power_of_2(self.mask_bytes), most_bytes)
         elements = config.elements
-        if self.inner % 8 and not config.unroll:
+        if self.inner % 8 and not (config.unroll and self.channels_last):
             elements //= 2  # runs that are not whole vectors are addressed element by element
         tile = {"R": max(1, elements // (8 * g)), "G": g}
         if config.unroll:
-            widths = ceil_div(self.inner, 8 * g)
-            tile["UNROLL"] = config.unroll if self.channels_last else min(config.unroll, widths)
+            widths = 1 if self.channels_last else ceil_div(self.inner, 8 * g)
+            tile["ACROSS"] = min(config.unroll, widths)
+            tile["DOWN"] = config.unroll // tile["ACROSS"]
         return tile
 
     def sum_tile(self, config: Config) -> dict[str, int]:
@@ -204,7 +220,10 @@ class Geometry(NamedTuple):
 
     def small_tile(self, config: Config) -> dict[str, int]:
         """Of a single launch, whose programs have all values of their channels."""
-        return self.tile(config, 1 if self.channels_last else 128)
+        tile = self.tile(config, 1 if self.channels_last else 128)
+        if not self.channels_last:
+            tile["DOWN"] = 1  # a second spills on sm_100
+        return tile
 
     def pass_grid(self, tile: dict[str, int]) -> tuple[int]:
         return (ceil_div(self.runs, tile["R"]) * ceil_div(self.inner, 8 * tile["G"]),)
@@ -218,7 +237,7 @@ class Geometry(NamedTuple):
 
     def chunks(self, tile: dict[str, int]) -> tuple[int, int]:
         """Rows of a chunk, and how many chunks there are."""
-        step = tile["R"] * (tile["UNROLL"] if self.channels_last else 1)
+        step = tile["R"] * tile["DOWN"]
         steps = ceil_div(self.rows, step)
         chunk = ceil_div(steps, max(1, min(PROGRAMS // self.blocks(tile), steps))) * step
         return chunk, ceil_div(self.rows, chunk)

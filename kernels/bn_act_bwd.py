@@ -15,10 +15,12 @@ from . import bn_act, launch
 from .bn_act import (
     COUNTS,
     Geometry,
+    add_batch,
     block_channels,
     columns,
     dense,
     dense_like,
+    in_float64,
     in_mask,
     load_affine,
     load_channel,
@@ -43,36 +45,44 @@ def _gradient(dy, mask, run, row_ok, i0, inner, at, ok, ACT: tl.constexpr, G: tl
 
 
 @triton.jit
+def _over_rows(high, low, CHANNELS_LAST: tl.constexpr):
+    """Sums of a block's channels, in float64."""
+    if CHANNELS_LAST:
+        total = tl.sum(in_float64(high, low), axis=0, keep_dims=True)
+    else:
+        total = sum_all(in_float64(high, low))
+    return total
+
+
+@triton.jit
 def _gradient_sums(dy, x, residual, mask, mean, mean2, lo, hi, block, channels, inner,
                    CHANNELS_LAST: tl.constexpr, SECOND: tl.constexpr, ACT: tl.constexpr,
-                   R: tl.constexpr, G: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+                   R: tl.constexpr, G: tl.constexpr, DOWN: tl.constexpr,
+                   ACROSS: tl.constexpr):  # fmt: skip
     """Sums of g and g * (x - mean), float64, and of the residual's BatchNorm; of a block of
     channels over rows lo to hi."""
     r = tl.arange(0, R)[:, None, None]
     e = columns(G)
-    s = tl.zeros([R, G, 8], tl.float64)
-    sx = tl.zeros([R, G, 8], tl.float64)
-    s2 = tl.zeros([R, G, 8], tl.float64)
-    sx2 = tl.zeros([R, G, 8], tl.float64)
-    STEP: tl.constexpr = R * UNROLL if CHANNELS_LAST else R
-    for row in range(lo, hi, STEP):
+    s = tl.zeros([R, G, 8], tl.float32)
+    sx, s2, sx2 = s, s, s
+    lost, lost_x, lost2, lost_x2 = s, s, s, s
+    for row in range(lo, hi, R * DOWN):
         end = inner
         if CHANNELS_LAST:
             end = 1  # the columns are the block's channels
-        for i0 in range(0, end, 8 * G * UNROLL):
+        for i0 in range(0, end, 8 * G * ACROSS):
             t = tl.zeros([R, G, 8], tl.float32)
             tx = tl.zeros([R, G, 8], tl.float32)
             t2 = tl.zeros([R, G, 8], tl.float32)
             tx2 = tl.zeros([R, G, 8], tl.float32)
-            for j in tl.static_range(UNROLL):
-                if CHANNELS_LAST:
-                    run = (row + j * R + r).to(tl.int64)
-                    row_ok = run < hi
-                    begin = block * (8 * G)
-                else:
-                    run = (row + r).to(tl.int64) * channels + block
-                    row_ok = row + r < hi
-                    begin = i0 + j * 8 * G
+            for j in tl.static_range(DOWN * ACROSS):
+                row_here = row + j // ACROSS * R + r
+                row_ok = row_here < hi
+                run = row_here.to(tl.int64)
+                begin = block * (8 * G)
+                if not CHANNELS_LAST:
+                    run = run * channels + block
+                    begin = i0 + j % ACROSS * (8 * G)
                 i = begin + e
                 ok = row_ok & (i < inner)
                 at = run * inner + i
@@ -87,18 +97,13 @@ def _gradient_sums(dy, x, residual, mask, mean, mean2, lo, hi, block, channels, 
                     value = tl.load(residual + at, mask=ok, other=0).to(tl.float32)
                     t2 += g2
                     tx2 += tl.where(ok, g2 * (value - mean2), 0)
-            s += t
-            sx += tx
+            s, lost = add_batch(s, lost, t)
+            sx, lost_x = add_batch(sx, lost_x, tx)
             if SECOND:
-                s2 += t2
-                sx2 += tx2
-    if CHANNELS_LAST:
-        s = tl.sum(s, axis=0, keep_dims=True)
-        sx = tl.sum(sx, axis=0, keep_dims=True)
-        s2 = tl.sum(s2, axis=0, keep_dims=True)
-        sx2 = tl.sum(sx2, axis=0, keep_dims=True)
-    else:
-        s, sx, s2, sx2 = sum_all(s), sum_all(sx), sum_all(s2), sum_all(sx2)
+                s2, lost2 = add_batch(s2, lost2, t2)
+                sx2, lost_x2 = add_batch(sx2, lost_x2, tx2)
+    s, sx = _over_rows(s, lost, CHANNELS_LAST), _over_rows(sx, lost_x, CHANNELS_LAST)
+    s2, sx2 = _over_rows(s2, lost2, CHANNELS_LAST), _over_rows(sx2, lost_x2, CHANNELS_LAST)
     return s, sx, s2, sx2
 
 
@@ -153,7 +158,8 @@ def _input_gradients(dy, x, residual, mask, dx, dresidual, run, row_ok, i0, inne
 @triton.jit(do_not_specialize=COUNTS)
 def _bn_act_bwd_sums_kernel(dy, x, residual, mask, stats, partial, rows, chunk, channels, inner,
                             CHANNELS_LAST: tl.constexpr, SECOND: tl.constexpr, ACT: tl.constexpr,
-                            R: tl.constexpr, G: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+                            R: tl.constexpr, G: tl.constexpr, DOWN: tl.constexpr,
+                            ACROSS: tl.constexpr):  # fmt: skip
     """partial[chunk] = sums of g, g*(x-mean), and of the second norm's. Grid (blocks of channels,
     chunks)."""
     block = tl.program_id(0)
@@ -168,7 +174,7 @@ def _bn_act_bwd_sums_kernel(dy, x, residual, mask, stats, partial, rows, chunk, 
         mean2 = tl.load(stats + 2 * channels + c, mask=ok, other=0)
     s, sx, s2, sx2 = _gradient_sums(
         dy, x, residual, mask, mean, mean2, lo, hi, block, channels, inner, CHANNELS_LAST, SECOND,
-        ACT, R, G, UNROLL)  # fmt: skip
+        ACT, R, G, DOWN, ACROSS)  # fmt: skip
     SUMS: tl.constexpr = 4 if SECOND else 2
     out = partial + k.to(tl.int64) * SUMS * channels
     tl.store(out + c, s, mask=ok)
@@ -253,7 +259,8 @@ def _bn_act_bwd_small_kernel(dy, x, residual, mask, dx, dresidual, weight, weigh
                              dbias, dweight2, dbias2, rows, values, channels, inner,
                              CHANNELS_LAST: tl.constexpr, TRAINING: tl.constexpr,
                              TRAINING2: tl.constexpr, SECOND: tl.constexpr, ACT: tl.constexpr,
-                             R: tl.constexpr, G: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+                             R: tl.constexpr, G: tl.constexpr, DOWN: tl.constexpr,
+                             ACROSS: tl.constexpr):  # fmt: skip
     """All of the backward pass for one block of channels. Grid (blocks of channels)."""
     block = tl.program_id(0)
     lo = tl.zeros([], tl.int32)
@@ -267,7 +274,7 @@ def _bn_act_bwd_small_kernel(dy, x, residual, mask, dx, dresidual, weight, weigh
         mean2 = tl.load(stats + 2 * channels + c, mask=known, other=0)
     s, sx, s2, sx2 = _gradient_sums(
         dy, x, residual, mask, mean, mean2, lo, hi, block, channels, inner, CHANNELS_LAST, SECOND,
-        ACT, R, G, UNROLL)  # fmt: skip
+        ACT, R, G, DOWN, ACROSS)  # fmt: skip
     center, scale, slope, offset = _finish_backward(
         s, sx, count, c, known, weight, stats, dweight, dbias, channels, TRAINING)  # fmt: skip
     center2, scale2, slope2, offset2 = center, scale, slope, offset

@@ -16,10 +16,12 @@ from . import bn_act, launch
 from .bn_act import (
     COUNTS,
     Geometry,
+    add_batch,
     block_channels,
     columns,
     dense,
     dense_like,
+    in_float64,
     in_mask,
     load_affine,
     load_channel,
@@ -41,13 +43,14 @@ def _median(a, b, c):
 
 @triton.jit
 def _sums_channels_last(x, lo, hi, block, channels, inner, R: tl.constexpr, G: tl.constexpr,
-                        UNROLL: tl.constexpr):  # fmt: skip
+                        DOWN: tl.constexpr):  # fmt: skip
     """For each of a block's 8*G channels a shift, the sum of x - shift over pixels lo to hi, the
     sum of its square, and how many values these are of."""
     r = tl.arange(0, R)[:, None, None]
     e = columns(G)
-    s = tl.zeros([R, G, 8], tl.float64)
-    q = tl.zeros([R, G, 8], tl.float64)
+    s = tl.zeros([R, G, 8], tl.float32)
+    q = tl.zeros([R, G, 8], tl.float32)
+    lost_s, lost_q = s, q
     second = tl.minimum(lo + 1, hi - 1)
     third = tl.minimum(lo + 2, hi - 1)
     c = block * (8 * G) + e
@@ -58,31 +61,32 @@ def _sums_channels_last(x, lo, hi, block, channels, inner, R: tl.constexpr, G: t
         tl.load(x + second.to(tl.int64) * inner + c, mask=in_block, other=0).to(tl.float32),
         tl.load(x + third.to(tl.int64) * inner + c, mask=in_block, other=0).to(tl.float32),
     )
-    for row in range(lo, hi, R * UNROLL):
-        s32 = tl.zeros([R, G, 8], tl.float32)
-        q32 = tl.zeros([R, G, 8], tl.float32)
-        for j in tl.static_range(UNROLL):
+    for row in range(lo, hi, R * DOWN):
+        batch_s = tl.zeros([R, G, 8], tl.float32)
+        batch_q = tl.zeros([R, G, 8], tl.float32)
+        for j in tl.static_range(DOWN):
             run = row + j * R + r
             ok = (run < hi) & in_block
             value = tl.load(x + run.to(tl.int64) * inner + c, mask=ok, other=0)
             d = tl.where(ok, value.to(tl.float32) - shift, 0)
-            s32 += d
-            q32 += d * d
-        s += s32
-        q += q32
-    total = tl.sum(s, axis=0, keep_dims=True)
-    square = tl.sum(q, axis=0, keep_dims=True)
+            batch_s += d
+            batch_q += d * d
+        s, lost_s = add_batch(s, lost_s, batch_s)
+        q, lost_q = add_batch(q, lost_q, batch_q)
+    total = tl.sum(in_float64(s, lost_s), axis=0, keep_dims=True)
+    square = tl.sum(in_float64(q, lost_q), axis=0, keep_dims=True)
     return shift, total, square, (hi - lo).to(tl.float64)
 
 
 @triton.jit
 def _sums_nchw(x, lo, hi, channel, channels, inner, R: tl.constexpr, G: tl.constexpr,
-               UNROLL: tl.constexpr):  # fmt: skip
+               DOWN: tl.constexpr, ACROSS: tl.constexpr):  # fmt: skip
     """As _sums_channels_last, of one channel of images lo to hi."""
     r = tl.arange(0, R)[:, None, None]
     e = columns(G)
-    s = tl.zeros([R, G, 8], tl.float64)
-    q = tl.zeros([R, G, 8], tl.float64)
+    s = tl.zeros([R, G, 8], tl.float32)
+    q = tl.zeros([R, G, 8], tl.float32)
+    lost_s, lost_q = s, q
     second = tl.minimum(lo + 1, hi - 1)
     last = inner - 1
     first_run = lo.to(tl.int64) * channels + channel
@@ -91,33 +95,34 @@ def _sums_nchw(x, lo, hi, channel, channels, inner, R: tl.constexpr, G: tl.const
         tl.load(x + (second.to(tl.int64) * channels + channel) * inner + last).to(tl.float32),
         tl.load(x + first_run * inner + last // 2).to(tl.float32),
     )
-    for row in range(lo, hi, R):
-        for i0 in range(0, inner, 8 * G * UNROLL):
-            s32 = tl.zeros([R, G, 8], tl.float32)
-            q32 = tl.zeros([R, G, 8], tl.float32)
-            for j in tl.static_range(UNROLL):
-                i = i0 + j * 8 * G + e
-                run = (row + r).to(tl.int64) * channels + channel
-                ok = (row + r < hi) & (i < inner)
+    for row in range(lo, hi, R * DOWN):
+        for i0 in range(0, inner, 8 * G * ACROSS):
+            batch_s = tl.zeros([R, G, 8], tl.float32)
+            batch_q = tl.zeros([R, G, 8], tl.float32)
+            for j in tl.static_range(DOWN * ACROSS):
+                image = row + j // ACROSS * R + r
+                i = i0 + j % ACROSS * (8 * G) + e
+                ok = (image < hi) & (i < inner)
+                run = image.to(tl.int64) * channels + channel
                 value = tl.load(x + run * inner + i, mask=ok, other=0)
                 d = tl.where(ok, value.to(tl.float32) - shift, 0)
-                s32 += d
-                q32 += d * d
-            s += s32
-            q += q32
-    return shift, sum_all(s), sum_all(q), (hi - lo).to(tl.float64) * inner
+                batch_s += d
+                batch_q += d * d
+            s, lost_s = add_batch(s, lost_s, batch_s)
+            q, lost_q = add_batch(q, lost_q, batch_q)
+    total, square = sum_all(in_float64(s, lost_s)), sum_all(in_float64(q, lost_q))
+    return shift, total, square, (hi - lo).to(tl.float64) * inner
 
 
 @triton.jit
 def _moments(x, lo, hi, block, channels, inner, CHANNELS_LAST: tl.constexpr, R: tl.constexpr,
-             G: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+             G: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr):  # fmt: skip
     """Mean and sum of squared deviations, float64, of a block of channels (channels_last: 8*G of
     them; NCHW: one) over rows (N*H*W, or images) lo to hi."""
     if CHANNELS_LAST:
-        shift, total, square, n = _sums_channels_last(x, lo, hi, block, channels, inner, R, G,
-                                                      UNROLL)  # fmt: skip
+        shift, total, square, n = _sums_channels_last(x, lo, hi, block, channels, inner, R, G, DOWN)
     else:
-        shift, total, square, n = _sums_nchw(x, lo, hi, block, channels, inner, R, G, UNROLL)
+        shift, total, square, n = _sums_nchw(x, lo, hi, block, channels, inner, R, G, DOWN, ACROSS)
     # 1 / n by Newton's method: a division in float64 is a call, which spills
     inverse = (1 / n.to(tl.float32)).to(tl.float64)
     inverse = inverse * (2 - n * inverse)
@@ -187,7 +192,7 @@ def _apply(x, residual, y, mask, run, row_ok, i0, inner, center, scale, shift, c
 @triton.jit(do_not_specialize=COUNTS)
 def _bn_act_fwd_statistics_kernel(x, residual, partial, rows, chunk, channels, inner, first_norm,
                                   CHANNELS_LAST: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
-                                  UNROLL: tl.constexpr):  # fmt: skip
+                                  DOWN: tl.constexpr, ACROSS: tl.constexpr):  # fmt: skip
     """partial[norm, chunk] = mean, m2 of chunk rows; norm 0 is of x, 1 of the residual.
 
     Grid (blocks of channels, chunks, norms).
@@ -198,9 +203,10 @@ def _bn_act_fwd_statistics_kernel(x, residual, partial, rows, chunk, channels, i
     lo = k * chunk
     hi = tl.minimum(lo + chunk, rows)
     if norm == 0:
-        mean, m2 = _moments(x, lo, hi, block, channels, inner, CHANNELS_LAST, R, G, UNROLL)
+        mean, m2 = _moments(x, lo, hi, block, channels, inner, CHANNELS_LAST, R, G, DOWN, ACROSS)
     else:
-        mean, m2 = _moments(residual, lo, hi, block, channels, inner, CHANNELS_LAST, R, G, UNROLL)
+        mean, m2 = _moments(residual, lo, hi, block, channels, inner, CHANNELS_LAST, R, G, DOWN,
+                            ACROSS)  # fmt: skip
     row = (norm * tl.num_programs(1) + k).to(tl.int64)
     out = partial + row * 2 * channels
     c = block_channels(block, CHANNELS_LAST, G)
@@ -309,7 +315,8 @@ def _bn_act_fwd_small_kernel(x, residual, y, mask, weight, bias, running_mean, r
                              eps2, stats, affine, rows, values, channels, inner,
                              CHANNELS_LAST: tl.constexpr, TRAINING: tl.constexpr,
                              TRAINING2: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-                             R: tl.constexpr, G: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+                             R: tl.constexpr, G: tl.constexpr, DOWN: tl.constexpr,
+                             ACROSS: tl.constexpr):  # fmt: skip
     """All of the forward pass for one block of channels. Grid (blocks of channels)."""
     block = tl.program_id(0)
     lo = tl.zeros([], tl.int32)
@@ -320,7 +327,7 @@ def _bn_act_fwd_small_kernel(x, residual, y, mask, weight, bias, running_mean, r
     mean = tl.zeros(c.shape, tl.float64)
     m2 = tl.zeros(c.shape, tl.float64)
     if TRAINING:
-        mean, m2 = _moments(x, lo, hi, block, channels, inner, CHANNELS_LAST, R, G, UNROLL)
+        mean, m2 = _moments(x, lo, hi, block, channels, inner, CHANNELS_LAST, R, G, DOWN, ACROSS)
     center, scale, shift = _finish_forward(
         mean, m2, count, c, known, weight, bias, running_mean, running_var, momentum, eps, stats,
         channels, TRAINING)  # fmt: skip
@@ -328,7 +335,7 @@ def _bn_act_fwd_small_kernel(x, residual, y, mask, weight, bias, running_mean, r
     if RESIDUAL == 2:
         if TRAINING2:
             mean, m2 = _moments(residual, lo, hi, block, channels, inner, CHANNELS_LAST, R, G,
-                                UNROLL)  # fmt: skip
+                                DOWN, ACROSS)  # fmt: skip
         center2, scale2, shift2 = _finish_forward(
             mean, m2, count, c, known, weight2, bias2, running_mean2, running_var2, momentum2, eps2,
             stats + 2 * channels, channels, TRAINING2)  # fmt: skip

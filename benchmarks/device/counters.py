@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
-from device import smoke  # noqa: E402
 from harness.program import CL  # noqa: E402
 from suites import convs, inference, ops  # noqa: E402
+
+from device import smoke  # noqa: E402
 
 KERNELS = "regex:bn_act|training_convolution|conv_bn_act|conv_halo|res_chain"
 METRICS = (

@@ -21,9 +21,9 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 import table  # noqa: E402
-from device.runner import keep_timings  # noqa: E402
 
 import fused_res  # noqa: E402
+from device.runner import keep_timings  # noqa: E402
 from fused_res.dispatch import shipped_timings, user_timings  # noqa: E402
 
 WARM_UP = 3  # first use times what it sees for the second time

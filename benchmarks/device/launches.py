@@ -23,7 +23,6 @@ from unittest import mock
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
-from device import smoke  # noqa: E402
 import triton  # noqa: E402
 from harness.program import CL, FORMATS  # noqa: E402
 from suites import convs, nets, ops  # noqa: E402
@@ -31,6 +30,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia import driver as nvidia  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
+from device import smoke  # noqa: E402
 from fused_res.dispatch import training_conv, training_conv_candidates  # noqa: E402
 from fused_res.kernels import bn_act_bwd, bn_act_fwd, conv_tiles, launch, res_block  # noqa: E402
 from fused_res.kernels import conv_bn_act as inference_kernels  # noqa: E402

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+from .bound import Loop, loops
+
 ROOT = Path(__file__).resolve().parents[2]
 with mock.patch("setuptools.setup"):
     SETUP = runpy.run_path(str(ROOT / "setup.py"))
@@ -63,6 +65,7 @@ class Resources(NamedTuple):
     copies: int = 0  # cp.async: from global to shared memory, past the registers
     wgmma: int = 0  # in shared memory: sm_90's, and sm_100's tcgen05
     tma: int = 0  # loads of tensors' boxes
+    loops: tuple[Loop, ...] = ()  # all of it, then its innermost loops
 
     @property
     def spilled(self) -> bool:
@@ -122,17 +125,20 @@ def read_cubin(path: Path) -> dict[str, Resources]:
     sass = dump("-sass")
     # from sm_90 on cuobjdump counts a kilobyte of a block's shared memory that the system keeps
     reserved = 1024 if int(re.search(r"code for sm_(\d+)", sass)[1]) >= 90 else 0
-    mixes = {}
+    mixes, found_loops = {}, {}
     for part in sass.split("Function : ")[1:]:
         # "/*00b0*/ @!P0 LDG.E.128 R4, ..." and nothing of the lines with the encoding alone
         name = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)"
         mixes[part.split()[0]] = count(re.findall(name, part, re.M), SASS)
+        found_loops[part.split()[0]] = tuple(loops(part))
     usage = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     found = {}
     for kernel, *numbers in re.findall(usage, dump("--dump-resource-usage")):
         registers, stack, shared, local = map(int, numbers)
         shared = max(0, shared - reserved)
-        found[kernel] = Resources(registers, shared, stack + local, **mixes[kernel])
+        found[kernel] = Resources(
+            registers, shared, stack + local, **mixes[kernel], loops=found_loops[kernel]
+        )
     return found
 
 

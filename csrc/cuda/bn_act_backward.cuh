@@ -6,7 +6,7 @@ namespace fused_res::cuda {
 
 // Adds up all threads' sums of a part's channels: done(channel, sums) in one thread each.
 template <bool kChannelsLast, int kValues, class Done>
-__device__ __forceinline__ void reduce_channels(double (&sums)[kValues], const Walk& w,
+__device__ __forceinline__ void reduce_channels(Sum (&sums)[kValues], const Walk& w,
                                                 const Part& part, const Done& done) {
   constexpr int kChannels = kChannelsOf<kChannelsLast>;
   reduce(sums, w.width);
@@ -17,7 +17,7 @@ __device__ __forceinline__ void reduce_channels(double (&sums)[kValues], const W
     if (c >= w.shape.channels) continue;
     double of_channel[kSums] = {};
 #pragma unroll
-    for (int i = 0; i < kValues / kChannels; i++) of_channel[i] = sums[i * kChannels + k];
+    for (int i = 0; i < kValues / kChannels; i++) of_channel[i] = sums[i * kChannels + k].value();
     done(c, of_channel);
   }
 }
@@ -36,7 +36,7 @@ __device__ __forceinline__ void gradient_sums(const BackwardArgs& a, const Walk&
   if (part.in_range && second)
     load_channels<kChannelsLast, kVector>(a.stats + 2 * w.shape.channels, w, part, mean[1]);
   constexpr int kWanted = kSecond ? kSums : 2;
-  double sums[kWanted * kChannels] = {};
+  Sum sums[kWanted * kChannels];
   each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch], int i) {
     Eight<T> dys[kBatch], xs[kBatch], residuals[kBatch];
     uint32_t bits[kBatch];
@@ -75,7 +75,7 @@ __device__ __forceinline__ void gradient_sums(const BackwardArgs& a, const Walk&
 #pragma unroll
       for (int i = 0; i < kWanted * kChannels; i++) {
         float& part_sum = s[i / kChannels][i % kChannels];
-        sums[i] += part_sum, part_sum = 0;
+        sums[i].add(part_sum), part_sum = 0;
       }
     }
   });

@@ -38,7 +38,7 @@ __device__ __forceinline__ void find_shifts(const void* x, const Walk& w, const 
 }
 
 // Mean and sum of squared deviations of a part's channels: done(channel, mean, m2) in one thread
-// each. Sums are of x less a shift; in float over a few values, then in double.
+// each. Sums are of x less a shift, in float: plainly over a few values, these then in a Sum.
 template <class T, bool kChannelsLast, bool kVector, class Keep, class Done>
 __device__ __forceinline__ void statistics(const void* x, const Walk& w, const Part& part,
                                            const Keep& kept, int tensor, const Done& done) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ void statistics(const void* x, const Walk& w, const P
   float shift[kChannels];
   find_shifts<T, kChannelsLast, kVector>(x, w, part, shift);
 
-  double sums[2 * kChannels] = {};  // of x - shift, and of its square
+  Sum sums[2 * kChannels];  // of x - shift, and of its square
   each_batch<kBatch, kChannelsLast, kVector>(w, part, [&](const Place(&places)[kBatch], int i) {
     Eight<T> eights[kBatch];
 #pragma unroll
@@ -68,7 +68,7 @@ __device__ __forceinline__ void statistics(const void* x, const Walk& w, const P
       if (kChannelsLast && u != kBatch - 1) continue;  // eight values of a channel at most
 #pragma unroll
       for (int c = 0; c < kChannels; c++) {
-        sums[c] += s[c], sums[kChannels + c] += q[c];
+        sums[c].add(s[c]), sums[kChannels + c].add(q[c]);
         s[c] = q[c] = 0;
       }
     }
@@ -79,8 +79,8 @@ __device__ __forceinline__ void statistics(const void* x, const Walk& w, const P
 #pragma unroll
   for (int k = 0; k < kChannels; k++) {
     const int64_t c = channel_of<kChannelsLast>(part.column) + k;
-    const double m2 = sums[kChannels + k] - sums[k] * sums[k] / n;
-    if (c < w.shape.channels) done(c, shift[k] + sums[k] / n, m2 < 0 ? 0 : m2);  // NaN stays NaN
+    const double sum = sums[k].value(), m2 = sums[kChannels + k].value() - sum * sum / n;
+    if (c < w.shape.channels) done(c, shift[k] + sum / n, m2 < 0 ? 0 : m2);  // NaN stays NaN
   }
 }
 

@@ -131,6 +131,15 @@ __device__ __forceinline__ void from_float(float v, fp16& out) {
 namespace fused_res::cuda {
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rounded: the compiler may make no multiply-add of it, nor change the order of several.
+__device__ __forceinline__ float plus(float a, float b) {
+#ifdef FUSED_RES_EMULATION
+  return a + b;
+#else
+  return __fadd_rn(a, b);
+#endif
+}
 }  // namespace fused_res::cuda
 
 // Faults that tests/*/test_cuda_emulated.py plant, to show that their checks catch them.

@@ -12,6 +12,7 @@ from bn_act_cases import (
     LAYOUTS,
     NAMES,
     Case,
+    assert_long_sums,
     assert_rule,
     assert_statistics,
     draws,
@@ -183,6 +184,30 @@ def test_statistics_alone(emulation, layout, dtype):
         first, *others = (emulation.statistics(x) for emulation.seed in range(3))
         assert all(torch.equal(first, other) for other in others)
         assert_statistics(emulation.statistics, shape, dtype, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_values_are_added_up(emulation, layout):
+    """By one block."""
+    emulation.plan = "whole"
+
+    def statistics(x):
+        norm = Norm(torch.zeros(2), torch.ones(2), None, None, True, 1.0)
+        emulation.forward(x, norm, act="none")
+        n = x.numel() // 2
+        mean, var = norm.running_mean.double(), norm.running_var.double()
+        return torch.stack([mean, var * (n - 1), torch.tensor([n, n])])
+
+    assert_long_sums(2**18, layout, statistics, functools.partial(sums_of_gradients, emulation))
+
+
+def sums_of_gradients(emulation, dy, x):
+    """dbias and dweight, where x's mean is 0 and its standard deviation 1."""
+    norm, stats = norm_of(2), torch.tensor([0.0, 1, 0, 1, 0])[:, None].repeat(1, 2)
+    found = emulation.backward(
+        dy, x, norm, None, None, stats, None, "none", need_x=False, need_residual=False
+    )
+    return found.dbias, found.dweight
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,6 +11,7 @@ import torch
 from bn_act_cases import (
     LAYOUTS,
     Case,
+    assert_long_sums,
     assert_rule,
     assert_statistics,
     draws_of_grid,
@@ -30,10 +31,11 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels run on a GPU here: make gpu", allow_module_level=True)
 
-from fused_res.kernels import bn_act as kernels
-from fused_res.kernels import bn_act_bwd, bn_act_fwd, launch
 from triton.runtime.errors import InterpreterError
 from triton_traffic import Traffic
+
+from fused_res.kernels import bn_act as kernels
+from fused_res.kernels import bn_act_bwd, bn_act_fwd, launch
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +147,34 @@ def test_statistics_alone(plan, layout):
         )
 
 
+MANY = {"nchw": 2**14, "channels_last": 2**12}  # values: 32 and 64 batches of a thread's
+
+
+@pytest.fixture
+def one_program(monkeypatch):
+    """adds up a whole channel."""
+    monkeypatch.setattr(kernels, "SMALL_VALUES", 0)
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    narrow = {name: c._replace(elements=128) for name, c in kernels.CONFIGS.items()}
+    monkeypatch.setattr(kernels, "CONFIGS", narrow)
+
+
+def sums_of_gradients(dy, x):
+    """dbias and dweight, where x's mean is 0 and its standard deviation 1."""
+    stats, w = torch.tensor([0.0, 1, 0, 1, 0])[:, None].repeat(1, 2), torch.ones(2)
+    geometry = kernels.Geometry.of(x)
+    mask = torch.zeros(geometry.runs, geometry.mask_bytes, dtype=torch.uint8)
+    args = dy, x, w, True, None, False, None, False, stats, mask, 0, False, False, True
+    _, dw, db, *_ = torch.ops.fused_res.bn_act_bwd_triton(*args)
+    return db, dw
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_values_are_added_up(one_program, layout):
+    statistics, n = torch.ops.fused_res.bn_act_statistics_triton, MANY[layout]
+    assert_long_sums(n, layout, statistics, sums_of_gradients)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sums_that_are_given(layout):
     x, dy = (torch.randn(3, 13, 7, 5).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
@@ -165,9 +195,25 @@ def test_nan_and_infinity_travel_as_in_pytorch(plan):
         x[1, 2, 3, 4] = value
         for training in (True, False):
             rm, rv = torch.zeros(6), torch.ones(6)
+            running = torch.zeros(6), torch.ones(6)
             ours = bn_act(x, rm, rv, training=training, backend="triton")
-            theirs = reference.bn_act(x, Norm(rm * 0, rv * 0 + 1, None, None, training, 0.1, 1e-5))
+            theirs = reference.bn_act(x, Norm(*running, None, None, training, 0.1, 1e-5))
             assert torch.equal(ours.isnan(), theirs.isnan())
+            torch.testing.assert_close((rm, rv), running, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_of_infinite_gradients_are_as_in_pytorch(plan, layout):
+    inf = float("inf")
+    dy = torch.randn(4, 4, 12, 12).contiguous(memory_format=LAYOUTS[layout])
+    dy[1, 0, 3, 4], dy[1, 1, 3, 4], dy[1, 2, 3, 4], dy[2, 2, 1, 1] = inf, -inf, inf, -inf
+    x, found = torch.randn_like(dy), []
+    for name in ("triton", "eager"):
+        w, b = (torch.ones(4, requires_grad=True) for _ in range(2))
+        y = bn_act(x, None, None, w, b, True, act="none", backend=name)
+        found.append(torch.autograd.grad(y, (w, b), dy))
+    assert found[1][1].isinf().any() and found[1][1].isnan().any()
+    torch.testing.assert_close(*found, equal_nan=True)
 
 
 @pytest.mark.parametrize("skip", ["identity", "projection"])
@@ -353,11 +399,27 @@ def test_a_wrong_mask_bit_is_caught(plant):
 
 
 def test_rows_past_the_end_in_a_sum_are_caught(plant):
-    line = "d = tl.where(ok, value.to(tl.float32) - shift, 0)\n            s32 += d"
-    plant(bn_act_fwd, line, "d = value.to(tl.float32) - shift\n            s32 += d")
+    line = "d = tl.where(ok, value.to(tl.float32) - shift, 0)\n            batch_s += d"
+    plant(bn_act_fwd, line, "d = value.to(tl.float32) - shift\n            batch_s += d")
     with pytest.raises(AssertionError):
         case = Case((3, 40, 5, 7), torch.float32, "channels_last", "relu", "none", True, 3.0)
         assert_rule([case], on_triton)
+
+
+@pytest.mark.parametrize("name", ["s", "q"])
+def test_what_roundings_lost_is_missed(one_program, plant, name):
+    plant(bn_act_fwd, f"tl.sum(in_float64({name}, lost_{name})", f"tl.sum({name}.to(tl.float64)")
+    with pytest.raises(AssertionError, match="alike: " + {"s": "mean", "q": "squares"}[name]):
+        statistics = torch.ops.fused_res.bn_act_statistics_triton
+        assert_long_sums(MANY["channels_last"], "channels_last", statistics, sums_of_gradients)
+
+
+@pytest.mark.parametrize("name, what", [("s, lost", "dy"), ("sx, lost_x", "dy . x")])
+def test_what_roundings_lost_of_gradients_is_missed(one_program, plant, name, what):
+    plant(bn_act_bwd, f"_over_rows({name}, CH", f"_over_rows({name[: name.index(',')]}, 0 * s, CH")
+    with pytest.raises(AssertionError, match=f"(alike|huge): {what}"):
+        statistics = torch.ops.fused_res.bn_act_statistics_triton
+        assert_long_sums(MANY["channels_last"], "channels_last", statistics, sums_of_gradients)
 
 
 def test_an_out_of_bounds_read_is_caught(plant):

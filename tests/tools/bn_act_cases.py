@@ -114,6 +114,51 @@ def assert_statistics(statistics, shape, dtype, layout):
     torch.testing.assert_close(found[1], m2, rtol=1e-6, atol=0)
 
 
+def long_sums(n, layout):
+    """By name, n values of each of two channels that are hard to add up, (1, 2, 64, n / 64): all
+    alike, so that roundings are of one sign (eight are added with none); of two signs, which
+    cancel; one huge, then its negative. The first and some more are zero, and so is the shift that
+    statistics take."""
+    alike = torch.full((n,), 1 + 2**-20)
+    signs = torch.ones(n)
+    signs[::2] = -1
+    huge = alike.clone()
+    huge[n // 3 + 1], huge[-n // 3] = 1e8, -1e8
+    found = {"alike": alike, "signs": 1000 * signs + torch.rand(n), "huge": huge}
+    for values in found.values():
+        values[:9] = values[n // 2 - 9 : n // 2 + 9] = values[-9:] = 0
+    return {
+        name: torch.stack([values, -values])
+        .view(1, 2, 64, n // 64)
+        .contiguous(memory_format=LAYOUTS[layout])
+        for name, values in found.items()
+    }
+
+
+def assert_sums(found, values, what, rounded=1):
+    """``found`` are the channels' sums of ``values``, in float64, but for rounding the sum of a few
+    values now and then, and ``rounded`` results, to float32."""
+    size, eps = values.abs(), torch.finfo(torch.float32).eps
+    exact, total = (t.sum(dim=(0, 2, 3)) for t in (values, size))
+    bound = 2e-9 * total + 4 * eps * size.amax(dim=(0, 2, 3)) + rounded * eps / 2 * exact.abs()
+    error = (found.double() - exact).abs()
+    assert (error <= bound).all(), (what, found, exact, error / bound)
+
+
+def assert_long_sums(n, layout, statistics, gradients):
+    """``statistics(x)`` gives mean, sum of squared deviations and count; ``gradients(dy, x)`` the
+    sums of dy and of dy * x."""
+    for name, x in long_sums(n, layout).items():
+        wide, other = x.double(), torch.full_like(x, 0.5)
+        mean, m2, count = statistics(x)
+        assert (count == n).all()
+        assert_sums(mean * n, wide, f"{name}: mean")
+        assert_sums(m2 + mean * mean * n, wide.square(), f"{name}: squares", rounded=3)
+        of_dy, of_both = gradients(x, other)
+        assert_sums(of_dy, wide, f"{name}: dy")
+        assert_sums(of_both, wide * other.double(), f"{name}: dy * x")
+
+
 def gradients_by(sums, g, x, weight, stats):
     """The gradient of a BatchNorm's input from given sums of g and g * (x - mean), in float64."""
     mean, invstd, weight, of_g, of_gx = (

@@ -12,11 +12,20 @@ ROOT = Path(__file__).resolve().parents[2]
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT / "benchmarks")
     import kernels_report as report
+    from report import bound, cuda_resources, memory_requests, predicted, rates
+
     from fused_res.kernels import bn_act
-    from report import cuda_resources, memory_requests
 
 RESOURCES = cuda_resources.Resources(72, 512, *[0] * 16)
 SECTIONS = pytest.mark.parametrize("section", report.SECTIONS, ids=lambda section: section.name)
+
+
+# Those whose code an NVIDIA GPU of the predictions runs, and that has elements.
+PREDICTED = [
+    section
+    for section in report.SECTIONS
+    if not section.targets[0].startswith("gfx") and section.source != "res_block"
+]
 
 
 def written(section: str) -> str:
@@ -74,6 +83,64 @@ def test_what_is_asked_of_memory_is_told_of_every_cuda_kernel_that_moves_tensors
     # launched for SyncBatchNorm, or for what a backward pass computes again
     seldom = {"bn_act_statistics", "bn_act_statistics_merge", "bn_act_fwd_reapply"}
     assert {row[0] for row in rows} == names - seldom
+
+
+def predictions(section) -> str:
+    return predicted.table(predicted.read()[section.name], section.labels)
+
+
+@pytest.mark.parametrize("section", PREDICTED, ids=lambda section: section.name)
+def test_predictions_are_of_the_counts_and_the_rates(section):
+    rows = predicted.read()[section.name]
+    assert written(f"{section.name}-predicted").strip() == predictions(section)
+    wanted = set(re.findall("^#### (.*)$", written(section.name), re.M))
+    launched = {name for name in wanted if re.search("merge|moments|pack", name)}
+    assert {row.kernel for row in rows} == wanted - launched
+    tables = sum(line.startswith("| ") for line in written(section.name).splitlines())
+    assert 0 < len(predictions(section).splitlines()) - 2 <= tables * 2
+
+
+@pytest.mark.parametrize("name, field", [("H100", "bandwidth"), ("RTX 4090", "clock")])
+def test_a_wrong_rate_is_caught(monkeypatch, name, field):
+    gpus = tuple(
+        gpu._replace(**{field: getattr(gpu, field) * 1.2}) if gpu.name == name else gpu
+        for gpu in rates.GPUS
+    )
+    monkeypatch.setattr(predicted, "GPUS", gpus)
+    with pytest.raises(AssertionError):
+        for section in PREDICTED:
+            test_predictions_are_of_the_counts_and_the_rates(section)
+
+
+def test_a_wrong_count_is_caught(monkeypatch):
+    sections = predicted.read()
+    first, *others = sections["triton-nvidia"]
+    counts = {name: c._replace(bytes=c.bytes * 1.2) for name, c in first.counts.items()}
+    sections["triton-nvidia"] = [first._replace(counts=counts), *others]
+    monkeypatch.setattr(predicted, "read", lambda: sections)
+    (section,) = (s for s in PREDICTED if s.name == "triton-nvidia")
+    with pytest.raises(AssertionError):
+        test_predictions_are_of_the_counts_and_the_rates(section)
+
+
+def test_predictions_are_written_with_the_tables(monkeypatch, tmp_path):
+    """A section's, and what other sections have stays."""
+    loop = bound.Loop(1, bound.Counts(bytes=64, fp32=256, issue=512))
+    resources = RESOURCES._replace(loops=(bound.Loop(0, loop.counts), loop))
+    row = report.Row("_bn_act_fwd_statistics_kernel", ("16x64 x4", "4", "NCHW", "any"), "bf16",
+                     (resources,) * 3)  # fmt: skip
+    path = tmp_path / "loops.json"
+    read, write = predicted.read, predicted.write
+    monkeypatch.setattr(predicted, "read", lambda: read(path))
+    monkeypatch.setattr(predicted, "write", lambda sections: write(sections, path))
+    (section,) = (s for s in PREDICTED if s.name == "triton-nvidia")
+    predicted.write({"conv-tma": []})
+    page = "\n".join(report.markers("triton-nvidia-predicted"))
+    text = report.predict(page, section, [row])
+    assert "| _bn_act_fwd_statistics | 16x64 x4 | 4 | NCHW | any | bf16 | 0.6 ps memory |" in text
+    assert read(path)["conv-tma"] == []
+    (kept,) = read(path)["triton-nvidia"]
+    assert kept.counts["sm_80"] == bound.Counts(bytes=2, fp32=8, issue=16)
 
 
 def test_dtypes_and_architectures_that_agree_are_merged():
