@@ -17,4 +17,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
+    """Links as they are in the site, where the pages of this folder are at the top."""
+    if "/" in page.file.src_uri:
+        return markdown.replace("](../docs/", "](../")
     return markdown.replace("](../", "](")

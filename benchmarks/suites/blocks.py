@@ -16,7 +16,7 @@ from torch.nn.utils import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from fused_res import FusedResBlock, fuse_
 from fused_res.models import ResNet
-from fused_res.nn.blocks import FusedForward
+from fused_res.nn.blocks import FusedForward, FusedStem
 from fused_res.reference import ResBlock
 
 from .ops import bn_act_bytes
@@ -25,10 +25,10 @@ Shape = tuple[int, int, int, int]
 
 
 def fused(net: nn.Module, backend: str) -> nn.Module:
-    """``net`` with every residual block fused, run by ``backend`` or not at all."""
+    """``net`` with every residual block and its stem fused, run by ``backend`` or not at all."""
     fuse_(net, strict=True)
     for part in net.modules():
-        if isinstance(part, FusedForward):
+        if isinstance(part, (FusedForward, FusedStem)):
             part.backend = backend
     return net
 

@@ -201,7 +201,7 @@ def fuse_(
     strict: bool = False,
     dry_run: bool = False,
     recompute: str | None = None,
-    stems: bool = False,
+    stems: bool = True,
 ) -> FuseReport:
     """Makes every residual block of ``model`` that can be fused run fused kernels, in place.
 

@@ -246,10 +246,9 @@ def _copied(
     model.eval()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fuse_ found no residual block")
-        report = fuse_(model)
+        report = fuse_(model, stems=False)
     _leave_to_the_graph(model, report)
     unfuse_stems(model)  # the graph has all convolutions outside of blocks
-    report.stem.clear(), report.no_stem.clear()
     model.__class__ = optimized_class(type(model))
     call = Call(model._serving_parameters, args, kwargs)
     inputs = tuple(input_like(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor))

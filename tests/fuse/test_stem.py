@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from functools import partial
 
 import pytest
 import torch
@@ -14,13 +13,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_res
-from fused_res import unfuse_
+from fused_res import fuse_, unfuse_
 from fused_res.dispatch import backends, cpu_rules
 from fused_res.nn import blocks as fused
 from fused_res.nn.blocks import FusedForward, FusedStem
 from fused_res.nn.sequential import FusedSequential
-
-fuse_ = partial(fused_res.fuse_, stems=True)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_kernels = pytest.mark.skipif(

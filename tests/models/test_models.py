@@ -505,7 +505,8 @@ def test_tables_of_the_page():
     assert set(tutorial) | set(family) == set(models.names())
     with torch.device("meta"):
         for name, kind in tutorial.items():
-            assert type(models.create(name)).__name__ == kind
+            classes = type(models.create(name)).__mro__  # a stem is fused by a subclass
+            assert kind in [cls.__name__ for cls in classes]
     cifar = "resnet18_cifar", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"
     for name, parameters in family.items():
         classes = 10 if name in cifar or name.startswith("wrn") else 1000
