@@ -20,6 +20,7 @@
 
 namespace host {
 
+constexpr int64_t kMostShadowed = 4 << 20;  // bytes of memory whose accesses may race
 constexpr int kCpu = -1, kStaticLimit = 48 << 10, kStaticOfNorm = 17 << 10;
 
 struct Device {
@@ -156,13 +157,18 @@ void use(AtenTensorHandle tensor, const void* data, bool writable) {
   state.kept.push_back(copy);
   const char* begin = (const char*)data;
   end *= aoti_torch_dtype_element_size(dtype);
-  for (emulator::Region& region : emulator::machine.regions)
-    if (region.begin == begin && region.end == begin + end) {
-      region.writable = writable;
-      return;
-    }
-  const std::string name = "tensor" + std::to_string(emulator::machine.regions.size());
-  emulator::machine.regions.push_back({name, begin, begin + end, writable, emulator::Count{}});
+  auto& regions = emulator::machine.regions;
+  auto found = std::find_if(regions.begin(), regions.end(), [&](const emulator::Region& region) {
+    return region.begin == begin && region.end == begin + end;
+  });
+  if (found == regions.end()) {
+    const std::string name = "tensor" + std::to_string(regions.size());
+    regions.push_back({name, begin, begin + end, writable, emulator::Count{}});
+    found = regions.end() - 1;
+  }
+  found->writable = writable;
+  if (writable && !found->shadow && end <= kMostShadowed)
+    found->shadow.emplace(begin, end, aoti_torch_dtype_element_size(dtype));
 }
 
 int device_of(AtenTensorHandle tensor) {
