@@ -29,24 +29,17 @@ STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) {
 #define FUSED_RES_TEXT_OF(x) #x
 #define FUSED_RES_TEXT(x) FUSED_RES_TEXT_OF(x)
 
-// What the library needs and what is here, for fused_res/dispatch/cuda_library.py. These calls make
-// no CUDA context. A call that fails leaves 0, or no devices.
+// What the library needs and the driver that is here, for fused_res/dispatch/cuda_library.py. These
+// calls do not initialise CUDA: after that a fork of the process could not use it. Where one fails
+// the version is 0.
 extern "C" __attribute__((visibility("default"))) const char* fused_res_cuda_facts() {
   static const std::string facts = [] {
-    int driver = 0, runtime = 0, count = 0;
+    int driver = 0, runtime = 0;
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
-    if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
-    std::string devices;
-    for (int i = 0; i < count; ++i) {
-      int major = 0, minor = 0;
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i);
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, i);
-      devices += (i ? "," : "") + std::to_string(major) + "." + std::to_string(minor);
-    }
     cudaGetLastError();  // PyTorch must not find it
     return "runtime=" + std::to_string(runtime) + " driver=" + std::to_string(driver) +
-           " code=" FUSED_RES_TEXT(FUSED_RES_ARCHITECTURES) " devices=" + devices;
+           " code=" FUSED_RES_TEXT(FUSED_RES_ARCHITECTURES);
   }();
   return facts.c_str();
 }

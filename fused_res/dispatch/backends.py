@@ -67,9 +67,13 @@ class BackendUnavailable(RuntimeError):
     """A backend that was named cannot run here; the message says why."""
 
 
+def _path_of(library: str) -> Path:
+    return Path(__file__).parent.parent / f"{library}.abi3.so"
+
+
 def _load(name: str) -> str | None:
     """Loads a library of kernels. Returns the reason of a failure, or None."""
-    path = Path(__file__).parent.parent / f"{name}.abi3.so"
+    path = _path_of(name)
     if not path.exists():
         lacked = "compiler" if name == "_C" else "nvcc, or no CUDA in this PyTorch,"
         return f"{path.name} was not built (no {lacked} when fused_res was installed)"
@@ -83,12 +87,12 @@ def _load(name: str) -> str | None:
 def _cuda_status() -> str | None:
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
-    if not torch.cuda.is_available():
+    if not torch.cuda.device_count():  # which, unlike is_available, does not initialise CUDA
         return "no CUDA device"
     reason = _load("_C_cuda")
     if reason:
         return reason
-    path = Path(__file__).parent.parent / "_C_cuda.abi3.so"
+    path = _path_of("_C_cuda")
     try:
         reason = cuda_library.why_not(cuda_library.read(path))
     except AttributeError:
@@ -96,12 +100,21 @@ def _cuda_status() -> str | None:
     return reason and f"{path.name} cannot run here: {reason}"
 
 
+def _look_at_devices() -> None:
+    """Runs when the program initialises CUDA, with a library that the driver can run."""
+    path = _path_of("_C_cuda")
+    devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    reason = cuda_library.why_not_on(devices, cuda_library.read(path))
+    if reason:
+        STATUS["cuda"] = f"{path.name} cannot run here: {reason}"
+
+
 def _triton_status() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if INTERPRETED:
         return None
-    return None if torch.cuda.is_available() else "no GPU that Triton compiles for"
+    return None if torch.cuda.device_count() else "no GPU that Triton compiles for"
 
 
 # backend -> why it cannot run on this machine at all, or None
@@ -111,6 +124,8 @@ STATUS: dict[str, str | None] = {
     "triton": _triton_status(),
     "eager": None,
 }
+if STATUS["cuda"] is None:
+    torch.cuda._lazy_call(_look_at_devices)
 
 
 def cpu_isa(limit: str | None = None) -> str:

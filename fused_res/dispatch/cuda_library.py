@@ -1,13 +1,15 @@
-"""Whether this driver and these GPUs can run the CUDA library; no CUDA context is made to find out.
+"""Whether this driver and these GPUs can run the CUDA library.
 
 The library names its CUDA runtime and the architectures that it has code for. Without this check a
-kernel would fail at its first launch, where nothing can fall back any more.
+kernel would fail at its first launch, where nothing can fall back any more. The driver's version is
+asked without CUDA being initialised; the GPUs are looked at when the program does that.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,20 +18,18 @@ LEAST_CAPABILITY = 8, 0  # the kernels copy asynchronously and multiply bfloat16
 
 class Facts(NamedTuple):
     """runtime, driver: CUDA versions, 13000 for 13.0; driver 0: there is none.
-    code: architectures as in TORCH_CUDA_ARCH_LIST. devices: compute capability of each GPU."""
+    code: architectures as in TORCH_CUDA_ARCH_LIST."""
 
     runtime: int
     driver: int
     code: tuple[str, ...]
-    devices: tuple[tuple[int, int], ...]
 
 
 def parse(text: str) -> Facts:
     """Facts from the text of ``fused_res_cuda_facts`` in ``csrc/cuda/ops.cu``."""
     words = dict(word.split("=", 1) for word in text.split())
-    devices = [tuple(map(int, d.split("."))) for d in words["devices"].split(",") if d]
     code = tuple(filter(None, words["code"].split(";")))
-    return Facts(int(words["runtime"]), int(words["driver"]), code, tuple(devices))
+    return Facts(int(words["runtime"]), int(words["driver"]), code)
 
 
 def read(path: Path) -> Facts:
@@ -57,13 +57,18 @@ def _version(number: int) -> str:
 
 
 def why_not(facts: Facts) -> str | None:
-    """Why the library cannot run here; None where it can."""
+    """Why the driver cannot run the library; None where it can."""
     if facts.driver // 1000 < facts.runtime // 1000:
         return (
             f"it is built with CUDA {_version(facts.runtime)}, and the driver is for CUDA "
             f"{_version(facts.driver)}: a newer driver or an older nvcc is needed"
         )
-    for i, capability in enumerate(facts.devices):
+    return None
+
+
+def why_not_on(devices: Sequence[tuple[int, int]], facts: Facts) -> str | None:
+    """Why one of the devices, of these compute capabilities, cannot run it; None where all can."""
+    for i, capability in enumerate(devices):
         device = f"GPU {i} (compute capability {'.'.join(map(str, capability))})"
         if capability < LEAST_CAPABILITY:
             return f"{device} is older than 8.0; CUDA_VISIBLE_DEVICES can hide it"

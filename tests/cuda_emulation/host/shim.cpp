@@ -201,10 +201,6 @@ cudaError_t cudaGetDevice(int* device) {
   *device = state.current;
   return host::answer("cudaGetDevice");
 }
-cudaError_t cudaGetDeviceCount(int* count) {
-  *count = (int)state.devices.size();
-  return cudaSuccess;
-}
 cudaError_t cudaDriverGetVersion(int* version) {
   *version = 13000;
   return cudaSuccess;
@@ -222,8 +218,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
       {cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.multiprocessor_bytes},
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, device.block_bytes},
       {cudaDevAttrClusterLaunch, device.clusters},
-      {cudaDevAttrComputeCapabilityMajor, device.ptx / 10},
-      {cudaDevAttrComputeCapabilityMinor, device.ptx % 10},
   };
   *value = values.at(attribute);
   return host::answer("cudaDeviceGetAttribute");
