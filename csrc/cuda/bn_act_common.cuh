@@ -441,7 +441,7 @@ template <class To, class From>
 __device__ __forceinline__ To bits_as(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
-  memcpy(&to, &from, sizeof to);
+  memcpy((void*)&to, &from, sizeof to);
   return to;
 }
 
