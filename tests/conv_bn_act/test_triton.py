@@ -18,11 +18,12 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels run on a GPU here: make gpu", allow_module_level=True)
 
-from fused_res.kernels import conv_bn_act as kernels
-from fused_res.kernels import conv_tiles, launch
 from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_traffic import Traffic
+
+from fused_res.kernels import conv_bn_act as kernels
+from fused_res.kernels import conv_tiles, launch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -30,9 +30,8 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels run on a GPU here: make gpu", allow_module_level=True)
 
-from fused_res.kernels import conv_tiles, training_convolution
-
 from fused_res.dispatch.training_conv_candidates import Steps, values
+from fused_res.kernels import conv_tiles, training_convolution
 
 CPU = torch.device("cpu")
 SHAPE = 2, 8, 6, 5

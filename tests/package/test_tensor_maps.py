@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 import tensor_maps as rules
-from fused_res.kernels import conv_bn_act, conv_tiles
 
+from fused_res.kernels import conv_bn_act, conv_tiles
 from fused_res.reference import ConvNorm, Norm
 
 CONFIG = conv_tiles.Config("descriptor", 64, 64, 32, 4, 2, 1)

@@ -23,12 +23,13 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the kernels run on a GPU here: make gpu", allow_module_level=True)
 
-from fused_res.kernels import bn_act_bwd, bn_act_fwd, conv_tiles, launch
-from fused_res.kernels import res_block as walk
-from fused_res.kernels import training_convolution as kernels
 from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_traffic import Traffic
+
+from fused_res.kernels import bn_act_bwd, bn_act_fwd, conv_tiles, launch
+from fused_res.kernels import res_block as walk
+from fused_res.kernels import training_convolution as kernels
 
 HALVES = [torch.bfloat16, torch.float16]
 CHANNELS_LAST = torch.channels_last

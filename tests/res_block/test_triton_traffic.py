@@ -13,9 +13,9 @@ if torch.cuda.is_available():
 
 import suites
 import traffic
-from fused_res.kernels import bn_act, res_block
 
 from fused_res.dispatch.training_conv_candidates import Steps
+from fused_res.kernels import bn_act, res_block
 
 README = Path(__file__).resolve().parents[2] / "benchmarks" / "README.md"
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,12 +24,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from fused_res.kernels import bn_act, res_block
 from net_sequences import sequence
 from suites.nets import NETS
 from torch import Tensor
 from triton_traffic import Traffic
 
+from fused_res.kernels import bn_act, res_block
 from fused_res.ops import conv_halo
 from fused_res.reference import ACTS, ConvNorm, Norm, ResBlock
 

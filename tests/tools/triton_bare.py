@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fused_res.kernels import bn_act_bwd, bn_act_fwd
 from kernels_report import SHAPES, Configuration, empty, recording
 
+from fused_res.kernels import bn_act_bwd, bn_act_fwd
 from fused_res.reference import Norm
 
 

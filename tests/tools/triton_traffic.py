@@ -8,8 +8,9 @@ from collections import Counter
 import numpy as np
 import torch
 import triton.language as tl
-from fused_res.kernels import launch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from fused_res.kernels import launch
 
 _cast = InterpreterBuilder.cast_impl
 

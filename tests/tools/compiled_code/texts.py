@@ -12,6 +12,7 @@ from unittest import mock
 
 import kernels_report as report
 import torch
+
 from fused_res.kernels import bn_act_fwd, conv_tiles
 
 TRAINING, INFERENCE = report.training_configurations, report.conv_configurations
