@@ -61,7 +61,8 @@ COMPILED := tests/package/test_triton_compile.py tests/package/test_compiled_cod
 test-triton: $(OLD_TRITON)/.made
 	$(ON_OLD_TRITON) --dist load tests/package/test_tensor_maps.py tests/*/test_triton.py \
 		-k "not caught and not opcheck and not bytes and not of_any_layout"
-	$(ON_OLD_TRITON) --dist loadfile tests/package/test_compiled_code.py -k "not cuda"
+	$(ON_OLD_TRITON) --dist loadfile tests/package/test_compiled_code.py tests/tools/test_gpu_prepared.py \
+		-k "not cuda"
 
 # All of it, and every configuration compiled.
 test-triton-slow: $(OLD_TRITON)/.made

@@ -37,7 +37,7 @@ def facts_here() -> dict:
     """Versions of this machine, from a process of its own: a driver may hang."""
     command = [sys.executable, prepared.__file__, "--facts"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         return json.loads(done.stdout.splitlines()[-1])
     except subprocess.CalledProcessError as error:
         return {"gpu": None, "failed": error.stderr[-2000:]}
@@ -97,6 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     print("no GPU: a dry run; its figures mean nothing" if dry else f"GPU: {here['gpu']}")
     if here.get("failed"):
         print(f"torch says nothing of this machine: {here['failed']}")
+        if Path("/dev/nvidiactl").exists():
+            print("but it has a GPU: a dry run would say nothing of that")
+            return 1
     name = "smoke" if args.part == ["smoke"] else "parts" if args.part else "gpu"
     work = folder / f"{name}-work"
     shutil.rmtree(work, ignore_errors=True)

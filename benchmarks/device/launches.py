@@ -2,7 +2,7 @@
 tensors, compiled for the architecture of a GPU that is not here into TRITON_CACHE_DIR.
 
 Triton takes what it compiled before from that folder if its own files, the kernel, the types and
-alignment of the arguments, and the options are the same; ``tests/tools/test_gpu_prepare.py`` shows
+alignment of the arguments, and the options are the same; ``tests/tools/test_gpu_prepared.py`` shows
 that the launches on a device come to the same keys.
 """
 
@@ -80,6 +80,7 @@ def on_device(capability: int) -> Iterator[None]:
         mock.patch.object(launch, "on_device", lambda x: contextlib.nullcontext()),
         mock.patch.object(launch, "GRAPHS", False),
         mock.patch.object(conv_tiles, "gpu", lambda device: known),
+        mock.patch.object(conv_tiles, "stages", lambda c, _: conv_tiles.pipeline(c, known[1])),
         mock.patch.object(torch, "convolution", _laid_out(torch.convolution)),
         mock.patch.object(res_block, "aten_backward", _laid_out(res_block.aten_backward)),
     ):
@@ -92,9 +93,8 @@ def collecting(capability: int) -> Iterator[list[Launch]]:
     found: dict[tuple, Launch] = {}
 
     def collect(kernel, grid, warps, stages=None, **arguments) -> None:
-        given = {**arguments, **launch.options(warps, launch.WARP)}
-        if stages is not None:
-            given["num_stages"] = stages
+        options = launch.options(kernel.fn.__name__, warps, launch.WARP, stages)
+        given = {**arguments, **options}
         values = [_alike(parameter, arguments[parameter.name]) for parameter in kernel.params]
         key = kernel.fn.__name__, warps, stages, *map(str, values)
         found.setdefault(key, partial(kernel.run, grid=grid, warmup=True, **given))

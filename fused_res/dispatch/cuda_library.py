@@ -44,7 +44,7 @@ def read(path: Path) -> Facts:
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether code for an architecture, for example ``9.0a``, runs on a device."""
+    """Whether code for an architecture, for example ``9.0a``, runs on a device, or its PTX does."""
     numbers, suffix, ptx = re.fullmatch(r"(\d+\.\d+)([af]?)(\+PTX)?", architecture).groups()
     of = tuple(map(int, numbers.split(".")))
     if suffix == "a":
@@ -72,9 +72,16 @@ def why_not_on(devices: Sequence[tuple[int, int]], facts: Facts) -> str | None:
         device = f"GPU {i} (compute capability {'.'.join(map(str, capability))})"
         if capability < LEAST_CAPABILITY:
             return f"{device} is older than 8.0; CUDA_VISIBLE_DEVICES can hide it"
-        if not any(runs_on(architecture, capability) for architecture in facts.code):
+        able = [architecture for architecture in facts.code if runs_on(architecture, capability)]
+        if not able:
             return (
                 f"{device} has no code in it, only {', '.join(facts.code)} have: "
                 "TORCH_CUDA_ARCH_LIST chooses the architectures when fused_res is built"
+            )
+        machine_code = any(runs_on(name.removesuffix("+PTX"), capability) for name in able)
+        if not machine_code and facts.driver < facts.runtime:
+            return (
+                f"{device} has only PTX in it, of CUDA {_version(facts.runtime)}, and the driver "
+                f"is for CUDA {_version(facts.driver)}: a newer driver is needed"
             )
     return None

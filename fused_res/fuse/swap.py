@@ -201,7 +201,7 @@ def fuse_(
     strict: bool = False,
     dry_run: bool = False,
     recompute: str | None = None,
-    stems: bool = True,
+    stems: bool | None = None,
 ) -> FuseReport:
     """Makes every residual block of ``model`` that can be fused run fused kernels, in place.
 
@@ -210,9 +210,10 @@ def fuse_(
     path, pre-activation, ...). In these, segments of consecutive convolutions, norms, ReLUs and
     adds run fused.
 
-    With ``stems`` a convolution and the BatchNorm and ReLU after it run fused outside of blocks
-    too, as in the stem of a network, where a trace shows what the forward around them does. A
-    maxpool after them stays PyTorch's.
+    A convolution and the BatchNorm and ReLU after it run fused outside of blocks too, as in the
+    stem of a network, where a trace shows what the forward around them does. A maxpool after them
+    stays PyTorch's. A trace runs a forward on proxies: what that writes outside of the model, or
+    prints, it does then too.
 
     Only the class of a block, or of the module around a stem, changes, to a subclass. Name,
     children, attributes, Parameter objects, state_dict keys and hooks stay. An ``nn.Sequential``
@@ -221,15 +222,16 @@ def fuse_(
 
     Args:
         model: any module that is not wrapped, compiled or scripted.
-        filter_fn: called with (block, name), and with the module around a stem and its name. Only
-            those for which it returns True are fused.
+        filter_fn: called with (block, name); with ``stems=True`` with the module around a stem and
+            its name too. Only those for which it returns True are fused.
         strict: raise, and change nothing, if a block is skipped for another reason than the filter.
             A stem never is a reason.
         dry_run: make the report, and change nothing.
         recompute: ``last``: in training, the backward pass of a block or segment computes its last
             convolution again, and the forward pass does not keep the output of that convolution
             (about 40 % of the memory that a fused bottleneck keeps). None: the output is kept.
-        stems: fuse convolution, BatchNorm and ReLU outside of blocks too.
+        stems: fuse convolution, BatchNorm and ReLU outside of blocks too. Default: where no
+            ``filter_fn`` is given.
 
     Returns:
         FuseReport: names of the fused blocks, of the partly fused ones and of the skipped ones,
@@ -255,7 +257,7 @@ def fuse_(
     check_recompute(recompute)
     search = _Search(filter_fn, recompute)
     search.visit(model, "")
-    if stems:
+    if filter_fn is None if stems is None else stems:
         search.visit_outside(model)
     report = search.report
     if strict and report.skipped:
@@ -395,8 +397,9 @@ def _put_classes(classes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
 def unfuse_stems(model: nn.Module) -> None:
     """Gives every stem that ``fuse_`` changed its own class back, in place."""
     for module in model.modules():
-        if isinstance(module, FusedStem):
-            module.__class__ = type(module).original
+        original = type(module).__dict__.get("original")
+        if isinstance(module, FusedStem) and original is not None:
+            module.__class__ = original
 
 
 def unfuse_(model: nn.Module) -> list[str]:

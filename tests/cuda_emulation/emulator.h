@@ -68,6 +68,8 @@ struct Region {  // of global memory
 struct Copy {  // asynchronous, of 16 bytes to shared memory
   char *to, bytes[16];
   int group;
+  const char* from;
+  uint64_t writes;  // to what `from` is of, when it began
 };
 
 // Contexts start a fiber; from then on jumps switch, which leave the signal mask alone (a system
@@ -403,11 +405,20 @@ inline void access_shared(const void* p, size_t bytes, Access access,
              "shared memory");
 }
 
-// A copy of the running thread to its shared memory has arrived.
-inline void arrive(const char* p, size_t bytes) {
+// A copy of the running thread to its shared memory has arrived: until now it may have been read.
+inline void arrive(const Copy& copy) {
   Moment now = machine.running->moment;
+  Region& region = *std::find_if(machine.regions.begin(), machine.regions.end(), [&](Region& r) {
+    return r.begin <= copy.from && copy.from + 16 <= r.end;
+  });
+  if (region.shadow) {
+    if (region.shadow->written_since(copy.writes, copy.from, 16))
+      fail("race: a write of " + region.name + " at " + address(copy.from) +
+           " before a copy of it was waited for");
+    check_race(*region.shadow, copy.from, 16, Access::read, now, region.name.c_str());
+  }
   now.launch = machine.starts;
-  machine.blocks[machine.rank].shadow->arrive(p, bytes, now);
+  machine.blocks[machine.rank].shadow->arrive(copy.to, 16, now);
 }
 
 // An element of an array, read or written.
@@ -601,10 +612,11 @@ inline void load_matrices(const char* row, uint32_t (&words)[4], Where where = W
 // From its start to the end of the wait for it a copy's destination is full of NaN.
 inline void start_copy(char* shared, const char* global, Where where = Where::current()) {
   emulator::access(global, 16, false, where).read += 16;
+  const auto& source = emulator::machine.regions[emulator::machine.last_region].shadow;
   emulator::check_shared(shared, 16);
   emulator::access_shared(shared, 16, emulator::Access::copy, where);
   emulator::Fiber& thread = *emulator::machine.running;
-  emulator::Copy copy = {shared, {}, thread.groups};
+  emulator::Copy copy = {shared, {}, thread.groups, global, source ? source->writes() : 0};
   memcpy(copy.bytes, global, 16);
   memset(shared, 0xff, 16);
   thread.copies.push_back(copy);
@@ -616,7 +628,7 @@ inline void wait_copies() {
   std::erase_if(thread.copies, [&](const emulator::Copy& copy) {
     if (copy.group >= thread.groups - kGroups) return false;
     memcpy(copy.to, copy.bytes, 16);
-    emulator::arrive(copy.to, 16);
+    emulator::arrive(copy);
     return true;
   });
 }

@@ -72,6 +72,7 @@ class Shadow {
 
   // What an access races with; null: nothing.
   const char* check(const void* p, size_t bytes, Access access, const Moment& now) {
+    if (bytes % granule_) return "nothing, but it is narrower than what is looked at";
     const size_t first = ((const char*)p - begin_) / granule_;
     for (size_t i = first; i < first + bytes / granule_; i++) {
       Record& record = records_[i];
@@ -83,7 +84,7 @@ class Shadow {
         continue;
       }
       if (now.races(record.reads)) return "a read";
-      record = {now, {}, access == Access::copy};
+      record = {now, {}, access == Access::copy, ++writes_};
     }
     return nullptr;
   }
@@ -91,17 +92,29 @@ class Shadow {
   // A copy has arrived, as its thread knows now.
   void arrive(const void* p, size_t bytes, const Moment& now) {
     const size_t first = ((const char*)p - begin_) / granule_;
-    for (size_t i = first; i < first + bytes / granule_; i++) records_[i] = {now, {}, false};
+    for (size_t i = first; i < first + bytes / granule_; i++)
+      records_[i] = {now, {}, false, ++writes_};
+  }
+
+  // Writes so far; and whether memory was written after the first `writes` of them.
+  uint64_t writes() const { return writes_; }
+  bool written_since(uint64_t writes, const void* p, size_t bytes) const {
+    const size_t first = ((const char*)p - begin_) / granule_;
+    for (size_t i = first; i < first + bytes / granule_; i++)
+      if (records_[i].number > writes) return true;
+    return false;
   }
 
  private:
   struct Record {
     Moment write, reads;
     bool copied = false;
+    uint64_t number = 0;  // of the write
   };
   const char* begin_;
   size_t granule_;
   std::vector<Record> records_;
+  uint64_t writes_ = 0;
 };
 
 }  // namespace emulator

@@ -128,6 +128,39 @@ void copy_too_early(Given a) {
   store(a.out + global_thread(), value);
 }
 
+// What is copied is written before the copy has arrived, by another warp, ...
+template <bool kRight>
+void source_too_early(Given a) {
+  if (blockIdx.x > 0) return;
+  start_copy(place(threadIdx.x), (const char*)(a.out + threadIdx.x / 2 * 4));
+  end_copies();
+  if (kRight) wait_copies<0>();
+  __syncthreads();
+  store(a.out + other(32), 1.f);
+  __syncthreads();
+  wait_copies<0>();
+}
+
+// ... or by the thread itself.
+template <bool kRight>
+void source_of_its_own(Given a) {
+  if (blockIdx.x > 0 || threadIdx.x > 0) return;
+  start_copy(place(0), (const char*)a.out);
+  end_copies();
+  if (kRight) wait_copies<0>();
+  store(a.out, 1.f);
+  wait_copies<0>();
+}
+
+// A byte of what is looked at in twos.
+template <bool kRight>
+void narrow(Given a) {
+  if (kRight)
+    store_shared(place(threadIdx.x), (uint16_t)1);
+  else
+    store_shared(place(threadIdx.x), (uint8_t)1);
+}
+
 // What another block of a cluster has written here.
 template <bool kRight>
 void cluster_wait(Given a) {
@@ -216,12 +249,27 @@ struct Toy {
     #name, Launch::kind, { name<false>, name<true> } \
   }
 constexpr Toy kToys[] = {
-    TOY(block_barrier, plain),        TOY(write_after_read, plain), TOY(warp_barrier, plain),
-    TOY(barrier_of_too_few, plain),   TOY(matrix, plain),           TOY(lanes_apart, plain),
-    TOY(wait_for_copy, plain),        TOY(wait_for_too_few, plain), TOY(copy_of_another, plain),
-    TOY(copy_too_early, plain),       TOY(cluster_wait, cluster),   TOY(cluster_of_one, cluster),
-    TOY(cluster_start, cluster),      TOY(cluster_end, cluster),    TOY(grid_wait, grid),
-    TOY(grid_write_after_read, grid), TOY(blocks_meet, plain),      TOY(block_reads, plain),
+    TOY(block_barrier, plain),
+    TOY(write_after_read, plain),
+    TOY(warp_barrier, plain),
+    TOY(barrier_of_too_few, plain),
+    TOY(matrix, plain),
+    TOY(lanes_apart, plain),
+    TOY(wait_for_copy, plain),
+    TOY(wait_for_too_few, plain),
+    TOY(copy_of_another, plain),
+    TOY(copy_too_early, plain),
+    TOY(source_too_early, plain),
+    TOY(source_of_its_own, plain),
+    TOY(narrow, plain),
+    TOY(cluster_wait, cluster),
+    TOY(cluster_of_one, cluster),
+    TOY(cluster_start, cluster),
+    TOY(cluster_end, cluster),
+    TOY(grid_wait, grid),
+    TOY(grid_write_after_read, grid),
+    TOY(blocks_meet, plain),
+    TOY(block_reads, plain),
     TOY(threads_meet, plain),
 };
 

@@ -47,6 +47,13 @@ def test_a_driver_that_cannot_run_it_is_told(given, words):
     assert reason is None if words is None else re.search(words, reason)
 
 
+def test_ptx_needs_a_driver_of_its_version():
+    newer = facts(runtime=13010)
+    assert why_not_on([(10, 0)], newer) is None
+    assert "only PTX in it, of CUDA 13.1" in why_not_on([(12, 0)], newer)
+    assert why_not_on([(12, 0)], facts()) is None
+
+
 @pytest.mark.parametrize(
     "devices, code, words",
     [

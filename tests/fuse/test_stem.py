@@ -279,11 +279,26 @@ def test_optimized():
 
 def test_a_filter():
     net = Net()
-    report = fuse_(net, filter_fn=lambda module, name: name != "")
+    report = fuse_(net, filter_fn=lambda module, name: name != "", stems=True)
     assert type(net) is Net and report.stem == report.skipped == []
     asked = []
-    fuse_(net, filter_fn=lambda module, name: asked.append((module, name)))
+    fuse_(net, filter_fn=lambda module, name: asked.append((module, name)), stems=True)
     assert asked == [(net, "")]
+
+
+def test_a_filter_is_of_blocks_unless_stems_are_asked_for():
+    net, asked = Net(), []
+    fuse_(net, filter_fn=lambda module, name: asked.append(name) or True)
+    assert asked == ["layer.0", "layer.1"] and type(net) is Net
+
+
+def test_a_class_on_top_of_a_stem_is_not_taken_off():
+    """FSDP's, for example."""
+    net = Net()
+    fuse_(net)
+    net.__class__ = on_top = type("OnTop", (type(net),), {})
+    unfuse_(net)
+    assert type(net) is on_top and isinstance(net, FusedStem)
 
 
 class WithoutNorm(Net):

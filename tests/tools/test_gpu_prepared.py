@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 prepared = importlib.import_module("device.prepared")
 LAUNCHES = str(Path(__file__).with_name("prepared_launches.py"))
@@ -144,6 +145,16 @@ def launches(what, capability, cache):
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("capability, stages", [(80, 3), (90, 1), (100, 1)])
+def test_old_tritons_launches_have_the_stages_of_the_device(monkeypatch, capability, stages):
+    """Stages are in the key of a compilation."""
+    launches = importlib.import_module("device.launches")
+    monkeypatch.setattr(launches.conv_tiles, "VERSION", (3, 6))
+    config = next(c for c in launches.conv_tiles.CONFIGS if c.kind == "pointer" and c.stages == 3)
+    with launches.on_device(capability):
+        assert launches.conv_tiles.stages(config, torch.device("meta")) == stages
 
 
 def test_a_device_finds_what_was_compiled_without_one(tmp_path):
