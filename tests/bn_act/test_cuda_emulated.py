@@ -115,7 +115,7 @@ def test_real_sizes(emulation, shape, layout):
 ROOMY, TIGHT = Device(24, 228 << 10), Device(24, 2 * (1024 + (17 << 10)))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", sweep(LAYOUTS, quick=["nchw"]))
 @pytest.mark.parametrize("kind", sweep(["tensor", "norm"], quick=["tensor"]))
 def test_cooperative_launches(emulation, monkeypatch, layout, kind):
     dtype = torch.float32 if kind == "norm" else torch.bfloat16
@@ -334,7 +334,7 @@ def test_not_finite_values_pass_as_in_pytorch(emulation):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", sweep([torch.float32, torch.bfloat16], quick=[torch.bfloat16]))
 def test_bytes_are_as_planned(emulation, layout, dtype):
     """Forward: x twice, the residual once, y and mask written; backward: dy, x and mask twice."""
     # large enough for long chunks: their sums are what a smaller tensor has more of
@@ -455,7 +455,7 @@ def test_a_missing_barrier_is_caught(planted):
             run(broken, case, "split", seed=seed)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", sweep(LAYOUTS, quick=["channels_last"]))
 def test_a_missing_barrier_of_the_grid_is_caught(planted, layout):
     broken = planted("MISSING_GRID_BARRIER")
     broken.device = ROOMY

@@ -345,7 +345,7 @@ def traffic_of_a_step(layout):
     return traffic, x.nbytes, x.numel() // 8
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", sweep(LAYOUTS, quick=["channels_last"]))
 def test_bytes_are_those_of_the_plan(layout, monkeypatch):
     monkeypatch.setattr(kernels, "SMALL_VALUES", 0)
     monkeypatch.setattr(kernels, "PROGRAMS", 8 if layout == "channels_last" else 64)
@@ -430,6 +430,7 @@ def test_an_out_of_bounds_read_is_caught(plant):
         call(x[:2], x[1:])
 
 
+@pytest.mark.slow
 def test_bytes_read_twice_are_caught(plant, monkeypatch):
     gradient = "    raw, g = _gradient(dy, mask, run, row_ok, i0, inner, at, ok, ACT, G)\n"
     again = "    g += 0 * tl.load(x + at, mask=ok, other=0).to(tl.float32)\n"

@@ -128,7 +128,7 @@ def test_addresses_that_are_not_aligned(emulation, products):
         assert torch.equal(emulation.forward(**call | changed), expected)
 
 
-@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("products", sweep(PRODUCTS, quick=["bf16", "tf32"]))
 def test_tiles_of_one_block_or_of_many(emulation, products):
     """And patches that are buffered once or twice give the same."""
     found, shapes = [], (((5, 24, 21, 30), 40, 3), ((2, 64, 20, 20), 64, 3), ((7, 16, 5, 5), 8, 1))

@@ -291,6 +291,7 @@ def library(tmp_path_factory):
     return dict(zip(names, found.values(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_relus_sign_is_the_same_sum_in_cuda(library):
     seen = 0
     for name, code in library.items():
@@ -305,6 +306,7 @@ def test_a_relus_sign_is_the_same_sum_in_cuda(library):
     assert seen >= 20
 
 
+@pytest.mark.slow
 def test_cuda_has_no_load_that_is_not_coherent(library):
     """None at all: what a kernel reads may be what another argument of it writes."""
     assert len(library) > 100

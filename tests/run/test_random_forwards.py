@@ -334,7 +334,7 @@ def test_each(name, one_thread, environment):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("group", sweep(range(GROUPS), quick=range(2)))
+@pytest.mark.parametrize("group", sweep(range(GROUPS), quick=range(1)))
 def test_random(group, one_thread, environment, capsys):
     draw = random.Random(group)
     counts = Counter()

@@ -291,6 +291,8 @@ def test_no_kernel_is_compiled_in_a_capture(monkeypatch):
     class Kernel:
         """Compiles at its first launch, as Triton's do."""
 
+        fn = types.SimpleNamespace(__name__="_toy_kernel")
+
         def __getitem__(self, grid):
             def launched(**arguments):
                 hook = triton.knobs.runtime.jit_cache_hook
