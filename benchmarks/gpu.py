@@ -89,6 +89,16 @@ def chosen(args: argparse.Namespace, runs: Runs) -> tuple[str, list[Part], float
     return "gpu", runs.full(failed_cases(summary)), FULL_SECONDS
 
 
+def take(folder: Path, here: dict, cache: Path, package: Path = ROOT / "fused_res") -> dict:
+    """Takes what was prepared; without a GPU only to a package that has no libraries, for whichever
+    architecture they are."""
+    if here["gpu"] is None:
+        if any(package.glob("*.so")):
+            return {}
+        here = {**here, "arch": (prepared.read(folder) or {}).get("arch")}
+    return prepared.take(folder, here, package, cache)
+
+
 def main(argv: list[str] | None = None) -> int:
     args, begin = parse(argv), time.monotonic()
     args.out = args.out.resolve()
@@ -105,11 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     shutil.rmtree(work, ignore_errors=True)
     cache = folder / "triton"
     name, todo, seconds = chosen(args, Runs(work / "rows", dry, here.get("arch")))
-    taken = {}
-    if not dry:
-        taken = prepared.take(args.prepared, here, ROOT / "fused_res", cache)
-        if taken[prepared.LIBRARIES] and name != "parts":
-            todo.insert(0, Runs(work / "rows", dry, here["arch"]).build())
+    taken = take(args.prepared, here, cache)
+    if taken.get(prepared.LIBRARIES) and not dry and name != "parts":
+        todo.insert(0, Runs(work / "rows", dry, here["arch"]).build())
     for what, why in taken.items():
         print(f"{what}: {f'built here: {why}' if why else 'as prepared'}")
     run = Run(name, args.out, work, {"machine": here, "built here": taken})

@@ -174,3 +174,16 @@ def test_a_device_finds_what_was_compiled_without_one(tmp_path):
     found = launches("few", 90, cache)
     assert (found["taken"], found["compiled"]) == (count - 1, 1)
     assert found["launched"] >= count
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_dry_run_takes_libraries_that_it_lacks(folder, tmp_path, installed):
+    gpu, package = importlib.import_module("gpu"), tmp_path / "package"
+    package.mkdir()
+    if installed:
+        (package / "_C.abi3.so").write_text("old")
+    here = {**HERE, "gpu": None, "arch": None}
+    reasons = gpu.take(folder, here, tmp_path / "cache", package)
+    assert reasons == ({} if installed else {LIBRARIES: None, CACHE: None})
+    text = (package / "_C.abi3.so").read_text()
+    assert text == ("old" if installed else "new _C.abi3.so")
