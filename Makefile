@@ -117,9 +117,10 @@ gpu: $(GPU_NEEDS)
 GPU_ARCH ?= 9.0a
 GPU_PYTHON ?= python3.12
 GPU_PACKAGES ?= torch==2.11.0 triton==3.6.0
+# Triton 3.6's interpreter, which a dry run uses, does not run on NumPy 2.4.
 build/gpu-python/.made:
 	$(GPU_PYTHON) -m venv build/gpu-python
-	build/gpu-python/bin/python -m pip install -q $(GPU_PACKAGES) "setuptools>=77" wheel ninja numpy
+	build/gpu-python/bin/python -m pip install -q $(GPU_PACKAGES) "setuptools>=77" wheel ninja pytest "numpy<2.4"
 	touch $@
 
 gpu-prepare: build/gpu-python/.made
