@@ -229,15 +229,6 @@ def test_in_cuda_too(tmp_path, of, wrong):
     assert bool(checks.incoherent(kernel)) == wrong
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("source", cuda_resources.SOURCES, ids=lambda path: path.stem)
-def test_no_cuda_kernel_loads_what_it_writes_past_coherence(source):
-    if cuda_resources.missing(["sm_90a"]):
-        pytest.skip("no nvcc")
-    for kernel in ptx.parse(checks.compile_ptx(source, "sm_90a")):
-        assert not checks.incoherent(kernel)
-
-
 # --- ReLU's sign
 
 
