@@ -13,8 +13,8 @@ Sources, by field:
 - ``tensor``: the peaks of 16-bit products with sums in float32, without sparsity, over
   multiprocessors and clock: A100 whitepaper (312 TFLOPS), Hopper whitepaper (twice an
   A100's, of a multiprocessor and clock), Ada whitepaper (RTX 4090: 165.2 TFLOPS), L4
-  data sheet (242 TFLOPS with sparsity: half). TF32's peaks there are half of them;
-- multiprocessors, clocks, memory: the same whitepapers and data sheets; of an H100 (SXM, HBM3) the
+  datasheet (242 TFLOPS with sparsity: half). TF32's peaks there are half of them;
+- multiprocessors, clocks, memory: the same whitepapers and datasheets; of an H100 (SXM, HBM3) the
   clock that its tensor cores keep, 1.755 GHz, not the 1.98 GHz it may reach.
 """
 

@@ -257,7 +257,7 @@ def fuse_(
     check_recompute(recompute)
     search = _Search(filter_fn, recompute)
     search.visit(model, "")
-    if filter_fn is None if stems is None else stems:
+    if stems or (stems is None and filter_fn is None):
         search.visit_outside(model)
     report = search.report
     if strict and report.skipped:
